@@ -1,0 +1,1 @@
+"""Group Influence of every domain on every task: capture, preconditioners, the matrix and its errors."""
