@@ -1,0 +1,154 @@
+"""Which backend runs a call: the argument, else `use_backend`, else TIKMIX_FAST_BACKEND, else the best one that can."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tikmix_fast.ops import cpu, cuda, reference
+from tikmix_fast.ops.checks import Arguments, check_arguments, check_grad_weight_memory
+
+__all__ = ["available_backends", "run_group_influence", "use_backend"]
+
+ENVIRONMENT_VARIABLE = "TIKMIX_FAST_BACKEND"
+
+_log = logging.getLogger("tikmix_fast.ops")
+
+
+class _Backend(NamedTuple):
+    unavailable: Callable[[], str | None]  # why it cannot run on this machine
+    refusal: Callable[[Arguments], str | None]  # why it cannot take this call
+    group_influence: Callable[[Arguments], Tensor]
+
+
+_BACKENDS = {
+    "reference": _Backend(reference.unavailable, reference.refusal, reference.group_influence),
+    "cpu": _Backend(cpu.unavailable, cpu.refusal, cpu.group_influence),
+}
+# Names with a reason and no kernel, so that a request for one is answered.
+_WITHOUT_KERNEL: dict[str, Callable[[], str]] = {
+    "triton": lambda: "no Triton kernel in this version yet",
+    "cuda": cuda.unavailable,
+}
+_NAMES = (*_BACKENDS, *_WITHOUT_KERNEL)
+# What the automatic choice tries on each kind of device, best first; the reference takes whatever is left.
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+# Process-wide and not a context variable: backward runs in autograd's own threads, which must see the choice.
+_chosen: list[str] = []
+_logged: set[tuple[str, str]] = set()
+
+
+def available_backends() -> dict[str, str | None]:
+    """List every backend with the reason why it cannot be used here, or None if it can.
+
+    Returns
+    -------
+    dict of str to str or None
+        Keys: ``reference``, ``cpu``, ``triton``, ``cuda``.
+
+    Examples
+    --------
+    >>> available_backends()["reference"] is None
+    True
+    """
+    return {name: _unavailable(name) for name in _NAMES}
+
+
+def _unavailable(name: str) -> str | None:
+    return _BACKENDS[name].unavailable() if name in _BACKENDS else _WITHOUT_KERNEL[name]()
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in _NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(_NAMES)}; got {name!r}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the context with one backend, unless a call names another.
+
+    The choice holds for the whole process, so that it reaches the threads in which autograd runs backward.
+
+    Parameters
+    ----------
+    name : str
+        One of the keys of `available_backends`.
+
+    Raises
+    ------
+    ValueError
+        If there is no backend of this name.
+    RuntimeError
+        Inside a function that is being compiled: the choice is read when the op runs, so make it around the call.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tikmix_fast import ops
+    >>> with ops.use_backend("reference"):
+    ...     ops.group_influence(torch.ones(2, 1), torch.ones(2, 1), torch.tensor([0, 2]), torch.ones(1, 1, 1))
+    tensor([[2.]], dtype=torch.float64)
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("use_backend must be entered outside the compiled function; pass backend= inside it")
+    _check_name(name, "backend")
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def _requested(argument: str | None) -> tuple[str, str] | None:
+    if argument is not None:
+        return argument, "backend"
+    if _chosen:
+        return _chosen[-1], "use_backend"
+    variable = os.environ.get(ENVIRONMENT_VARIABLE)
+    return (variable, ENVIRONMENT_VARIABLE) if variable else None
+
+
+def _why_not(name: str, arguments: Arguments) -> str | None:
+    return _unavailable(name) or _BACKENDS[name].refusal(arguments)
+
+
+def _choose(argument: str | None, arguments: Arguments) -> str:
+    request = _requested(argument)
+    if request is not None:
+        name, source = request
+        _check_name(name, source)
+        if _why_not(name, arguments) is not None:
+            reasons = "\n".join(f"  {other}: {_why_not(other, arguments) or 'usable'}" for other in _NAMES)
+            raise RuntimeError(f"the backend {name!r} asked for by {source} cannot run this call; backends:\n{reasons}")
+        return name
+    for name in _PREFERRED.get(arguments.input.device.type, ()):
+        reason = _why_not(name, arguments)
+        if reason is None:
+            return name
+        if (name, reason) not in _logged:
+            _logged.add((name, reason))
+            _log.info("the backend %s is passed over: %s", name, reason)
+    return "reference"
+
+
+def run_group_influence(
+    input: Tensor,
+    grad_output: Tensor,
+    offsets: Tensor,
+    queries: Tensor,
+    order: Tensor | None,
+    grad_weight: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Check the arguments of ``group_influence`` and run it; this is the kernel that the schema calls."""
+    arguments = Arguments(input, grad_output, offsets, queries, order, grad_weight)
+    check_arguments(arguments)
+    check_grad_weight_memory(arguments)
+    return _BACKENDS[_choose(backend, arguments)].group_influence(arguments)

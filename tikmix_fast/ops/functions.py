@@ -1,0 +1,79 @@
+"""The public functions over the registered ops."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tikmix_fast.ops.packing import PackedQueries
+from tikmix_fast.ops.schema import group_influence_op
+
+__all__ = ["group_influence"]
+
+
+def group_influence(
+    input: Tensor,
+    grad_output: Tensor,
+    offsets: Tensor,
+    queries: Tensor | PackedQueries,
+    *,
+    order: Tensor | None = None,
+    grad_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Take the inner products of every domain's weight gradient with the task gradients of one layer.
+
+    Domain j's gradient of a linear layer is the sum of ``grad_output[t]^T input[t]`` over its rows. It is formed tile
+    by tile and multiplied with the queries while the tile is in cache; no per-domain gradient is written to memory.
+
+    Parameters
+    ----------
+    input : float32 | bfloat16 | float16 | float64 Tensor [T, I]
+        What the layer read, one row per token, any strides.
+    grad_output : float32 | bfloat16 | float16 | float64 Tensor [T, O]
+        The gradient of the loss with respect to what the layer wrote.
+    offsets : int64 Tensor [m + 1]
+        Domain j owns the rows ``offsets[j]:offsets[j + 1]`` (of ``order``, if given). Starts at 0, ends at T, never
+        decreases; a domain may be empty.
+    queries : Tensor [n, O, I] or PackedQueries
+        The preconditioned task gradients of this layer.
+    order : int64 Tensor [T], optional
+        Row permutation that sorts the rows by domain. The kernel reads rows through it, so nobody sorts ``input`` and
+        ``grad_output``. Entries are checked to be row numbers; that none repeats is the caller's promise.
+    grad_weight : float32 | bfloat16 Tensor [O, I], optional
+        The gradient summed over all domains is added to it in the same pass. It must not share memory with any other
+        argument.
+    backend : str, optional
+        A key of `available_backends`; see `use_backend` for the order of choice.
+
+    Returns
+    -------
+    float64 Tensor [n, m]
+        ``<queries[i], sum over rows t of domain j of grad_output[t]^T input[t]>``; 0 for an empty domain. Positive
+        where a step down the domain's gradient lowers the task's loss. A sum, not divided by the number of rows. A NaN
+        in a row reaches the column of its domain only.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape, dtype, device or offset is wrong; ``grad_weight`` is untouched then.
+    RuntimeError
+        If a tensor requires grad while grad mode is on (the op has no derivative), or the backend asked for cannot run
+        this call: the message lists every backend with its reason.
+
+    Notes
+    -----
+    Costs the weight gradient's ``2 T O I`` operations plus ``2 m n O I``; memory beyond the arguments does not grow
+    with the number of domains, except for the result.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tikmix_fast import ops
+    >>> input, grad_output = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0], [-1.0]])
+    >>> offsets, queries = torch.tensor([0, 1, 2]), torch.ones(1, 1, 2)
+    >>> ops.group_influence(input, grad_output, offsets, queries)
+    tensor([[ 3., -7.]], dtype=torch.float64)
+    """
+    rows = queries.tensor if isinstance(queries, PackedQueries) else queries
+    values: Tensor = group_influence_op(input, grad_output, offsets, rows, order, grad_weight, backend)
+    return values

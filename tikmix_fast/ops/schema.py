@@ -1,0 +1,59 @@
+"""The ops as torch sees them: schema, shapes for tracing, and a refusal where autograd would need a formula."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tikmix_fast.ops.checks import Arguments, check_arguments
+from tikmix_fast.ops.dispatch import run_group_influence
+
+__all__ = ["group_influence_op"]
+
+# Kept at module level: a Library that is collected while its op is still held crashes the process.
+_LIBRARY = torch.library.Library("tikmix_fast", "DEF")
+_LIBRARY.define(
+    "group_influence(Tensor input, Tensor grad_output, Tensor offsets, Tensor queries, Tensor? order, "
+    "Tensor(a!)? grad_weight, str? backend) -> Tensor"
+)
+group_influence_op = torch.ops.tikmix_fast.group_influence.default
+
+
+def _group_influence_fake(
+    input: Tensor,
+    grad_output: Tensor,
+    offsets: Tensor,
+    queries: Tensor,
+    order: Tensor | None,
+    grad_weight: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    check_arguments(Arguments(input, grad_output, offsets, queries, order, grad_weight))
+    return input.new_empty((queries.shape[0], offsets.shape[0] - 1), dtype=torch.float64)
+
+
+def _group_influence_autograd(
+    input: Tensor,
+    grad_output: Tensor,
+    offsets: Tensor,
+    queries: Tensor,
+    order: Tensor | None,
+    grad_weight: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    tensors = {"input": input, "grad_output": grad_output, "queries": queries, "grad_weight": grad_weight}
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"group_influence has no derivative, but {name} requires grad; "
+                    f"call it under torch.no_grad() or pass {name}.detach()"
+                )
+    with torch._C._AutoDispatchBelowAutograd():
+        values: Tensor = group_influence_op(input, grad_output, offsets, queries, order, grad_weight, backend)
+    return values
+
+
+_LIBRARY.impl("group_influence", run_group_influence, "CompositeExplicitAutograd")
+_LIBRARY.impl("group_influence", _group_influence_autograd, "Autograd")
+torch.library.register_fake("tikmix_fast::group_influence", _group_influence_fake, lib=_LIBRARY)
