@@ -1,0 +1,114 @@
+"""The inner products of one micro-batch: gradients of the domains' rows times the queries, per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tikmix_fast import ops
+from tikmix_fast.influence.rows import Layout, RowLabels
+from tikmix_fast.influence.views import ParameterView
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Sum over the uses of every parameter of <query, gradient of the rows of a domain>.
+
+    Parameters
+    ----------
+    labels : RowLabels
+        The domain of every row.
+    queries : mapping of str to Tensor [q, *parameter.shape]
+        The preconditioned task gradients, by the name of the parameter.
+
+    Attributes
+    ----------
+    sums : dict of str to float64 Tensor [q, m]
+        What was recorded so far, by the name of the parameter, in the units of the gradient that flowed.
+    """
+
+    def __init__(self, labels: RowLabels, queries: Mapping[str, Tensor]) -> None:
+        self.labels = labels
+        self.queries = queries
+        self.sums: dict[str, Tensor] = {}
+
+    def product(
+        self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
+    ) -> None:
+        """Record ``output = rows @ weight.T`` (or ``rows @ weight`` with ``in_out``) from the gradient of its output.
+
+        ``total``, if given, gets the weight gradient added in the same pass.
+        """
+        layout = self.labels.layout(rows.shape[:-1], rows.device)
+        dtype = torch.promote_types(rows.dtype, gradient.dtype)
+        flat_rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
+        flat_gradient = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
+        left, right = (flat_rows, flat_gradient) if in_out else (flat_gradient, flat_rows)
+        if total is not None and total.dtype not in (torch.float32, torch.bfloat16):
+            # The kernel adds to float32 and bfloat16 only; a float64 model is for checking, not for speed.
+            total += left.t() @ right
+            total = None
+        for name, queries in weight.queries(self.queries):
+            found = ops.group_influence(
+                right, left, layout.offsets, queries.contiguous(), order=layout.order, grad_weight=total
+            )
+            self._add(name, found)
+
+    def spread(self, view: ParameterView, gradient: Tensor) -> None:
+        """Record a view that was broadcast to the shape of ``gradient`` where it met the data."""
+        if self.labels.single is not None:
+            gradient = gradient.sum_to_size(view.plain.shape)
+        if gradient.ndim == 0:
+            gradient = gradient.reshape(1, 1)
+        elif gradient.ndim == 1:
+            gradient = gradient[None] if self.labels.single is not None else gradient[:, None]
+        layout = self.labels.layout(gradient.shape[:-1], gradient.device)
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        for name, queries in view.queries(self.queries):
+            # Align on the right, as broadcasting does.
+            aligned = queries.reshape(len(queries), *(1,) * (gradient.ndim - queries.ndim + 1), *queries.shape[1:])
+            if all(size == 1 for size in aligned.shape[1:-1]):
+                features = aligned.reshape(len(queries), -1).expand(-1, flat.shape[-1])
+                self._add_rows(name, _wide(flat) @ _wide(features).t(), layout)
+            else:
+                dots = [(_wide(gradient) * _wide(query)).sum(-1).reshape(-1) for query in aligned]
+                self._add_rows(name, torch.stack(dots, dim=1), layout)
+
+    def features(self, view: ParameterView, per_row: Tensor) -> None:
+        """Record a parameter of one norm: ``per_row`` [..., C] is its gradient from every row."""
+        layout = self.labels.layout(per_row.shape[:-1], per_row.device)
+        flat = _wide(per_row.reshape(-1, per_row.shape[-1]))
+        for name, queries in view.queries(self.queries):
+            self._add_rows(name, flat @ _wide(queries.reshape(len(queries), -1)).t(), layout)
+
+    def lookup(self, view: ParameterView, ids: Tensor, padding: int | None, gradient: Tensor) -> None:
+        """Record an embedding looked up at ``ids`` [...] from the gradient [..., C] of the looked-up rows."""
+        layout = self.labels.layout(ids.shape, ids.device)
+        flat_ids, flat = ids.reshape(-1), _wide(gradient.reshape(-1, gradient.shape[-1]))
+        if padding is not None:
+            flat = flat * (flat_ids != padding)[:, None]
+        (name, queries), = view.queries(self.queries)
+        dots = [torch.linalg.vecdot(F.embedding(flat_ids, _wide(query)), flat) for query in queries]
+        self._add_rows(name, torch.stack(dots, dim=1), layout)
+
+    def _add_rows(self, name: str, dots: Tensor, layout: Layout) -> None:
+        """Sum ``dots`` [T, q] over the rows of each domain."""
+        dots = dots.double()
+        sums = dots.new_zeros(dots.shape[1], self.labels.n_domains)
+        if isinstance(layout.domains, int):
+            sums[:, layout.domains] = dots.sum(0)
+        else:
+            sums.index_add_(1, layout.domains, dots.t())
+        self._add(name, sums)
+
+    def _add(self, name: str, sums: Tensor) -> None:
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return at least float32: products of half-precision numbers are accumulated wider."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

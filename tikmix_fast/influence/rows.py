@@ -1,0 +1,123 @@
+"""Which domain each row of an activation belongs to, whatever shape the activation has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "RowLabels", "RowShapeError"]
+
+
+class RowShapeError(ValueError):
+    """The rows of an activation cannot be matched to the domain ids of the batch."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of one activation, sorted by domain.
+
+    ``offsets`` int64 [m + 1] and ``order`` int64 [T] or None are what `tikmix_fast.ops.group_influence` takes. ``domains``
+    int64 [T] is the domain of each row, or one int where all rows belong to the same domain.
+    """
+
+    offsets: Tensor
+    order: Tensor | None
+    domains: Tensor | int
+
+
+class RowLabels:
+    """The domain of every sequence, or of every position, of one batch.
+
+    Parameters
+    ----------
+    ids : int or int64 [B] or [B, S]
+        One domain for the whole batch, one per sequence, or one per position.
+    n_domains : int
+    batch_dim : 0 or 1
+        Where activations have their batch dimension: [B, S, ...] or [S, B, ...]. ``ids`` is [B, S] in both cases.
+    length : int, optional
+        S where it is known from a mask; used to recognise flattened rows.
+    """
+
+    def __init__(self, ids: int | Tensor, n_domains: int, batch_dim: int = 0, length: int | None = None) -> None:
+        self.n_domains = n_domains
+        self.batch_dim = batch_dim
+        self.ids = ids.detach().cpu().long() if isinstance(ids, Tensor) else ids
+        # Rows of a batch with one domain need no matching to sequences: every row belongs to it, whatever the shape.
+        if isinstance(self.ids, Tensor) and self.ids.numel() and bool((self.ids == self.ids.flatten()[0]).all()):
+            self.single: int | None = int(self.ids.flatten()[0])
+        else:
+            self.single = None if isinstance(self.ids, Tensor) else self.ids
+        if isinstance(self.ids, Tensor) and self.ids.ndim == 2:
+            length = self.ids.shape[1]
+        self.length = length
+        self._layouts: dict[tuple[tuple[int, ...], torch.device], Layout] = {}
+
+    @property
+    def batch(self) -> int | None:
+        """Number of sequences, or None where one domain was named for the whole batch."""
+        return self.ids.shape[0] if isinstance(self.ids, Tensor) else None
+
+    def layout(self, leading: tuple[int, ...], device: torch.device) -> Layout:
+        """Return the layout of an activation with these leading dimensions (all but the features).
+
+        Raises
+        ------
+        RowShapeError
+            If the leading dimensions are none of [B, S, ...], [B * S] and [B] (or [S, B, ...] with ``batch_dim=1``).
+        """
+        key = (tuple(leading), device)
+        if key not in self._layouts:
+            self._layouts[key] = self._make(tuple(leading), device)
+        return self._layouts[key]
+
+    def matches(self, leading: tuple[int, ...]) -> bool:
+        """Tell whether `layout` can label these leading dimensions."""
+        try:
+            self._row_domains(tuple(leading))
+        except RowShapeError:
+            return False
+        return True
+
+    def _make(self, leading: tuple[int, ...], device: torch.device) -> Layout:
+        if self.single is not None:
+            offsets = torch.zeros(self.n_domains + 1, dtype=torch.int64)
+            offsets[self.single + 1 :] = prod(leading)
+            return Layout(offsets.to(device), None, self.single)
+        rows = self._row_domains(leading)
+        counts = torch.bincount(rows, minlength=self.n_domains)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        in_order = bool((rows[1:] >= rows[:-1]).all())
+        order = None if in_order else torch.sort(rows, stable=True).indices.to(device)
+        return Layout(offsets.to(device), order, rows.to(device))
+
+    def _row_domains(self, leading: tuple[int, ...]) -> Tensor:
+        """Return the domain of each row [T], rows in the order of the flattened leading dimensions."""
+        ids = self.ids
+        if not isinstance(ids, Tensor):
+            return torch.full((prod(leading),), ids)
+        batch, length = ids.shape[0], self.length
+        per_position = ids.ndim == 2
+        flat = len(leading) == 1 and leading[0] != batch and batch > 0 and leading[0] % batch == 0
+        if flat and length in (None, leading[0] // batch):
+            # Flattened [B * S] (or [S * B]): unfold, label, and flatten again.
+            rest = leading[0] // batch
+            leading = (batch, rest) if self.batch_dim == 0 else (rest, batch)
+        if len(leading) == 1 and leading[0] == batch and not per_position:
+            return ids
+        if len(leading) > self.batch_dim and leading[self.batch_dim] == batch and len(leading) > 1:
+            labels = ids if per_position else ids[:, None]
+            if not per_position or leading[1 - self.batch_dim] == length:
+                labels = labels if self.batch_dim == 0 else labels.T
+                labels = labels.reshape(labels.shape + (1,) * (len(leading) - 2))
+                return labels.expand(leading).reshape(-1)
+        shapes = "[B, S, ...], [B * S]" + ("" if per_position else " or [B]")
+        raise RowShapeError(
+            f"rows of shape {list(leading)} do not match the ids of shape {list(ids.shape)}: an activation's leading "
+            f"dimensions must be {shapes if self.batch_dim == 0 else '[S, B, ...] or [S * B]'} with B = {batch}"
+            + (f", S = {length}" if length is not None else "")
+            + "; for activations with the batch in the second dimension use batch_dim=1"
+        )

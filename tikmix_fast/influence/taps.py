@@ -1,0 +1,93 @@
+"""Autograd functions that read gradients where they pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FusedProduct", "Spread", "Tap"]
+
+
+class Tap(torch.autograd.Function):
+    """Leave a tensor as it is and read its gradient on the way back: ``read(gradient, *saved)``."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, read: Callable[..., None], *saved: Tensor) -> Tensor:
+        ctx.read = read
+        ctx.save_for_backward(*saved)
+        # Returning an untouched input would make the result a view that later in-place operations refuse.
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.read(gradient, *ctx.saved_tensors)
+        return (gradient, None, *(None for _ in ctx.saved_tensors))
+
+
+class Spread(torch.autograd.Function):
+    """Broadcast a tensor to ``shape`` and read the gradient of every copy on the way back, before they are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, shape: torch.Size, read: Callable[[Tensor], None]) -> Tensor:
+        ctx.read, ctx.shape = read, value.shape
+        return value.expand(shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.read(gradient)
+        return gradient.sum_to_size(ctx.shape), None, None
+
+
+class FusedProduct(torch.autograd.Function):
+    """A linear layer whose weight gradient and influence come from one pass of the kernel.
+
+    ``weight`` is [O, I], or [I, O] with ``in_out``. On the way back ``read(gradient, rows, total)`` must add the weight gradient
+    to ``total``; it is called once, whether or not the input needs a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[..., None]
+    ) -> Tensor:
+        kind = rows.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        else:
+            dtype = rows.dtype
+        with torch.autocast(kind, enabled=False):
+            cast_rows, cast_weight = rows.to(dtype), weight.to(dtype)
+            flat = cast_rows.reshape(-1, rows.shape[-1])
+            right = cast_weight if in_out else cast_weight.t()
+            # A result that owns its memory, no view: later in-place operations on it are allowed.
+            output = flat.new_empty(rows.shape[:-1] + right.shape[1:])
+            if bias is None:
+                torch.mm(flat, right, out=output.view(-1, right.shape[1]))
+            else:
+                torch.addmm(bias.to(dtype), flat, right, out=output.view(-1, right.shape[1]))
+        ctx.save_for_backward(cast_rows, cast_weight)
+        ctx.read, ctx.in_out, ctx.rows_dtype = read, in_out, rows.dtype
+        ctx.weight = weight.shape, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        grad_rows = grad_bias = None
+        with torch.autocast(gradient.device.type, enabled=False):
+            flat = gradient.reshape(-1, gradient.shape[-1])
+            if ctx.needs_input_grad[0]:
+                grad_rows = (gradient @ (weight.t() if ctx.in_out else weight)).to(ctx.rows_dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = flat.sum(0).to(ctx.bias_dtype)
+            shape, dtype = ctx.weight
+            total = torch.zeros(shape, dtype=dtype, device=gradient.device)
+            ctx.read(gradient, rows, total)
+        return grad_rows, total, grad_bias, None, None

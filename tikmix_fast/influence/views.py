@@ -1,0 +1,117 @@
+"""A parameter as the model sees it while influence is captured: a tensor that says where it is used.
+
+While a capture is open, ``module.weight`` is a `ParameterView`. Every torch function that meets one comes to
+`Capture.handle`, which knows how the operation uses a parameter. Because the view is a tensor subclass and no mode, it works
+wherever the parameter is used: in any module, in a hand-written norm, in a tied head, and again when activation
+checkpointing recomputes a forward inside the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["ParameterView", "Source", "UncapturedParameterError", "plain"]
+
+
+class UncapturedParameterError(RuntimeError):
+    """A trainable parameter is used in a way whose influence cannot be captured."""
+
+
+class Handler(Protocol):
+    def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter, or rows looked up in one, that a view is made from.
+
+    ``lift`` takes queries of the parameter, [q, *parameter.shape], to queries of ``value``, [q, *value.shape].
+    """
+
+    name: str
+    value: Tensor
+    lift: Callable[[Tensor], Tensor] | None = None
+
+
+class ParameterView(torch.Tensor):
+    """A parameter, or what was computed from parameters alone, on its way to meet the data.
+
+    Attributes
+    ----------
+    plain : Tensor
+        The same values as an ordinary tensor with its autograd history.
+    sources : tuple of Source
+        What it was made from.
+    build : callable or None
+        How to make it from the values of its sources; None = it is the one source itself.
+    in_rows : bool
+        Its leading dimensions are rows of the batch (or broadcast to them), as with a looked-up position embedding.
+    handler : Handler
+    """
+
+    plain: Tensor
+    sources: tuple[Source, ...]
+    build: Callable[..., Tensor] | None
+    in_rows: bool
+    handler: Handler
+
+    @staticmethod
+    def make(
+        plain: Tensor,
+        handler: Handler,
+        sources: tuple[Source, ...],
+        build: Callable[..., Tensor] | None = None,
+        in_rows: bool = False,
+    ) -> ParameterView:
+        # The alias keeps the gradient flowing to the parameter where a view reaches code that no torch function shows.
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            view = plain.as_subclass(ParameterView)
+        view.plain, view.handler, view.sources, view.build, view.in_rows = plain, handler, sources, build, in_rows
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            for each in torch.utils._pytree.tree_leaves((args, kwargs)):
+                if isinstance(each, ParameterView):
+                    return each.handler.handle(func, args, kwargs)
+            return func(*args, **kwargs)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether this is a parameter itself, untouched."""
+        return self.build is None and self.sources[0].lift is None
+
+    def queries(self, of: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield for each source its name and its queries carried to this view, [q, *view.shape].
+
+        ``of`` holds the queries of every parameter, [q, *parameter.shape]. An inner product with the gradient of the parameter
+        equals one of the carried query with the gradient of the view: <q, J^T g> = <J q, g>.
+        """
+        for index, source in enumerate(self.sources):
+            lifted = of[source.name] if source.lift is None else source.lift(of[source.name])
+            yield source.name, lifted if self.build is None else self._push_forward(index, lifted)
+
+    def _push_forward(self, index: int, lifted: Tensor) -> Tensor:
+        build = self.build
+        if build is None:
+            return lifted
+        values = [source.value.to(lifted.dtype) for source in self.sources]
+
+        def of_source(value: Tensor) -> Tensor:
+            return build(*values[:index], value, *values[index + 1 :])
+
+        return torch.stack([torch.func.jvp(of_source, (values[index],), (query,))[1] for query in lifted])
+
+
+def plain(value: Any) -> Any:
+    """Replace every view inside nested arguments by its ordinary tensor."""
+    return torch.utils._pytree.tree_map(lambda each: each.plain if isinstance(each, ParameterView) else each, value)
