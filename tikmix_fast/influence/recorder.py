@@ -29,12 +29,15 @@ class Recorder:
     ----------
     sums : dict of str to float64 Tensor [q, m]
         What was recorded so far, by the name of the parameter, in the units of the gradient that flowed.
+    saw_half : bool
+        Whether a gradient in half precision was read.
     """
 
     def __init__(self, labels: RowLabels, queries: Mapping[str, Tensor]) -> None:
         self.labels = labels
         self.queries = queries
         self.sums: dict[str, Tensor] = {}
+        self.saw_half = False
 
     def product(
         self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
@@ -43,6 +46,7 @@ class Recorder:
 
         ``total``, if given, gets the weight gradient added in the same pass.
         """
+        self._note(gradient)
         layout = self.labels.layout(rows.shape[:-1], rows.device)
         dtype = torch.promote_types(rows.dtype, gradient.dtype)
         flat_rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
@@ -60,6 +64,7 @@ class Recorder:
 
     def spread(self, view: ParameterView, gradient: Tensor) -> None:
         """Record a view that was broadcast to the shape of ``gradient`` where it met the data."""
+        self._note(gradient)
         if self.labels.single is not None:
             gradient = gradient.sum_to_size(view.plain.shape)
         if gradient.ndim == 0:
@@ -80,6 +85,7 @@ class Recorder:
 
     def features(self, view: ParameterView, per_row: Tensor) -> None:
         """Record a parameter of one norm: ``per_row`` [..., C] is its gradient from every row."""
+        self._note(per_row)
         layout = self.labels.layout(per_row.shape[:-1], per_row.device)
         flat = _wide(per_row.reshape(-1, per_row.shape[-1]))
         for name, queries in view.queries(self.queries):
@@ -87,6 +93,7 @@ class Recorder:
 
     def lookup(self, view: ParameterView, ids: Tensor, padding: int | None, gradient: Tensor) -> None:
         """Record an embedding looked up at ``ids`` [...] from the gradient [..., C] of the looked-up rows."""
+        self._note(gradient)
         layout = self.labels.layout(ids.shape, ids.device)
         flat_ids, flat = ids.reshape(-1), _wide(gradient.reshape(-1, gradient.shape[-1]))
         if padding is not None:
@@ -94,6 +101,9 @@ class Recorder:
         (name, queries), = view.queries(self.queries)
         dots = [torch.linalg.vecdot(F.embedding(flat_ids, _wide(query)), flat) for query in queries]
         self._add_rows(name, torch.stack(dots, dim=1), layout)
+
+    def _note(self, gradient: Tensor) -> None:
+        self.saw_half = self.saw_half or gradient.dtype in (torch.bfloat16, torch.float16)
 
     def _add_rows(self, name: str, dots: Tensor, layout: Layout) -> None:
         """Sum ``dots`` [T, q] over the rows of each domain."""

@@ -1,0 +1,641 @@
+"""Group Influence around anybody's ``loss.backward()``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tikmix_fast.influence.capture import Capture
+from tikmix_fast.influence.conservation import check_conservation
+from tikmix_fast.influence.coverage import Coverage
+from tikmix_fast.influence.estimator import Estimator
+from tikmix_fast.influence.gradients import gradients_set_aside, without_synchronisation
+from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.influence.optimizer_state import canonical_name
+from tikmix_fast.influence.preconditioners import Preconditioner, make_preconditioner
+from tikmix_fast.influence.recorder import Recorder
+from tikmix_fast.influence.rows import RowLabels
+from tikmix_fast.influence.target_counts import SeenLosses, watch_losses
+from tikmix_fast.influence.target_tokens import check_mask, count_target_tokens
+from tikmix_fast.influence.verify import Cell, Verification, recompute_cells
+from tikmix_fast.influence.views import UncapturedParameterError
+
+__all__ = ["InfluenceEngine"]
+
+_LOG = logging.getLogger("tikmix_fast")
+_FORMAT = "tikmix_fast.influence_engine"
+_VERSION = 1
+
+Ids = str | int | Tensor | Sequence[str] | Sequence[int]
+
+
+class InfluenceEngine:
+    """Measure how much a small step on each domain lowers the loss of each task, at the current weights.
+
+    First every task runs forward and backward inside `task`, then batches of the domains (mixed or not) inside `domains`; `matrix` gives
+    S[i, j] = <P g_i, g_j> with g the mean gradient per target token (method: arXiv 2508.17677, Eq. 8, with the sign turned so
+    that positive helps). The domain side is one ordinary backward pass: its gradients land in ``p.grad`` as usual, so it may be the
+    training step itself. Memory: one gradient per task and split; nothing that grows with the number of domains.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The outermost wrapper that is called (DistributedDataParallel, compiled, ...). Compiled models run as written inside the contexts.
+    domains, tasks : sequence of str
+        The columns and the rows of the matrix.
+    preconditioner : "adam", "identity" or Preconditioner
+        P. "adam" scales by the optimizer's own second moments.
+    optimizer : torch.optim.Adam, AdamW, or a state dict with names
+        Read by "adam" when the queries freeze, never changed.
+    projection : None
+        Exact influence. Projected influence is not in this version.
+    exclude : str or sequence of str
+        Patterns (``fnmatch``) of parameter names to leave out; their influence counts as zero.
+    reduction : "mean" or "sum"
+        How the loss combines the target tokens of one batch; see ``normalizer`` of `domains` for anything else.
+    grad : "fused" or "ordinary"
+        "fused": a linear layer's weight gradient comes from the influence kernel's own pass, as accurate as the ordinary one.
+        "ordinary": the product is computed a second time and ``p.grad`` is bit-identical to a backward without influence.
+    task_splits : int
+        Into how many splits a task's batches are dealt, to estimate the task side's own error (1: not estimated, ``stderr`` is NaN).
+        Costs that many gradients per task in memory.
+    batch_dim : 0 or 1
+        Where activations have their batch dimension: [B, S, ...] or [S, B, ...].
+    check_every : int
+        Every how many micro-batches conservation is checked, the first included; 0 never.
+    allow_stale : bool
+        Allow weights that changed since the queries froze. Queries even 5 steps old rank domains no better than chance.
+    max_dropped_in_row : int
+        Non-finite micro-batches in a row that a GradScaler may explain; more raise.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a name is empty or repeated, an option is unknown, or a pattern of ``exclude`` matches nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Linear(4, 1)
+    >>> engine = InfluenceEngine(model, domains=["web", "code"], tasks=["qa"], preconditioner="identity")
+    >>> with engine.task("qa"):
+    ...     model(torch.ones(8, 4)).mean().backward()
+    >>> with engine.domains(torch.tensor([0, 0, 1, 1])):
+    ...     model(torch.ones(4, 4)).mean().backward()
+    >>> engine.matrix().values
+    array([[5., 5.]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        domains: Sequence[str],
+        tasks: Sequence[str],
+        preconditioner: str | Preconditioner = "adam",
+        optimizer: Any = None,
+        projection: None = None,
+        exclude: str | Sequence[str] = (),
+        reduction: Literal["mean", "sum"] = "mean",
+        grad: Literal["fused", "ordinary"] = "fused",
+        *,
+        task_splits: int = 2,
+        batch_dim: Literal[0, 1] = 0,
+        check_every: int = 100,
+        allow_stale: bool = False,
+        max_dropped_in_row: int = 10,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        if projection is not None:
+            raise ValueError("projection must be None: this version measures exact influence only")
+        _require_choice("reduction", reduction, ("mean", "sum"))
+        _require_choice("grad", grad, ("fused", "ordinary"))
+        _require_choice("batch_dim", batch_dim, (0, 1))
+        _require_count("task_splits", task_splits, 1)
+        _require_count("check_every", check_every, 0)
+        _require_count("max_dropped_in_row", max_dropped_in_row, 1)
+        self.model = model
+        self.domain_names = _names("domains", domains)
+        self.task_names = _names("tasks", tasks)
+        self.preconditioner = make_preconditioner(preconditioner)
+        self.optimizer = optimizer
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.reduction, self.grad = reduction, grad
+        self.task_splits, self.batch_dim, self.check_every = task_splits, batch_dim, check_every
+        self.allow_stale, self.max_dropped_in_row = allow_stale, max_dropped_in_row
+        self.dropped = 0
+        self._estimator = Estimator(len(self.task_names), len(self.domain_names))
+        self._captured: set[str] = set()
+        self._open = False
+        self._passes = 0
+        self._dropped_in_row = 0
+        self._begin_tasks()
+        everything = [name for name, _ in self._trainable()]
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in everything):
+                raise ValueError(
+                    f"exclude pattern {pattern!r} matches no trainable parameter; there are: {', '.join(everything) or 'none'}"
+                )
+        if not self.parameters():
+            raise ValueError("model must have a trainable parameter that is not excluded")
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the parameters that influence covers, by name: trainable, not excluded."""
+        return {name: value for name, value in self._trainable() if not self._is_excluded(name)}
+
+    @contextmanager
+    def task(
+        self, name: str, mask: Tensor | int | None = None, normalizer: float | None = None, *, scaler: Any = None
+    ) -> Iterator[None]:
+        """Add one batch of a task: run forward and backward inside, any number of times before the first `domains`.
+
+        ``p.grad`` is untouched: what it held (None included) is back afterwards. Needs as much memory as one gradient.
+
+        Parameters
+        ----------
+        name : str
+        mask : bool [B, S] or [B], int, or None
+            Where the logits enter the loss, or how many positions do; None = all. `shifted_mask` makes it for models
+            that shift labels themselves.
+        normalizer : float, optional
+            What the sum of the token losses was divided by; default: the target tokens for reduction "mean", 1 for "sum".
+        scaler : torch.amp.GradScaler, optional
+            If the loss was scaled by it.
+
+        Raises
+        ------
+        ValueError
+            If the task is unknown, or the mask disagrees with the cross-entropy that the model called.
+        RuntimeError
+            If the queries are frozen already (call `refresh`), weights changed since the first task, or no backward ran.
+        FloatingPointError
+            If the gradient is not finite and no scaler explains it.
+        """
+        index = self._index_of("task", name, self.task_names)
+        self._require_idle()
+        if self._queries is not None:
+            raise RuntimeError("the queries are frozen since the first domains(...): call engine.refresh() before new tasks")
+        labels = RowLabels(0, 1, self.batch_dim)
+        check_mask(mask, labels)
+        scale = _loss_scale(normalizer, scaler)
+        parameters = self.parameters()
+        self._check_parameters(parameters)
+        self._check_weights(parameters, "the first task")
+        capture = Capture(self.model, parameters, None, fused=False)
+        with ExitStack() as stack:
+            self._enter(stack)
+            stack.enter_context(gradients_set_aside(self.model))
+            stack.enter_context(without_synchronisation(self.model))
+            seen = stack.enter_context(watch_losses())
+            stack.enter_context(capture.open())
+            yield
+            self._check_weights(parameters, "this task began (an optimizer steps inside the backward?)")
+            gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+            if not gradients:
+                raise RuntimeError(f"no gradient reached a parameter inside task({name!r}): run loss.backward() in it")
+            tokens = count_target_tokens(labels, mask, capture.rows)
+            self._check_targets(tokens, seen, mask)
+            if self._drop_if_not_finite(_all_finite(gradients.values()), f"task {name!r}", scaler):
+                return
+            self._add_task(index, gradients, float(tokens[0]), scale(float(tokens[0]), self.reduction))
+
+    @contextmanager
+    def domains(
+        self, ids: Ids, mask: Tensor | int | None = None, normalizer: float | None = None, *, scaler: Any = None
+    ) -> Iterator[None]:
+        """Measure one micro-batch of domain data: run its forward and its backward inside.
+
+        The backward is the ordinary one: ``p.grad`` accumulates as usual, and with it comes the influence of every domain in the batch. The first
+        call freezes the queries. The cost is one pass of the kernel per linear layer instead of the weight-gradient product.
+
+        Parameters
+        ----------
+        ids : str, int, int [B] or [B, S], or a sequence of B names or indices
+            The domain of the batch, of every sequence, or of every position. Per position is exact only where attention does not
+            cross documents.
+        mask : bool [B, S] or [B], int, or None
+            Where the logits enter the loss; None = at all positions. A count is enough for a batch of one domain.
+        normalizer : float, optional
+            What the sum of the token losses was divided by, accumulation steps included; default: the target tokens of
+            this batch for reduction "mean", 1 for "sum".
+        scaler : torch.amp.GradScaler, optional
+            If the loss was scaled by it; then a micro-batch that is not finite is dropped and counted.
+
+        Raises
+        ------
+        ValueError
+            If an id is unknown, the rows of an activation do not match the ids, or the mask disagrees with the cross-entropy.
+        RuntimeError
+            If a task has no batch yet, weights changed since the queries froze, or no backward ran inside.
+        UncapturedParameterError
+            If a trainable parameter got a gradient without being captured.
+        ConservationError
+            If what was captured of a parameter is not what its gradient holds.
+        FloatingPointError
+            If the result is not finite and no scaler explains it, or too often in a row.
+        """
+        self._require_idle()
+        labels = self._labels(ids, mask)
+        check_mask(mask, labels)
+        scale = _loss_scale(normalizer, scaler)
+        parameters = self.parameters()
+        self._check_parameters(parameters)
+        if self._queries is None:
+            self._freeze(parameters)
+        if not self.allow_stale:
+            self._check_weights(parameters, "the queries froze")
+        versions = _versions(parameters)
+        queries = self._queries or {}
+        checking = self.check_every > 0 and self._passes % self.check_every == 0
+        before = {name: _gradient_mark(p, checking) for name, p in parameters.items()}
+        recorder = Recorder(labels, queries)
+        capture = Capture(self.model, parameters, recorder, fused=self.grad == "fused")
+        with ExitStack() as stack:
+            self._enter(stack)
+            seen = stack.enter_context(watch_losses())
+            stack.enter_context(capture.open())
+            yield
+        if _versions(parameters) != versions:
+            raise RuntimeError("weights changed inside domains(...): an optimizer that steps inside the backward is not supported")
+        self._check_captured(parameters, before, recorder)
+        tokens = count_target_tokens(labels, mask, capture.rows)
+        self._check_targets(tokens, seen, mask)
+        products = sum(recorder.sums.values()).cpu().numpy() * scale(float(tokens.sum()), self.reduction)  # type: ignore[union-attr]
+        if self._drop_if_not_finite(bool(np.isfinite(products).all()), "a micro-batch of domains", scaler):
+            return
+        if checking:
+            kept = {name: mark[0] for name, mark in before.items()}
+            low = any(p.dtype in _HALF for p in parameters.values()) or recorder.saw_half
+            check_conservation(recorder.sums, queries, kept, parameters, 2e-2 if low else 1e-3)
+        self._estimator.add(products, tokens)
+        self._captured |= set(recorder.sums)
+        self._passes += 1
+        if self._passes == 1:
+            coverage = self.coverage()
+            _LOG.log(logging.INFO if coverage.share == 1 else logging.WARNING, "%s", coverage)
+
+    def matrix(self) -> InfluenceMatrix:
+        """Return the influence measured so far, [n tasks, m domains], with its standard errors.
+
+        A domain never measured is NaN. ``stderr`` is NaN where a domain or a task had fewer than two micro-batches.
+        """
+        settings = {
+            "preconditioner": self.preconditioner.name,
+            "task_splits": self.task_splits,
+            "excluded": [name for name, _ in self._trainable() if self._is_excluded(name)],
+            "reference_lr": getattr(self.preconditioner, "reference_lr", None),
+        }
+        return self._estimator.matrix(self.task_names, self.domain_names, self.dropped, settings)
+
+    def coverage(self) -> Coverage:
+        """Tell which trainable parameters the influence covers; ``print(engine.coverage())`` gives one line."""
+        captured, excluded, silent = {}, {}, {}
+        for name, parameter in self._trainable():
+            part = excluded if self._is_excluded(name) else captured if name in self._captured else silent
+            part[name] = parameter.numel()
+        return Coverage(captured, excluded, silent)
+
+    def verify(
+        self, loss_per_row: Callable[[nn.Module, Any], Tensor], batch: Any, ids: Ids, cells: int = 4, seed: int = 0
+    ) -> Verification:
+        """Recompute random cells on one batch by forward-mode derivatives in float64, independently of the capture.
+
+        The batch is captured once more for the comparison; nothing of it enters the matrix, and ``p.grad`` is untouched. Switch dropout off
+        before (``model.eval()``). Costs float64 copies of the parameters and a few passes over the batch.
+
+        Parameters
+        ----------
+        loss_per_row : callable (model, batch) -> Tensor [B] or [B, S]
+            The loss of every sequence or position, of the same shape as the ids.
+        batch : any nesting of tensors
+        ids : int [B] or [B, S], or a sequence of B names or indices
+        cells : int
+            How many (task, domain) cells to recompute, among the domains in the batch.
+        seed : int
+            Which cells.
+
+        Returns
+        -------
+        Verification
+            ``max_error`` is the largest |difference| / (|q_i| |g_j|): about 1e-7 for a float32 model that is covered rightly.
+
+        Raises
+        ------
+        RuntimeError
+            If no queries are frozen yet.
+        """
+        self._require_idle()
+        _require_count("cells", cells, 1)
+        if self._queries is None:
+            raise RuntimeError("verify needs frozen queries: run task(...) for every task and one domains(...) first")
+        labels = self._labels(ids, None)
+        if not isinstance(labels.ids, Tensor):
+            raise ValueError("ids must name the domain of every row for verify: pass a tensor of shape [B] or [B, S]")
+        parameters = self.parameters()
+        queries = {name: self._by_task(value) for name, value in self._queries.items()}
+        recorder = Recorder(labels, queries)
+        with gradients_set_aside(self.model), without_synchronisation(self.model):
+            with Capture(self.model, parameters, recorder, fused=self.grad == "fused").open():
+                loss_per_row(self.model, batch).sum().backward()
+            captured = sum(recorder.sums.values()).cpu()  # type: ignore[union-attr]
+        present = sorted(set(labels.ids.flatten().tolist()))
+        every = [(task, domain) for task in range(len(self.task_names)) for domain in present]
+        order = np.random.default_rng(seed).permutation(len(every))[:cells]
+        chosen = sorted(every[each] for each in order)
+        found = recompute_cells(self.model, loss_per_row, batch, labels.ids, parameters, queries, chosen)
+        return Verification(
+            tuple(
+                Cell(
+                    self.task_names[task],
+                    self.domain_names[domain],
+                    float(captured[task, domain]),
+                    value,
+                    abs(float(captured[task, domain]) - value) / length if length > 0 else 0.0,
+                )
+                for (task, domain), (value, length) in zip(chosen, found, strict=True)
+            )
+        )
+
+    def refresh(self) -> None:
+        """Forget the queries, so that tasks can be measured at new weights; the influence measured so far is kept."""
+        self._require_idle()
+        self._estimator.end_round()
+        self._begin_tasks()
+
+    def reset(self) -> None:
+        """Forget everything that was measured."""
+        self._require_idle()
+        self._estimator.reset()
+        self.dropped = self._dropped_in_row = 0
+        self._begin_tasks()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured as plain JSON types; queries are not part of it: a resumed run measures its tasks anew."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "tasks": list(self.task_names),
+            "domains": list(self.domain_names),
+            "preconditioner": self.preconditioner.name,
+            "dropped": self.dropped,
+            "captured": sorted(self._captured),
+            "estimator": self._estimator.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; queries must be measured anew.
+
+        Raises
+        ------
+        ValueError
+            If the state is of another kind or version, or of other tasks, domains or preconditioner; nothing changes then.
+        """
+        self._require_idle()
+        expected = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "tasks": list(self.task_names),
+            "domains": list(self.domain_names),
+            "preconditioner": self.preconditioner.name,
+        }
+        for name, value in expected.items():
+            if state.get(name) != value:
+                raise ValueError(f"state {name!r} must be {value!r}; got {state.get(name)!r}")
+        for name in ("dropped", "captured", "estimator"):
+            if name not in state:
+                raise ValueError(f"state lacks {name!r}")
+        self._estimator.load_state_dict(state["estimator"])
+        self.dropped, self._captured = int(state["dropped"]), set(state["captured"])
+        self._begin_tasks()
+
+    def _begin_tasks(self) -> None:
+        self._queries: dict[str, Tensor] | None = None
+        self._owners: list[int] = []
+        self._weights: list[float] = []
+        self._versions: dict[str, tuple[int, int]] | None = None
+        self._batches = [0] * len(self.task_names)
+        # By (task, split): the sum of the gradients of the token losses, and how many tokens.
+        self._task_sums: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._task_tokens: dict[tuple[int, int], float] = {}
+
+    def _add_task(self, task: int, gradients: Mapping[str, Tensor], tokens: float, factor: float) -> None:
+        key = task, self._batches[task] % self.task_splits
+        sums = self._task_sums.setdefault(key, {})
+        for name, gradient in gradients.items():
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            if name not in sums:
+                dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
+                sums[name] = torch.zeros(dense.shape, dtype=dtype, device=dense.device)
+            sums[name].add_(dense, alpha=factor)
+        self._task_tokens[key] = self._task_tokens.get(key, 0.0) + tokens
+        self._batches[task] += 1
+
+    def _freeze(self, parameters: Mapping[str, Tensor]) -> None:
+        """Turn the task gradients into queries, parameter by parameter, freeing as it goes."""
+        unmeasured = [name for name, count in zip(self.task_names, self._batches, strict=True) if not count]
+        if unmeasured:
+            raise RuntimeError(f"tasks come first: run engine.task(...) for {', '.join(map(repr, unmeasured))} before domains(...)")
+        self.preconditioner.prepare(parameters, self.optimizer)
+        keys = sorted(key for key, tokens in self._task_tokens.items() if tokens > 0)
+        without = sorted({self.task_names[task] for task in range(len(self.task_names))} - {self.task_names[k[0]] for k in keys})
+        if without:
+            raise RuntimeError(f"tasks {', '.join(map(repr, without))} have no target token: check their masks")
+        totals = {task: sum(self._task_tokens[key] for key in keys if key[0] == task) for task, _ in keys}
+        queries: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            means = parameter.new_zeros((len(keys), *parameter.shape), dtype=dtype)
+            for row, key in zip(means, keys, strict=True):
+                total = self._task_sums[key].pop(name, None)
+                if total is not None:
+                    torch.div(total, self._task_tokens[key], out=row)
+            queries[name] = self.preconditioner.apply(name, means)
+        self._queries = queries
+        self._owners = [task for task, _ in keys]
+        self._weights = [self._task_tokens[key] / totals[key[0]] for key in keys]
+        self._estimator.begin_round(self._owners, self._weights)
+        self._task_sums.clear()
+
+    def _by_task(self, queries: Tensor) -> Tensor:
+        """Combine the splits [q, *shape] of every task into its one query, [n, *shape]."""
+        weights = queries.new_tensor(self._weights).reshape(-1, *(1,) * (queries.ndim - 1))
+        owners = torch.tensor(self._owners, device=queries.device)
+        return queries.new_zeros(len(self.task_names), *queries.shape[1:]).index_add_(0, owners, weights * queries)
+
+    def _labels(self, ids: Ids, mask: Tensor | int | None) -> RowLabels:
+        length = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if isinstance(ids, str) or (isinstance(ids, int) and not isinstance(ids, bool)):
+            return RowLabels(self._domain(ids), len(self.domain_names), self.batch_dim, length)
+        if isinstance(ids, Sequence):
+            ids = torch.tensor([self._domain(each) for each in ids], dtype=torch.int64)
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"ids must be a domain's name or index, or an int tensor [B] or [B, S]; got {got}")
+        if ids.ndim not in (1, 2) or not ids.numel():
+            raise ValueError(f"ids must have shape [B] or [B, S] and not be empty; got {list(ids.shape)}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= len(self.domain_names):
+            raise ValueError(f"ids must lie in 0 ... {len(self.domain_names) - 1}; got values from {low} to {high}")
+        return RowLabels(ids, len(self.domain_names), self.batch_dim, length)
+
+    def _domain(self, given: str | int) -> int:
+        if isinstance(given, str):
+            return self._index_of("domain", given, self.domain_names)
+        if not 0 <= given < len(self.domain_names):
+            raise ValueError(f"ids must lie in 0 ... {len(self.domain_names) - 1}; got {given}")
+        return int(given)
+
+    @staticmethod
+    def _index_of(kind: str, name: str, names: tuple[str, ...]) -> int:
+        if name not in names:
+            raise ValueError(f"unknown {kind} {name!r}; the {kind}s are {', '.join(names)}")
+        return names.index(name)
+
+    def _trainable(self) -> Iterator[tuple[str, Tensor]]:
+        model = self.model
+        # The names are those of the innermost model, whatever wraps it now.
+        while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+            model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                yield canonical_name(name), parameter
+
+    def _is_excluded(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def _require_idle(self) -> None:
+        if self._open:
+            raise RuntimeError("another context of this engine is open: leave it first")
+
+    def _enter(self, stack: ExitStack) -> None:
+        def leave() -> None:
+            self._open = False
+
+        self._open = True
+        stack.callback(leave)
+
+    @staticmethod
+    def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise RuntimeError(
+                    f"{name!r} has a post-accumulate-grad hook: an optimizer that steps inside the backward is not supported; "
+                    "remove the hook while measuring"
+                )
+            if type(parameter).__name__ == "DTensor":
+                raise TypeError(f"{name!r} is sharded (DTensor), which this version does not support")
+
+    def _check_weights(self, parameters: Mapping[str, Tensor], since: str) -> None:
+        versions = _versions(parameters)
+        if self._versions is None:
+            self._versions = versions
+        if versions != self._versions:
+            raise RuntimeError(
+                f"weights changed since {since}: task and domain gradients must belong to the same weights. Call engine.refresh() and "
+                "measure the tasks again after every optimizer step (or allow_stale=True for domains, at your own risk)"
+            )
+
+    def _check_captured(
+        self, parameters: Mapping[str, Tensor], before: Mapping[str, tuple[Any, Any]], recorder: Recorder
+    ) -> None:
+        touched = [name for name, p in parameters.items() if _gradient_mark(p, False)[1] != before[name][1]]
+        if not touched:
+            raise RuntimeError("no gradient reached a parameter inside domains(...): run loss.backward() in it")
+        missed = [name for name in touched if name not in recorder.sums]
+        if missed:
+            raise UncapturedParameterError(
+                f"gradients reached {', '.join(map(repr, missed))} in a way that was not captured (a fused kernel, a recurrent layer, or a "
+                f"reference kept outside the module). Leave them out with exclude={missed!r}, and their influence counts as zero"
+            )
+
+    def _check_targets(self, tokens: NDArray[np.float64], seen: SeenLosses, mask: Tensor | int | None) -> None:
+        counted = int(tokens.sum())
+        if counted == 0:
+            raise ValueError("the batch has no target token: check the mask")
+        if seen.targets is not None and seen.targets != counted:
+            source = "mask=None counts every position" if mask is None else "the mask counts"
+            raise ValueError(
+                f"the cross-entropy had {seen.targets} target tokens, but {source}: {counted}. Pass mask=, True where the logits enter "
+                "the loss; tikmix_fast.shifted_mask(labels) makes it for models that shift labels themselves"
+            )
+
+    def _drop_if_not_finite(self, finite: bool, what: str, scaler: Any) -> bool:
+        if finite:
+            self._dropped_in_row = 0
+            return False
+        if scaler is None:
+            raise FloatingPointError(f"{what} gave gradients that are not finite; nothing of it was kept")
+        self.dropped += 1
+        self._dropped_in_row += 1
+        if self._dropped_in_row >= self.max_dropped_in_row:
+            raise FloatingPointError(
+                f"{what} gave gradients that are not finite, {self._dropped_in_row} times in a row: the scaler does not recover"
+            )
+        return True
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _versions(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Return what changes whenever an optimizer writes a parameter or it is moved."""
+    return {name: (parameter._version, parameter.data_ptr()) for name, parameter in parameters.items()}
+
+
+def _gradient_mark(parameter: Tensor, keep: bool) -> tuple[Tensor | None, tuple[int, int] | None]:
+    """Return a copy of the gradient if it is to be kept, and what tells whether it was touched."""
+    gradient = parameter.grad
+    if gradient is None:
+        return None, None
+    return gradient.detach().clone() if keep else None, (id(gradient), gradient._version)
+
+
+def _all_finite(gradients: Any) -> bool:
+    return bool(torch.stack([torch.isfinite(_values(each)).all().cpu() for each in gradients]).all())
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _loss_scale(normalizer: float | None, scaler: Any) -> Callable[[float, str], float]:
+    """Return a function of (target tokens, reduction) that undoes what the summed token losses were divided by."""
+    if normalizer is not None and not (np.isfinite(normalizer) and normalizer > 0):
+        raise ValueError(f"normalizer must be a positive number; got {normalizer!r}")
+    if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler; got {type(scaler).__name__}")
+    # Read before the step: update() may change the scale afterwards.
+    scaled = 1.0 if scaler is None else float(scaler.get_scale())
+
+    def factor(tokens: float, reduction: str) -> float:
+        divided = normalizer if normalizer is not None else (tokens if reduction == "mean" else 1.0)
+        return float(divided) / scaled
+
+    return factor
+
+
+def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names) or not len(names):
+        raise ValueError(f"{argument} must be a sequence of non-empty names; got {names!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{argument} must be unique; got {list(names)!r}")
+    return tuple(names)
+
+
+def _require_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _require_count(argument: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{argument} must be an int of at least {least}; got {value!r}")

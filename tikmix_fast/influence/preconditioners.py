@@ -1,0 +1,105 @@
+"""P, the approximate inverse curvature that turns task gradients into queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from tikmix_fast.influence.optimizer_state import AdamMoment, read_adam
+
+__all__ = ["Adam", "Identity", "Preconditioner", "make_preconditioner"]
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """Turn task gradients into queries; write your own with these two methods.
+
+    ``prepare`` is called once per refresh, when the queries freeze; ``apply`` then once per parameter with the stacked task
+    gradients [q, *shape], which it may change in place, and returns the queries, of the same shape.
+    """
+
+    name: str
+
+    def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
+        """Read what is needed at the current weights."""
+
+    def apply(self, name: str, gradients: Tensor) -> Tensor:
+        """Return P applied to the gradients [q, *shape] of one parameter."""
+
+
+class Identity:
+    """P = I: influence is the plain inner product of gradients (as in DoGE and DGA).
+
+    Examples
+    --------
+    >>> import torch
+    >>> Identity().apply("weight", torch.ones(1, 2))
+    tensor([[1., 1.]])
+    """
+
+    name = "identity"
+
+    def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
+        """Need nothing."""
+
+    def apply(self, name: str, gradients: Tensor) -> Tensor:
+        """Return the gradients as they are."""
+        return gradients
+
+
+class Adam:
+    """P = lr / lr_ref / (sqrt(v / (1 - beta2^t)) + eps), elementwise, as the run's own optimizer would scale a step.
+
+    v and t are the optimizer's when the queries freeze; lr is the parameter group's, lr_ref the largest of all groups. No momentum, no
+    weight decay, no clipping; with amsgrad v is the running maximum. The optimizer is read, never changed.
+
+    With it S is the decrease of a task's loss per unit step along P times the domain's mean gradient, with v frozen. A real Adam step
+    on that domain moves v as well, so its decrease is smaller by a common factor.
+    """
+
+    name = "adam"
+
+    def __init__(self) -> None:
+        self._moments: dict[str, AdamMoment] = {}
+        self.reference_lr = 0.0
+
+    def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
+        """Read v, t and the groups' settings of every parameter; see `optimizer_state.read_adam` for what is raised."""
+        if optimizer is None:
+            raise ValueError(
+                "preconditioner='adam' needs optimizer=: the torch.optim.Adam or AdamW that trains the model, or its state dict "
+                "with names; or use preconditioner='identity'"
+            )
+        self._moments = read_adam(optimizer, parameters)
+        self.reference_lr = max((moment.lr for moment in self._moments.values()), default=0.0)
+
+    def apply(self, name: str, gradients: Tensor) -> Tensor:
+        """Return the gradients [q, *shape] scaled elementwise, in place."""
+        moment = self._moments[name]
+        denominator = moment.denominator().to(gradients.device, gradients.dtype)
+        # All rates zero, as before a warm-up: the ratio of rates has no meaning, and equal ones cancel.
+        ratio = moment.lr / self.reference_lr if self.reference_lr > 0 else 1.0
+        return gradients.div_(denominator).mul_(ratio)
+
+
+def make_preconditioner(choice: str | Preconditioner) -> Preconditioner:
+    """Return the preconditioner of that name, or the object itself.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    TypeError
+        If it is neither a name nor a `Preconditioner`.
+    """
+    if isinstance(choice, str):
+        known = {"identity": Identity, "adam": Adam}
+        if choice not in known:
+            raise ValueError(f"preconditioner must be one of {', '.join(known)} or a Preconditioner; got {choice!r}")
+        made: Preconditioner = known[choice]()
+        return made
+    if not isinstance(choice, Preconditioner) or isinstance(choice, type):
+        raise TypeError(f"preconditioner must be a name or have prepare, apply and name; got {choice!r}")
+    return choice
