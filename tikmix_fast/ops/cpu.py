@@ -1,24 +1,88 @@
-"""The native CPU backend: hands pointers, sizes and strides to `tikmix_fast._cpu`."""
+"""The native CPU backend: hands addresses, sizes and strides to `tikmix_fast._cpu`."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import os
 
-from tikmix_fast.ops.checks import Arguments
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from tikmix_fast.ops.checks import Arguments, check_order, describe, domain_bounds
+
+try:  # after torch, so that both use the one OpenMP runtime that torch brings
+    from tikmix_fast import _cpu
+except ImportError as error:
+    _missing: str | None = f"the native module tikmix_fast._cpu cannot be imported ({error}); reinstall tikmix_fast"
+else:
+    _missing = None
 
 __all__ = ["group_influence", "refusal", "unavailable"]
+
+INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def unavailable() -> str | None:
     """Return why the native kernel cannot be used here, or None."""
-    return "the native module tikmix_fast._cpu is not built"
+    return _missing
 
 
 def refusal(arguments: Arguments) -> str | None:
     """Return why the native kernel cannot take this call, or None."""
+    for name in ("input", "grad_output", "queries", "grad_weight"):
+        tensor: Tensor | None = getattr(arguments, name)
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"{name} is on {tensor.device}, not on the CPU"
+        if tensor.dtype not in _DTYPE_CODES:
+            return f"{name} is neither float32 nor bfloat16 but {describe(tensor)}"
     return None
+
+
+def _instruction_set() -> str:
+    usable = _cpu.instruction_sets()
+    forced = os.environ.get(INSTRUCTION_SET_VARIABLE)
+    if not forced:
+        return usable[0]
+    if forced not in usable:
+        raise ValueError(f"{INSTRUCTION_SET_VARIABLE} must be one of {', '.join(usable)} on this machine; got {forced!r}")
+    return forced
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:
+    row_stride, column_stride = tensor.stride()[-2:]
+    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], row_stride, column_stride
 
 
 def group_influence(arguments: Arguments) -> Tensor:
     """Compute ``tikmix_fast.ops.group_influence`` in native code."""
-    raise NotImplementedError
+    input, grad_output, offsets, queries, order, grad_weight = arguments
+    rows = input.shape[0]
+    domains = len(domain_bounds(offsets, rows)) - 1
+    check_order(order, rows)
+    # The kernel takes any strides of the other tensors; queries are read m times, so their columns must be contiguous.
+    if queries.stride(-1) != 1:
+        queries = queries.contiguous()
+    offsets = offsets.contiguous()
+    order = None if order is None else order.contiguous()
+    tasks, height, width = queries.shape
+    values = torch.empty(tasks, domains, dtype=torch.float64)
+    _cpu.group_influence(
+        instruction_set=_instruction_set(),
+        threads=torch.get_num_threads(),
+        sizes=(rows, height, width, domains, tasks),
+        input=_matrix(input),
+        grad_output=_matrix(grad_output),
+        queries=_matrix(queries),
+        query_stride=queries.stride(0),
+        offsets=offsets.data_ptr(),
+        order=0 if order is None else order.data_ptr(),
+        grad_weight=None if grad_weight is None else _matrix(grad_weight),
+        values=values.data_ptr(),
+    )
+    if grad_weight is not None:
+        increment_version(grad_weight)  # autograd did not see the write
+    return values

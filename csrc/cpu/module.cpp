@@ -1,0 +1,85 @@
+// The Python module _cpu. It knows no torch: the caller has checked shapes, dtypes and bounds, and keeps the memory
+// alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "group_influence.h"
+
+namespace py = pybind11;
+using tikmix_fast::Element;
+using tikmix_fast::Kernel;
+using tikmix_fast::Matrix;
+
+namespace {
+
+using Address = uintptr_t;
+// (address, dtype code, row stride, column stride)
+using MatrixArgument = std::array<int64_t, 4>;
+
+template <class T>
+T* pointer(int64_t address) {
+    return reinterpret_cast<T*>(static_cast<Address>(address));
+}
+
+Matrix to_matrix(const MatrixArgument& argument) {
+    if (argument[1] != 0 && argument[1] != 1) throw std::invalid_argument("dtype code must be 0 or 1");
+    return {pointer<void>(argument[0]), static_cast<Element>(argument[1]), argument[2], argument[3]};
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernel& kernel : tikmix_fast::usable_kernels()) names.emplace_back(kernel.name);
+    return names;
+}
+
+Kernel kernel_named(const std::string& name) {
+    for (const Kernel& kernel : tikmix_fast::usable_kernels()) {
+        if (name == kernel.name) return kernel;
+    }
+    throw std::invalid_argument("no such instruction set here: " + name);
+}
+
+void group_influence(const std::string& instruction_set, int threads, const std::array<int64_t, 5>& sizes,
+                     const MatrixArgument& input, const MatrixArgument& grad_output, const MatrixArgument& queries,
+                     int64_t query_stride, int64_t offsets, int64_t order,
+                     const std::optional<MatrixArgument>& grad_weight, int64_t values) {
+    const Kernel kernel = kernel_named(instruction_set);
+    tikmix_fast::Problem problem{};
+    problem.rows = sizes[0];
+    problem.height = sizes[1];
+    problem.width = sizes[2];
+    problem.domains = sizes[3];
+    problem.tasks = sizes[4];
+    problem.input = to_matrix(input);
+    problem.grad_output = to_matrix(grad_output);
+    problem.queries = to_matrix(queries);
+    problem.query_stride = query_stride;
+    problem.offsets = pointer<const int64_t>(offsets);
+    problem.order = pointer<const int64_t>(order);
+    if (grad_weight) problem.grad_weight = to_matrix(*grad_weight);
+    const py::gil_scoped_release release;
+    tikmix_fast::group_influence(problem, kernel, threads, pointer<double>(values));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    module.doc() = "Native CPU kernels of tikmix_fast, on addresses, sizes and strides.";
+    module.def("instruction_sets", &instruction_sets, "Names of the kernels this processor can run, best first.");
+    module.def("group_influence", &group_influence, py::kw_only(), py::arg("instruction_set"), py::arg("threads"),
+               py::arg("sizes"), py::arg("input"), py::arg("grad_output"), py::arg("queries"), py::arg("query_stride"),
+               py::arg("offsets"), py::arg("order"), py::arg("grad_weight"), py::arg("values"),
+               "Write the group influence [n, m]; sizes are (T, O, I, m, n), matrices (address, dtype, row stride, "
+               "column stride).");
+#ifdef _OPENMP
+    module.attr("openmp") = true;
+#else
+    module.attr("openmp") = false;
+#endif
+}

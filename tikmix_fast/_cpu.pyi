@@ -1,0 +1,21 @@
+"""Native CPU kernels, on addresses, sizes and strides. A matrix is (address, dtype code, row stride, column stride)."""
+
+_Matrix = tuple[int, int, int, int]
+
+openmp: bool
+
+def instruction_sets() -> list[str]: ...
+def group_influence(
+    *,
+    instruction_set: str,
+    threads: int,
+    sizes: tuple[int, int, int, int, int],
+    input: _Matrix,
+    grad_output: _Matrix,
+    queries: _Matrix,
+    query_stride: int,
+    offsets: int,
+    order: int,
+    grad_weight: _Matrix | None,
+    values: int,
+) -> None: ...
