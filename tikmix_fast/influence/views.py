@@ -104,12 +104,15 @@ class ParameterView(torch.Tensor):
         build = self.build
         if build is None:
             return lifted
-        values = [source.value.to(lifted.dtype) for source in self.sources]
-
-        def of_source(value: Tensor) -> Tensor:
-            return build(*values[:index], value, *values[index + 1 :])
-
-        return torch.stack([torch.func.jvp(of_source, (values[index],), (query,))[1] for query in lifted])
+        # Forward mode by two backward ones: unlike torch.func.jvp it works for every operation that has a derivative.
+        with torch.enable_grad():
+            values = [source.value.to(lifted.dtype).detach() for source in self.sources]
+            values[index].requires_grad_()
+            made = build(*values)
+            weights = torch.zeros_like(made, requires_grad=True)
+            (back,) = torch.autograd.grad(made, values[index], weights, create_graph=True)
+            pushed = [torch.autograd.grad(back, weights, query, retain_graph=True)[0] for query in lifted]
+        return torch.stack(pushed)
 
 
 def plain(value: Any) -> Any:
