@@ -410,11 +410,11 @@ class InfluenceEngine:
         for name, value in expected.items():
             if state.get(name) != value:
                 raise ValueError(f"state {name!r} must be {value!r}; got {state.get(name)!r}")
-        for name in ("dropped", "captured", "estimator"):
-            if name not in state:
-                raise ValueError(f"state lacks {name!r}")
-        self._estimator.load_state_dict(state["estimator"])
-        self.dropped, self._captured = int(state["dropped"]), set(state["captured"])
+        for name, kind in (("dropped", int), ("captured", list)):
+            if not isinstance(state.get(name), kind):
+                raise ValueError(f"state {name!r} must be of type {kind.__name__}; got {state.get(name)!r}")
+        self._estimator.load_state_dict(state.get("estimator", {}))
+        self.dropped, self._captured = state["dropped"], set(state["captured"])
         self._begin_tasks()
 
     def _begin_tasks(self) -> None:

@@ -138,10 +138,12 @@ class Estimator:
             "tokens_squared": (self.m,),
             **dict.fromkeys(("sum", "squares", "cross", "task_variance", "task_spread", "task_known"), (self.n, self.m)),
         }
+        if not isinstance(state, Mapping) or set(state) != set(shapes):
+            raise ValueError(f"state 'estimator' must be a mapping with {', '.join(shapes)}")
         read: dict[str, Any] = {}
         for name, shape in shapes.items():
             kind = {"microbatches": np.int64, "task_known": np.bool_}.get(name, np.float64)
-            read[name] = np.array(state[name] if name in state else None, dtype=kind if name in state else object)
+            read[name] = np.array(state[name], dtype=kind)
             if read[name].shape != shape:
                 raise ValueError(f"state {name!r} must have shape {shape}; got {read[name].shape}")
         for name, value in read.items():
