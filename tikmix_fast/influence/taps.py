@@ -25,8 +25,10 @@ class Tap(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.read(gradient, *ctx.saved_tensors)
-        return (gradient, None, *(None for _ in ctx.saved_tensors))
+        # Once only: checkpointing recomputes a saved tensor when it is unpacked, and then lets go of it.
+        saved = ctx.saved_tensors
+        ctx.read(gradient, *saved)
+        return (gradient, None, *(None for _ in saved))
 
 
 class Spread(torch.autograd.Function):
