@@ -1,0 +1,169 @@
+"""The demonstration: one model trained on a mixture that follows Group Influence, and its twin on a uniform one."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from tikmix_fast.data.corpora import Corpora, Sequences
+from tikmix_fast.mixture.tikmix_d import tikmix_d
+from tikmix_fast.training.arm import Arm
+from tikmix_fast.training.gpt import GPT
+from tikmix_fast.training.measuring import measure, rows_measured
+from tikmix_fast.training.results import ArmResult, Boundary, DemoResult
+from tikmix_fast.training.settings import DemoSettings
+
+__all__ = ["Progress", "demonstrate", "task_losses", "work"]
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done, and how much of `work` was done since the last call."""
+
+_EVALUATION_COST = 1 / 3
+"""Of one sequence, forward only, in sequences trained on."""
+
+_EVALUATION_ROWS = 32
+
+
+def demonstrate(settings: DemoSettings, corpora: Corpora, progress: Progress = lambda what, amount: None) -> DemoResult:
+    """Train both arms of one seed.
+
+    The first stage is uniform, and shared. From then on the first arm measures the influence of every domain on the
+    steered tasks at each stage boundary and goes on with the mixture that TiKMiX-D makes of it; the second arm goes on
+    with the uniform one. Both see the same number of tokens.
+
+    Parameters
+    ----------
+    settings : DemoSettings
+    corpora : Corpora
+    progress : callable, optional
+
+    Raises
+    ------
+    FloatingPointError
+        If a loss is no longer finite.
+    """
+    length = settings.model.length
+    domains = {name: Sequences(text, length) for name, text in corpora.domains.items()}
+    steered = {name: Sequences(corpora.tasks[name].measure, length) for name in corpora.steered}
+    reported = {name: Sequences(task.report, length) for name, task in corpora.tasks.items()}
+    random = np.random.default_rng([settings.seed, 1])
+    clock = _Clock()
+
+    arm = Arm(settings, domains)
+    followed = ArmResult(weights=[(0, _named(domains, arm.sampler.weights))])
+
+    def train_to(arm: Arm, until: int, result: ArmResult, what: str) -> None:
+        while arm.step < until:
+            with clock.measure("training"):
+                arm.train_step()
+            progress(what, settings.batch)
+            if arm.step in settings.evaluations:
+                with clock.measure("evaluating"):
+                    losses = task_losses(arm.model, reported, settings.curve_rows)
+                result.losses.append((arm.step, losses))
+                progress(what, _EVALUATION_COST * len(reported) * settings.curve_rows)
+        result.drawn = arm.drawn
+
+    def finish(arm: Arm, result: ArmResult) -> None:
+        with clock.measure("evaluating"):
+            result.final = task_losses(arm.model, reported)
+
+    train_to(arm, settings.boundaries[0], followed, "both arms")
+    twin = arm.branch()
+    uniform = ArmResult(losses=list(followed.losses), weights=list(followed.weights))
+    boundaries: list[Boundary] = []
+    for start, end in zip(settings.boundaries, (*settings.boundaries[1:], settings.steps), strict=True):
+        with clock.measure("measuring"):
+            matrix = measure(arm.model, arm.optimizer, domains, steered, settings, random)
+        progress("TiKMiX-D", rows_measured(settings, len(domains), len(steered)))
+        with clock.measure("solving"):
+            solution = tikmix_d(
+                matrix,
+                followed.weights[-1][1],
+                uniformity=settings.uniformity,
+                influence=settings.influence,
+                diversity=settings.diversity,
+                floor=settings.floor,
+                smoothing=settings.smoothing,
+            )
+        weights = _named(domains, solution.weights)
+        boundaries.append(Boundary(start, matrix, weights, solution.message, bool(solution.success)))
+        followed.weights.append((start, weights))
+        arm.set_weights(solution.weights)
+        train_to(arm, end, followed, "TiKMiX-D")
+    finish(arm, followed)
+    train_to(twin, settings.steps, uniform, "uniform")
+    finish(twin, uniform)
+
+    return DemoResult(
+        settings=settings,
+        tikmix=followed,
+        uniform=uniform,
+        boundaries=boundaries,
+        steered=corpora.steered,
+        held_out=corpora.held_out,
+        sources=corpora.sources,
+        text_bytes={name: len(text) for name, text in corpora.domains.items()},
+        missing=corpora.missing,
+        seconds=dict(clock.seconds),
+        rows={
+            "trained per arm": settings.steps * settings.batch,
+            "measured": len(boundaries) * rows_measured(settings, len(domains), len(steered)),
+        },
+    )
+
+
+def work(settings: DemoSettings, corpora: Corpora) -> float:
+    """Return what `demonstrate` reports to ``progress`` in all: about the cost in sequences trained on."""
+    shared = settings.boundaries[0]
+    evaluations = sum(1 if step <= shared else 2 for step in settings.evaluations)
+    return (
+        (2 * settings.steps - shared) * settings.batch
+        + evaluations * len(corpora.tasks) * settings.curve_rows * _EVALUATION_COST
+        + len(settings.boundaries) * rows_measured(settings, len(corpora.domains), len(corpora.steered))
+    )
+
+
+@torch.no_grad()
+def task_losses(model: GPT, tasks: Mapping[str, Sequences], rows: int | None = None) -> dict[str, float]:
+    """Return the mean cross-entropy in nats per byte of each task, on all of it or on ``rows`` sequences spread over it.
+
+    Raises
+    ------
+    FloatingPointError
+        If a loss is not finite.
+    """
+    losses = {}
+    for name, text in tasks.items():
+        chosen = text.all()
+        if rows is not None and rows < len(chosen):
+            chosen = chosen[torch.arange(rows) * len(chosen) // rows]
+        total = sum(float(model.loss(part)) * len(part) for part in chosen.split(_EVALUATION_ROWS))
+        losses[name] = total / len(chosen)
+        if not np.isfinite(losses[name]):
+            raise FloatingPointError(f"the loss of task {name!r} is {losses[name]}: lower the learning rate")
+    return losses
+
+
+def _named(domains: Mapping[str, Sequences], weights: np.ndarray[tuple[int], np.dtype[np.float64]]) -> dict[str, float]:
+    return dict(zip(domains, map(float, weights), strict=True))
+
+
+class _Clock:
+    """Add up wall time by kind of work."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def measure(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
