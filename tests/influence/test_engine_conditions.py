@@ -1,4 +1,4 @@
-"""The engine under what trainers do: autocast, activation checkpointing, compiled models, wrappers, half-precision weights."""
+"""The engine under what trainers do: autocast, checkpointing, compiled models, wrappers, half-precision weights."""
 
 from __future__ import annotations
 
@@ -79,7 +79,10 @@ def test_bfloat16_autocast(kit, kind, grad):
         engine = kit.measure(model, tasks, batches, 2, preconditioner="identity", grad=grad)
 
     def error(gradients):
-        squares = [((gradients[name].double() - p.grad).square().sum(), p.grad.square().sum()) for name, p in exact.named_parameters()]
+        squares = [
+            ((gradients[name].double() - p.grad).square().sum(), p.grad.square().sum())
+            for name, p in exact.named_parameters()
+        ]
         return float((sum(d for d, _ in squares) / sum(s for _, s in squares)).sqrt())
 
     eager = error(plain)

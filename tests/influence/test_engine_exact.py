@@ -135,7 +135,11 @@ def test_no_domain_count_changes_what_is_kept(kit):
     for n_domains in (2, 64):
         model, tasks = kit.make_model("zoo"), tasks_of(kit)
         engine = InfluenceEngine(
-            model, domains=[f"d{j}" for j in range(n_domains)], tasks=list(tasks), preconditioner="identity", check_every=0
+            model,
+            domains=[f"d{j}" for j in range(n_domains)],
+            tasks=list(tasks),
+            preconditioner="identity",
+            check_every=0,
         )
         for name, given in tasks.items():
             for batch in given:
@@ -152,7 +156,7 @@ def test_no_domain_count_changes_what_is_kept(kit):
 
 
 def test_fused_weight_gradients_are_computed_once(kit):
-    """In the backward of a linear layer the only products are that of its input's gradient and the kernel's own pass."""
+    """In a linear layer's backward the only products are that of its input's gradient and the kernel's own pass."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Products(TorchDispatchMode):

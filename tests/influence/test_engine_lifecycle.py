@@ -63,7 +63,10 @@ def test_nothing_is_left_behind(kit, model, fails):
         engine.refresh()
         if kind == "domains":
             run_task(kit, engine)
-        with pytest.raises(KeyError, match="mine"), engine.domains([0, 1, 1]) if kind == "domains" else engine.task("a"):
+        with (
+            pytest.raises(KeyError, match="mine"),
+            engine.domains([0, 1, 1]) if kind == "domains" else engine.task("a"),
+        ):
             body()
         assert state_of(model) == before
         assert torch.nn.functional.cross_entropy is cross_entropy
@@ -78,7 +81,7 @@ def test_nothing_is_left_behind(kit, model, fails):
 def test_tasks_come_first(kit, model):
     engine = InfluenceEngine(model, ["x"], ["a", "b"], preconditioner="identity")
     run_task(kit, engine)
-    with pytest.raises(RuntimeError, match="tasks come first.*'b'"), engine.domains("x"):
+    with pytest.raises(RuntimeError, match=r"tasks come first.*'b'"), engine.domains("x"):
         pass
 
 
@@ -198,8 +201,8 @@ def test_contexts_do_not_nest(kit, model):
     ("ids", "error", "match"),
     [
         ("w", ValueError, "unknown domain 'w'; the domains are x, y"),
-        (2, ValueError, "0 ... 1; got 2"),
-        (-1, ValueError, "0 ... 1; got -1"),
+        (2, ValueError, r"0 ... 1; got 2"),
+        (-1, ValueError, r"0 ... 1; got -1"),
         (True, TypeError, "ids must be"),
         (None, TypeError, "ids must be"),
         (1.5, TypeError, "ids must be"),
@@ -256,10 +259,10 @@ def test_a_wrong_mask_is_caught_by_the_cross_entropy(kit, model):
 
 def test_no_backward_inside(kit, model):
     engine = engine_for(model)
-    with pytest.raises(RuntimeError, match="run loss.backward"), engine.task("a"):
+    with pytest.raises(RuntimeError, match="no gradient reached"), engine.task("a"):
         model(kit.make_batch(1, 2, 8).x)
     run_task(kit, engine)
-    with pytest.raises(RuntimeError, match="run loss.backward"), engine.domains("x"):
+    with pytest.raises(RuntimeError, match="no gradient reached"), engine.domains("x"):
         model(kit.make_batch(1, 2, 8).x)
 
 
@@ -292,9 +295,9 @@ def test_not_finite(kit, model):
         ({"domains": "web"}, "domains"),
         ({"domains": ["x", "x"]}, "unique"),
         ({"tasks": ["a", ""]}, "tasks"),
-        ({"preconditioner": "newton"}, "adam.*newton"),
+        ({"preconditioner": "newton"}, r"adam.*newton"),
         ({"projection": 64}, "exact influence only"),
-        ({"reduction": "max"}, "mean.*max"),
+        ({"reduction": "max"}, r"mean.*max"),
         ({"grad": "no"}, "fused"),
         ({"exclude": ["nothing.*"]}, "matches no trainable parameter"),
         ({"exclude": "*"}, "not excluded"),
@@ -308,7 +311,7 @@ def test_bad_options(model, options, match):
 
 
 def test_bad_types(model):
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match=r"nn\.Module"):
         InfluenceEngine(lambda x: x, ["x"], ["a"])
     with pytest.raises(TypeError, match="preconditioner"):
         InfluenceEngine(model, ["x"], ["a"], preconditioner=3)
@@ -405,11 +408,11 @@ class DroppedPositions(nn.Module):
     ("kind", "error", "match"),
     [
         (Hidden, ConservationError, "'tokens.weight'"),
-        (Recurrent, UncapturedParameterError, "'cell.weight_ih_l0'.*exclude"),
-        (Attention, UncapturedParameterError, "attention.*multi_head_attention_forward.*exclude"),
-        (Convolution, UncapturedParameterError, "'mix.weight'.*conv1d"),
+        (Recurrent, UncapturedParameterError, r"'cell.weight_ih_l0'.*exclude"),
+        (Attention, UncapturedParameterError, r"attention.*multi_head_attention_forward.*exclude"),
+        (Convolution, UncapturedParameterError, r"'mix.weight'.*conv1d"),
         (OwnKernel, UncapturedParameterError, "'head.weight'"),
-        (DroppedPositions, UncapturedParameterError, "positions.*dropout"),
+        (DroppedPositions, UncapturedParameterError, r"positions.*dropout"),
     ],
 )
 def test_what_is_not_captured_is_refused_by_name(kit, kind, error, match):

@@ -105,7 +105,9 @@ def test_grad_scaler(kit, rows):
         with other.domains(piece.ids, mask=mask, normalizer=2.0 * int(mask.sum()), scaler=scaler):
             scaler.scale(kit.mean_loss(scaled, piece) / 2).backward()
     values = torch.as_tensor(engine.matrix().values)
-    torch.testing.assert_close(torch.as_tensor(other.matrix().values), values, rtol=1e-4, atol=1e-4 * float(values.abs().max()))
+    torch.testing.assert_close(
+        torch.as_tensor(other.matrix().values), values, rtol=1e-4, atol=1e-4 * float(values.abs().max())
+    )
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
@@ -129,7 +131,7 @@ def test_splits_of_a_task_do_not_change_its_influence(kit, rows, splits):
 
 @pytest.mark.parametrize("preconditioner", ["identity", "adam"])
 def test_a_small_step_lowers_the_loss_by_what_s_says(kit, preconditioner):
-    """theta - lr P g_j with v frozen, every group with its own lr: loss of task i falls by lr S_ij, the better the smaller lr."""
+    """theta - lr P g_j, v frozen, every group with its own lr: task i's loss falls by lr S_ij, as lr shrinks."""
     model = kit.make_model("gpt2").double()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -174,7 +176,9 @@ def test_a_small_step_lowers_the_loss_by_what_s_says(kit, preconditioner):
 def test_helpful_is_positive(kit):
     model = kit.make_model("gpt2")
     batch = kit.make_batch(3, 4, 10)
-    engine = kit.measure(model, {"same": [batch]}, [batch._replace(ids=torch.zeros(4, dtype=torch.int64))], 1, preconditioner="identity")
+    engine = kit.measure(
+        model, {"same": [batch]}, [batch._replace(ids=torch.zeros(4, dtype=torch.int64))], 1, preconditioner="identity"
+    )
     gradients = torch.autograd.grad(kit.mean_loss(model, batch), list(model.parameters()))
     squared = sum(float(g.double().square().sum()) for g in gradients)
     assert engine.matrix().values[0, 0] == pytest.approx(squared, rel=1e-5)

@@ -63,8 +63,8 @@ class Capture:
             for module in self._model.modules():
                 for attribute, parameter in module._parameters.items():
                     name = names.get(id(parameter))
-                    # An entry of the instance's own dictionary hides the parameter of that name without touching it, its
-                    # hooks, or the state dict.
+                    # An entry of the instance's own dictionary hides the parameter of that name without touching it,
+                    # its hooks, or the state dict.
                     if parameter is not None and name is not None and attribute not in vars(module):
                         if name not in views:
                             views[name] = ParameterView.make(parameter, self, (Source(name, parameter.detach()),))
@@ -97,7 +97,9 @@ class Capture:
         return rules.spread_view(self, view, shape)
 
 
-_PRODUCTS = frozenset((torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.addmm))
+_PRODUCTS = frozenset(
+    (torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.addmm)
+)
 
 
 def _eager() -> AbstractContextManager[Any]:
@@ -107,4 +109,5 @@ def _eager() -> AbstractContextManager[Any]:
     """
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -60,9 +60,12 @@ def check_conservation(
                     worst, worst_name = share, name
     if worst_name:
         raise ConservationError(
-            f"the captured influence of {worst_name!r} differs from its gradient by {worst:.2g} of |query| |gradient| (allowed: "
-            f"{tolerance:.0e}): one of its uses was not captured (a tied weight used through a reference kept outside its module, "
-            "say), or a hook changes its gradient. Use the parameter through its module, remove the hook while measuring, or "
+            f"the captured influence of {worst_name!r} differs from its gradient by {worst:.2g} of |query| "
+            f"|gradient| (allowed: "
+            f"{tolerance:.0e}): one of its uses was not captured (a tied weight used through a reference kept "
+            f"outside its module, "
+            "say), or a hook changes its gradient. Use the parameter through its module, remove the hook while "
+            "measuring, or "
             f"leave it out with exclude=[{worst_name!r}]"
         )
 

@@ -40,15 +40,17 @@ Ids = str | int | Tensor | Sequence[str] | Sequence[int]
 class InfluenceEngine:
     """Measure how much a small step on each domain lowers the loss of each task, at the current weights.
 
-    First every task runs forward and backward inside `task`, then batches of the domains (mixed or not) inside `domains`; `matrix` gives
-    S[i, j] = <P g_i, g_j> with g the mean gradient per target token (method: arXiv 2508.17677, Eq. 8, with the sign turned so
-    that positive helps). The domain side is one ordinary backward pass: its gradients land in ``p.grad`` as usual, so it may be the
-    training step itself. Memory: one gradient per task and split; nothing that grows with the number of domains.
+    First every task runs forward and backward inside `task`, then batches of the domains (mixed or not) inside
+    `domains`; `matrix` gives S[i, j] = <P g_i, g_j> with g the mean gradient per target token (method: arXiv
+    2508.17677, Eq. 8, with the sign turned so that positive helps). The domain side is one ordinary backward pass: its
+    gradients land in ``p.grad`` as usual, so it may be the training step itself. Memory: one gradient per task and
+    split; nothing that grows with the number of domains.
 
     Parameters
     ----------
     model : nn.Module
-        The outermost wrapper that is called (DistributedDataParallel, compiled, ...). Compiled models run as written inside the contexts.
+        The outermost wrapper that is called (DistributedDataParallel, compiled, ...). Compiled models run as written
+        inside the contexts.
     domains, tasks : sequence of str
         The columns and the rows of the matrix.
     preconditioner : "adam", "identity" or Preconditioner
@@ -62,11 +64,12 @@ class InfluenceEngine:
     reduction : "mean" or "sum"
         How the loss combines the target tokens of one batch; see ``normalizer`` of `domains` for anything else.
     grad : "fused" or "ordinary"
-        "fused": a linear layer's weight gradient comes from the influence kernel's own pass, as accurate as the ordinary one.
-        "ordinary": the product is computed a second time and ``p.grad`` is bit-identical to a backward without influence.
+        "fused": a linear layer's weight gradient comes from the influence kernel's own pass, as accurate as the
+        ordinary one. "ordinary": the product is computed a second time and ``p.grad`` is bit-identical to a backward
+        without influence.
     task_splits : int
-        Into how many splits a task's batches are dealt, to estimate the task side's own error (1: not estimated, ``stderr`` is NaN).
-        Costs that many gradients per task in memory.
+        Into how many splits a task's batches are dealt, to estimate the task side's own error (1: not estimated,
+        ``stderr`` is NaN). Costs that many gradients per task in memory.
     batch_dim : 0 or 1
         Where activations have their batch dimension: [B, S, ...] or [S, B, ...].
     check_every : int
@@ -143,7 +146,8 @@ class InfluenceEngine:
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in everything):
                 raise ValueError(
-                    f"exclude pattern {pattern!r} matches no trainable parameter; there are: {', '.join(everything) or 'none'}"
+                    f"exclude pattern {pattern!r} matches no trainable parameter; there are: "
+                    f"{', '.join(everything) or 'none'}"
                 )
         if not self.parameters():
             raise ValueError("model must have a trainable parameter that is not excluded")
@@ -167,7 +171,8 @@ class InfluenceEngine:
             Where the logits enter the loss, or how many positions do; None = all. `shifted_mask` makes it for models
             that shift labels themselves.
         normalizer : float, optional
-            What the sum of the token losses was divided by; default: the target tokens for reduction "mean", 1 for "sum".
+            What the sum of the token losses was divided by; default: the target tokens for reduction "mean", 1 for
+            "sum".
         scaler : torch.amp.GradScaler, optional
             If the loss was scaled by it.
 
@@ -176,14 +181,17 @@ class InfluenceEngine:
         ValueError
             If the task is unknown, or the mask disagrees with the cross-entropy that the model called.
         RuntimeError
-            If the queries are frozen already (call `refresh`), weights changed since the first task, or no backward ran.
+            If the queries are frozen already (call `refresh`), weights changed since the first task, or no backward
+            ran.
         FloatingPointError
             If the gradient is not finite and no scaler explains it.
         """
         index = self._index_of("task", name, self.task_names)
         self._require_idle()
         if self._queries is not None:
-            raise RuntimeError("the queries are frozen since the first domains(...): call engine.refresh() before new tasks")
+            raise RuntimeError(
+                "the queries are frozen since the first domains(...): call engine.refresh() before new tasks"
+            )
         labels = RowLabels(0, 1, self.batch_dim)
         check_mask(mask, labels)
         scale = _loss_scale(normalizer, scaler)
@@ -214,14 +222,15 @@ class InfluenceEngine:
     ) -> Iterator[None]:
         """Measure one micro-batch of domain data: run its forward and its backward inside.
 
-        The backward is the ordinary one: ``p.grad`` accumulates as usual, and with it comes the influence of every domain in the batch. The first
-        call freezes the queries. The cost is one pass of the kernel per linear layer instead of the weight-gradient product.
+        The backward is the ordinary one: ``p.grad`` accumulates as usual, and with it comes the influence of every
+        domain in the batch. The first call freezes the queries. The cost is one pass of the kernel per linear layer
+        instead of the weight-gradient product.
 
         Parameters
         ----------
         ids : str, int, int [B] or [B, S], or a sequence of B names or indices
-            The domain of the batch, of every sequence, or of every position. Per position is exact only where attention does not
-            cross documents.
+            The domain of the batch, of every sequence, or of every position. Per position is exact only where attention
+            does not cross documents.
         mask : bool [B, S] or [B], int, or None
             Where the logits enter the loss; None = at all positions. A count is enough for a batch of one domain.
         normalizer : float, optional
@@ -233,7 +242,8 @@ class InfluenceEngine:
         Raises
         ------
         ValueError
-            If an id is unknown, the rows of an activation do not match the ids, or the mask disagrees with the cross-entropy.
+            If an id is unknown, the rows of an activation do not match the ids, or the mask disagrees with the
+            cross-entropy.
         RuntimeError
             If a task has no batch yet, weights changed since the queries froze, or no backward ran inside.
         UncapturedParameterError
@@ -265,7 +275,9 @@ class InfluenceEngine:
             stack.enter_context(capture.open())
             yield
         if _versions(parameters) != versions:
-            raise RuntimeError("weights changed inside domains(...): an optimizer that steps inside the backward is not supported")
+            raise RuntimeError(
+                "weights changed inside domains(...): an optimizer that steps inside the backward is not supported"
+            )
         self._check_captured(parameters, before, recorder)
         tokens = count_target_tokens(labels, mask, capture.rows)
         self._check_targets(tokens, seen, mask)
@@ -298,7 +310,9 @@ class InfluenceEngine:
 
     def coverage(self) -> Coverage:
         """Tell which trainable parameters the influence covers; ``print(engine.coverage())`` gives one line."""
-        captured, excluded, silent = {}, {}, {}
+        captured: dict[str, int] = {}
+        excluded: dict[str, int] = {}
+        silent: dict[str, int] = {}
         for name, parameter in self._trainable():
             part = excluded if self._is_excluded(name) else captured if name in self._captured else silent
             part[name] = parameter.numel()
@@ -309,8 +323,9 @@ class InfluenceEngine:
     ) -> Verification:
         """Recompute random cells on one batch by forward-mode derivatives in float64, independently of the capture.
 
-        The batch is captured once more for the comparison; nothing of it enters the matrix, and ``p.grad`` is untouched. Switch dropout off
-        before (``model.eval()``). Costs float64 copies of the parameters and a few passes over the batch.
+        The batch is captured once more for the comparison; nothing of it enters the matrix, and ``p.grad`` is
+        untouched. Switch dropout off before (``model.eval()``). Costs float64 copies of the parameters and a few passes
+        over the batch.
 
         Parameters
         ----------
@@ -326,7 +341,8 @@ class InfluenceEngine:
         Returns
         -------
         Verification
-            ``max_error`` is the largest |difference| / (|q_i| |g_j|): about 1e-7 for a float32 model that is covered rightly.
+            ``max_error`` is the largest |difference| / (|q_i| |g_j|): about 1e-7 for a float32 model that is covered
+            rightly.
 
         Raises
         ------
@@ -379,7 +395,7 @@ class InfluenceEngine:
         self._begin_tasks()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was measured as plain JSON types; queries are not part of it: a resumed run measures its tasks anew."""
+        """Return what was measured as plain JSON types, without the queries: a resumed run measures its tasks anew."""
         return {
             "format": _FORMAT,
             "version": _VERSION,
@@ -397,7 +413,8 @@ class InfluenceEngine:
         Raises
         ------
         ValueError
-            If the state is of another kind or version, or of other tasks, domains or preconditioner; nothing changes then.
+            If the state is of another kind or version, or of other tasks, domains or preconditioner; nothing changes
+            then.
         """
         self._require_idle()
         expected = {
@@ -443,10 +460,14 @@ class InfluenceEngine:
         """Turn the task gradients into queries, parameter by parameter, freeing as it goes."""
         unmeasured = [name for name, count in zip(self.task_names, self._batches, strict=True) if not count]
         if unmeasured:
-            raise RuntimeError(f"tasks come first: run engine.task(...) for {', '.join(map(repr, unmeasured))} before domains(...)")
+            raise RuntimeError(
+                f"tasks come first: run engine.task(...) for {', '.join(map(repr, unmeasured))} before domains(...)"
+            )
         self.preconditioner.prepare(parameters, self.optimizer)
         keys = sorted(key for key, tokens in self._task_tokens.items() if tokens > 0)
-        without = sorted({self.task_names[task] for task in range(len(self.task_names))} - {self.task_names[k[0]] for k in keys})
+        without = sorted(
+            {self.task_names[task] for task in range(len(self.task_names))} - {self.task_names[k[0]] for k in keys}
+        )
         if without:
             raise RuntimeError(f"tasks {', '.join(map(repr, without))} have no target token: check their masks")
         totals = {task: sum(self._task_tokens[key] for key in keys if key[0] == task) for task, _ in keys}
@@ -528,7 +549,8 @@ class InfluenceEngine:
         for name, parameter in parameters.items():
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 raise RuntimeError(
-                    f"{name!r} has a post-accumulate-grad hook: an optimizer that steps inside the backward is not supported; "
+                    f"{name!r} has a post-accumulate-grad hook: an optimizer that steps inside the backward is not "
+                    f"supported; "
                     "remove the hook while measuring"
                 )
             if type(parameter).__name__ == "DTensor":
@@ -540,7 +562,8 @@ class InfluenceEngine:
             self._versions = versions
         if versions != self._versions:
             raise RuntimeError(
-                f"weights changed since {since}: task and domain gradients must belong to the same weights. Call engine.refresh() and "
+                f"weights changed since {since}: task and domain gradients must belong to the same weights. Call "
+                f"engine.refresh() and "
                 "measure the tasks again after every optimizer step (or allow_stale=True for domains, at your own risk)"
             )
 
@@ -553,8 +576,10 @@ class InfluenceEngine:
         missed = [name for name in touched if name not in recorder.sums]
         if missed:
             raise UncapturedParameterError(
-                f"gradients reached {', '.join(map(repr, missed))} in a way that was not captured (a fused kernel, a recurrent layer, or a "
-                f"reference kept outside the module). Leave them out with exclude={missed!r}, and their influence counts as zero"
+                f"gradients reached {', '.join(map(repr, missed))} in a way that was not captured (a fused kernel, a "
+                f"recurrent layer, or a "
+                f"reference kept outside the module). Leave them out with exclude={missed!r}, and their influence "
+                f"counts as zero"
             )
 
     def _check_targets(self, tokens: NDArray[np.float64], seen: SeenLosses, mask: Tensor | int | None) -> None:
@@ -564,7 +589,8 @@ class InfluenceEngine:
         if seen.targets is not None and seen.targets != counted:
             source = "mask=None counts every position" if mask is None else "the mask counts"
             raise ValueError(
-                f"the cross-entropy had {seen.targets} target tokens, but {source}: {counted}. Pass mask=, True where the logits enter "
+                f"the cross-entropy had {seen.targets} target tokens, but {source}: {counted}. Pass mask=, True "
+                f"where the logits enter "
                 "the loss; tikmix_fast.shifted_mask(labels) makes it for models that shift labels themselves"
             )
 
@@ -578,7 +604,8 @@ class InfluenceEngine:
         self._dropped_in_row += 1
         if self._dropped_in_row >= self.max_dropped_in_row:
             raise FloatingPointError(
-                f"{what} gave gradients that are not finite, {self._dropped_in_row} times in a row: the scaler does not recover"
+                f"{what} gave gradients that are not finite, {self._dropped_in_row} times in a row: the scaler does "
+                f"not recover"
             )
         return True
 

@@ -18,11 +18,12 @@ Array = NDArray[np.float64]
 class Estimator:
     """Token-weighted mean over micro-batches with its standard error, kept as sums that can be merged.
 
-    For micro-batch b with N_b target tokens of domain j, let a_b = N_b <q_i, mean gradient>. The estimate is R = sum a_b / sum N_b, a
-    ratio estimator; its domain-side variance over k micro-batches is k / (k - 1) sum (a_b - R N_b)^2 / (sum N_b)^2.
+    For micro-batch b with N_b target tokens of domain j, let a_b = N_b <q_i, mean gradient>. The estimate is R = sum
+    a_b / sum N_b, a ratio estimator; its domain-side variance over k micro-batches is k / (k - 1) sum (a_b - R N_b)^2 /
+    (sum N_b)^2.
 
-    The task side has an error of its own. Every task's batches are dealt into splits, each with a query of its own; the spread of R
-    over the splits of one round (between refreshes) gives the variance of their weighted mean.
+    The task side has an error of its own. Every task's batches are dealt into splits, each with a query of its own; the
+    spread of R over the splits of one round (between refreshes) gives the variance of their weighted mean.
 
     Parameters
     ----------
@@ -47,7 +48,7 @@ class Estimator:
         self._weights, self._owners = np.zeros(0), np.zeros(0, dtype=np.int64)
 
     def begin_round(self, owners: Sequence[int], weights: Sequence[float]) -> None:
-        """Start a round with frozen queries: query q belongs to task ``owners[q]`` and counts ``weights[q]`` within it."""
+        """Start a round of frozen queries: query q belongs to task ``owners[q]`` and weighs ``weights[q]`` in it."""
         self.end_round()
         self._owners = np.asarray(owners, dtype=np.int64)
         self._weights = np.asarray(weights, dtype=np.float64)
@@ -87,7 +88,7 @@ class Estimator:
         """Return the matrix of all micro-batches so far."""
         count = self._microbatches.astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = self._sum / self._tokens
+            values = np.where(self._tokens > 0, self._sum / self._tokens, np.nan)
             residual = self._squares - 2 * values * self._cross + values**2 * self._tokens_squared
             domain_variance = count / (count - 1) * np.maximum(residual, 0) / self._tokens**2
             domain_variance[:, count < 2] = np.nan
@@ -136,7 +137,9 @@ class Estimator:
             "microbatches": (self.m,),
             "tokens": (self.m,),
             "tokens_squared": (self.m,),
-            **dict.fromkeys(("sum", "squares", "cross", "task_variance", "task_spread", "task_known"), (self.n, self.m)),
+            **dict.fromkeys(
+                ("sum", "squares", "cross", "task_variance", "task_spread", "task_known"), (self.n, self.m)
+            ),
         }
         if not isinstance(state, Mapping) or set(state) != set(shapes):
             raise ValueError(f"state 'estimator' must be a mapping with {', '.join(shapes)}")

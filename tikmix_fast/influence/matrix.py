@@ -26,8 +26,8 @@ _VERSION = 1
 class InfluenceMatrix:
     """Group Influence of m domains on n tasks, ``values[i, j] = <P g_i, g_j>``.
 
-    Positive means that a small step on domain j lowers the loss of task i. Every gradient is a mean per target token, so
-    a cell does not depend on how many tokens were measured. A cell that was never measured is NaN.
+    Positive means that a small step on domain j lowers the loss of task i. Every gradient is a mean per target token,
+    so a cell does not depend on how many tokens were measured. A cell that was never measured is NaN.
 
     Attributes
     ----------
@@ -102,7 +102,8 @@ class InfluenceMatrix:
         tokens: Any = None,
         settings: Mapping[str, Any] | None = None,
     ) -> InfluenceMatrix:
-        """Make a matrix from plain numbers; what is not given is unknown (NaN), names default to ``task0``, ``domain0``.
+        """Make a matrix from plain numbers; what is not given is unknown (NaN), names default to ``task0``,
+        ``domain0``.
 
         Parameters
         ----------
@@ -244,7 +245,9 @@ class InfluenceMatrix:
 
 def _check_array(name: str, array: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(array, np.ndarray) or array.shape != shape:
-        raise ValueError(f"{name} must be an array of shape {shape}; got {getattr(array, 'shape', type(array).__name__)}")
+        raise ValueError(
+            f"{name} must be an array of shape {shape}; got {getattr(array, 'shape', type(array).__name__)}"
+        )
 
 
 def _to_json(array: Array) -> list[Any]:
@@ -260,4 +263,6 @@ def _from_json(rows: Any) -> Array:
     def one(cell: Any) -> float:
         return float("nan") if cell is None else float(cell)
 
-    return np.array([[one(cell) for cell in row] if isinstance(row, list) else one(row) for row in rows], dtype=np.float64)
+    return np.array(
+        [[one(cell) for cell in row] if isinstance(row, list) else one(row) for row in rows], dtype=np.float64
+    )

@@ -25,7 +25,8 @@ class AdamMoment:
     def denominator(self) -> Tensor:
         """Return sqrt(v / (1 - beta2^t)) + eps, float32 or wider, of the parameter's shape."""
         v = self.v if self.v.dtype == torch.float64 else self.v.float()
-        return (v / (1.0 - self.beta2**self.step)).sqrt_().add_(self.eps)
+        corrected: Tensor = v / (1.0 - self.beta2**self.step)
+        return corrected.sqrt_().add_(self.eps)
 
 
 def canonical_name(name: str) -> str:
@@ -40,14 +41,19 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
+# A parameter group's settings, and the name and the state of each of its parameters ("" = not of this model).
+_Group = tuple[Mapping[str, Any], list[tuple[str, Mapping[str, Any]]]]
+
+
 def read_adam(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, AdamMoment]:
     """Return the second moment of every parameter, by name.
 
     Parameters
     ----------
     optimizer : torch.optim.Adam, torch.optim.AdamW, or mapping
-        A live optimizer is read by the identity of its parameters. A mapping is a state dict with names: keys of ``state`` that are
-        names, or ``param_names`` in its groups (as an optimizer made from ``model.named_parameters()`` saves them).
+        A live optimizer is read by the identity of its parameters. A mapping is a state dict with names: keys of
+        ``state`` that are names, or ``param_names`` in its groups (as an optimizer made from
+        ``model.named_parameters()`` saves them).
     parameters : mapping of str to Tensor
 
     Raises
@@ -60,8 +66,8 @@ def read_adam(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Ada
     """
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         by_identity = {id(parameter): name for name, parameter in parameters.items()}
-        groups = [
-            (group, [(by_identity.get(id(each)), optimizer.state.get(each, {})) for each in group["params"]])
+        groups: list[_Group] = [
+            (group, [(by_identity.get(id(each), ""), optimizer.state.get(each, {})) for each in group["params"]])
             for group in optimizer.param_groups
         ]
     elif isinstance(optimizer, Mapping):
@@ -69,7 +75,8 @@ def read_adam(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Ada
     else:
         raise TypeError(
             "optimizer must be a torch.optim.Adam or AdamW, or a state dict of one with parameter names; "
-            f"got {type(optimizer).__name__}. For other optimizers pass a Preconditioner of your own, or preconditioner='identity'"
+            f"got {type(optimizer).__name__}. For other optimizers pass a Preconditioner of your own, or "
+            f"preconditioner='identity'"
         )
     moments: dict[str, AdamMoment] = {}
     for group, members in groups:
@@ -85,33 +92,43 @@ def read_adam(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Ada
     return moments
 
 
-def _saved_groups(saved: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], list[tuple[str | None, Mapping[str, Any]]]]]:
+def _saved_groups(saved: Mapping[str, Any]) -> Iterator[_Group]:
     if "state" not in saved or "param_groups" not in saved:
-        raise ValueError(f"an optimizer's state dict must have 'state' and 'param_groups'; got {sorted(map(str, saved))}")
+        raise ValueError(
+            f"an optimizer's state dict must have 'state' and 'param_groups'; got {sorted(map(str, saved))}"
+        )
     for group in saved["param_groups"]:
         keys = list(group["params"])
         names = group.get("param_names") or keys
         if not all(isinstance(name, str) for name in names):
             raise ValueError(
-                "the optimizer state is keyed by index and carries no names, so it cannot be matched to parameters safely. "
+                "the optimizer state is keyed by index and carries no names, so it cannot be matched to parameters "
+                "safely. "
                 "Make the optimizer from model.named_parameters() before saving, or pass the live optimizer"
             )
-        yield group, [(canonical_name(name), saved["state"].get(key, {})) for key, name in zip(keys, names, strict=True)]
+        yield (
+            group,
+            [(canonical_name(name), saved["state"].get(key, {})) for key, name in zip(keys, names, strict=True)],
+        )
 
 
 def _moment(name: str, group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> AdamMoment:
     if group.get("maximize"):
-        raise ValueError(f"the optimizer maximises (group of {name!r}): influence is defined for a loss that is minimised")
+        raise ValueError(
+            f"the optimizer maximises (group of {name!r}): influence is defined for a loss that is minimised"
+        )
     wanted = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     if wanted not in state or "step" not in state:
         raise ValueError(
-            f"the optimizer has no {wanted!r} for {name!r}: take at least one optimizer step before measuring, load the "
+            f"the optimizer has no {wanted!r} for {name!r}: take at least one optimizer step before measuring, load "
+            f"the "
             "optimizer's checkpoint, or use preconditioner='identity'"
         )
     v, step = state[wanted], float(state["step"])
     if v.shape != parameter.shape:
         raise ValueError(
-            f"the optimizer's {wanted!r} for {name!r} has shape {tuple(v.shape)}, the parameter {tuple(parameter.shape)}: "
+            f"the optimizer's {wanted!r} for {name!r} has shape {tuple(v.shape)}, the parameter "
+            f"{tuple(parameter.shape)}: "
             "this state belongs to another model"
         )
     if step < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -16,8 +16,8 @@ __all__ = ["Adam", "Identity", "Preconditioner", "make_preconditioner"]
 class Preconditioner(Protocol):
     """Turn task gradients into queries; write your own with these two methods.
 
-    ``prepare`` is called once per refresh, when the queries freeze; ``apply`` then once per parameter with the stacked task
-    gradients [q, *shape], which it may change in place, and returns the queries, of the same shape.
+    ``prepare`` is called once per refresh, when the queries freeze; ``apply`` then once per parameter with the stacked
+    task gradients [q, *shape], which it may change in place, and returns the queries, of the same shape.
     """
 
     name: str
@@ -52,11 +52,12 @@ class Identity:
 class Adam:
     """P = lr / lr_ref / (sqrt(v / (1 - beta2^t)) + eps), elementwise, as the run's own optimizer would scale a step.
 
-    v and t are the optimizer's when the queries freeze; lr is the parameter group's, lr_ref the largest of all groups. No momentum, no
-    weight decay, no clipping; with amsgrad v is the running maximum. The optimizer is read, never changed.
+    v and t are the optimizer's when the queries freeze; lr is the parameter group's, lr_ref the largest of all groups.
+    No momentum, no weight decay, no clipping; with amsgrad v is the running maximum. The optimizer is read, never
+    changed.
 
-    With it S is the decrease of a task's loss per unit step along P times the domain's mean gradient, with v frozen. A real Adam step
-    on that domain moves v as well, so its decrease is smaller by a common factor.
+    With it S is the decrease of a task's loss per unit step along P times the domain's mean gradient, with v frozen. A
+    real Adam step on that domain moves v as well, so its decrease is smaller by a common factor.
     """
 
     name = "adam"
@@ -69,7 +70,8 @@ class Adam:
         """Read v, t and the groups' settings of every parameter; see `optimizer_state.read_adam` for what is raised."""
         if optimizer is None:
             raise ValueError(
-                "preconditioner='adam' needs optimizer=: the torch.optim.Adam or AdamW that trains the model, or its state dict "
+                "preconditioner='adam' needs optimizer=: the torch.optim.Adam or AdamW that trains the model, or its "
+                "state dict "
                 "with names; or use preconditioner='identity'"
             )
         self._moments = read_adam(optimizer, parameters)
@@ -95,11 +97,10 @@ def make_preconditioner(choice: str | Preconditioner) -> Preconditioner:
         If it is neither a name nor a `Preconditioner`.
     """
     if isinstance(choice, str):
-        known = {"identity": Identity, "adam": Adam}
+        known: dict[str, Callable[[], Preconditioner]] = {"identity": Identity, "adam": Adam}
         if choice not in known:
             raise ValueError(f"preconditioner must be one of {', '.join(known)} or a Preconditioner; got {choice!r}")
-        made: Preconditioner = known[choice]()
-        return made
+        return known[choice]()
     if not isinstance(choice, Preconditioner) or isinstance(choice, type):
         raise TypeError(f"preconditioner must be a name or have prepare, apply and name; got {choice!r}")
     return choice

@@ -98,7 +98,7 @@ class Recorder:
         flat_ids, flat = ids.reshape(-1), _wide(gradient.reshape(-1, gradient.shape[-1]))
         if padding is not None:
             flat = flat * (flat_ids != padding)[:, None]
-        (name, queries), = view.queries(self.queries)
+        ((name, queries),) = view.queries(self.queries)
         dots = [torch.linalg.vecdot(F.embedding(flat_ids, _wide(query)), flat) for query in queries]
         self._add_rows(name, torch.stack(dots, dim=1), layout)
 

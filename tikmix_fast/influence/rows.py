@@ -19,8 +19,8 @@ class RowShapeError(ValueError):
 class Layout:
     """The rows of one activation, sorted by domain.
 
-    ``offsets`` int64 [m + 1] and ``order`` int64 [T] or None are what `tikmix_fast.ops.group_influence` takes. ``domains``
-    int64 [T] is the domain of each row, or one int where all rows belong to the same domain.
+    ``offsets`` int64 [m + 1] and ``order`` int64 [T] or None are what `tikmix_fast.ops.group_influence` takes.
+    ``domains`` int64 [T] is the domain of each row, or one int where all rows belong to the same domain.
     """
 
     offsets: Tensor

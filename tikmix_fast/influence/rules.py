@@ -1,8 +1,8 @@
 """What each torch function does with a parameter: the operations that influence can be captured through.
 
-A rule takes the capture, the function, and the function's own arguments, among them at least one `ParameterView`. It returns what
-the function returns, as ordinary tensors, with the reading of gradients attached. An operation without a rule is refused, not
-guessed, unless it only reshapes, casts or combines parameters before they meet the data.
+A rule takes the capture, the function, and the function's own arguments, among them at least one `ParameterView`. It
+returns what the function returns, as ordinary tensors, with the reading of gradients attached. An operation without a
+rule is refused, not guessed, unless it only reshapes, casts or combines parameters before they meet the data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tikmix_fast.influence.taps import FusedProduct, Spread, Tap
+from tikmix_fast.influence.taps import fused_product, spread, tap
 from tikmix_fast.influence.views import ParameterView, Source, UncapturedParameterError, plain
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def _product(
             recorder.spread(bias, gradient)
 
     if fused:
-        return FusedProduct.apply(rows, weight.plain, plain(bias), in_out, read)
-    return Tap.apply(ordinary(rows, plain(weight), plain(bias)), read, rows.detach())
+        return fused_product(rows, weight.plain, plain(bias), in_out, read)
+    return tap(ordinary(rows, plain(weight), plain(bias)), read, rows.detach())
 
 
 def _embedding(
@@ -101,7 +101,7 @@ def _embedding(
     recorder = capture.recorder
     labels = recorder.labels
     if labels.single is not None or (input.ndim > 1 and labels.matches(input.shape)):
-        return Tap.apply(found, lambda gradient: recorder.lookup(weight, input, padding, gradient))
+        return tap(found, lambda gradient: recorder.lookup(weight, input, padding, gradient))
 
     # Positions looked up once for all sequences, [S] or [1, S]: wait for the operation where they meet the batch.
     def lift(queries: Tensor) -> Tensor:
@@ -113,7 +113,14 @@ def _embedding(
 
 
 def _layer_norm(
-    capture: Capture, func: Any, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, *rest: Any, **more: Any
+    capture: Capture,
+    func: Any,
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *rest: Any,
+    **more: Any,
 ) -> Any:
     eps = rest[0] if rest else more.get("eps", 1e-5)
     shape = tuple(normalized_shape)
@@ -154,7 +161,7 @@ def _norm(
         if isinstance(bias, ParameterView):
             recorder.features(bias, gradient.reshape(*leading, -1))
 
-    return Tap.apply(func(rows, shape, *affine, *rest, **more), read, rows.detach())
+    return tap(func(rows, shape, *affine, *rest, **more), read, rows.detach())
 
 
 def _dropout(
@@ -179,17 +186,19 @@ def _elementwise(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dic
     if func.__name__.endswith("_") and isinstance(args[0], ParameterView):
         raise _refusal(args[0], func, "a parameter must not be changed in place")
 
-    def spread(value: Any) -> Any:
+    def meet(value: Any) -> Any:
         return capture.spread(value, shape) if isinstance(value, ParameterView) else value
 
-    return func(*map(spread, args), **{name: spread(value) for name, value in kwargs.items()})
+    return func(*map(meet, args), **{name: meet(value) for name, value in kwargs.items()})
 
 
 def _other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Any operation without a rule: fine as long as no data takes part, or where the view is rows of the batch already."""
+    """Any operation without a rule: fine while no data takes part, or where the view is rows of the batch already."""
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
     views = [each for each in leaves if isinstance(each, ParameterView)]
-    if not any(isinstance(each, Tensor) and each.requires_grad for each in leaves if not isinstance(each, ParameterView)):
+    if not any(
+        isinstance(each, Tensor) and each.requires_grad for each in leaves if not isinstance(each, ParameterView)
+    ):
         return _derive(capture, func, args, kwargs)
     for view in views:
         if not view.in_rows:
@@ -218,11 +227,14 @@ def _derived(
 
     def build(*values: Tensor) -> Tensor:
         remaining = list(values)
-        made = iter(_rebuild(view, [remaining.pop(0) for _ in range(count)]) for view, count in zip(views, counts, strict=True))
+        made = iter(
+            _rebuild(view, [remaining.pop(0) for _ in range(count)]) for view, count in zip(views, counts, strict=True)
+        )
         filled = [next(made) if isinstance(each, ParameterView) else each for each in leaves]
         again_args, again_kwargs = torch.utils._pytree.tree_unflatten(filled, structure)
         output = func(*again_args, **again_kwargs)
-        return output if index is None else output[index]
+        part: Tensor = output if index is None else output[index]
+        return part
 
     in_rows = func in _MAKES_ROWS or any(view.in_rows for view in views)
     return ParameterView.make(result, capture, tuple(s for view in views for s in view.sources), build, in_rows)
@@ -244,8 +256,7 @@ def spread_view(capture: Capture, view: ParameterView, shape: torch.Size) -> Ten
     """Broadcast a view to the shape of the data it meets; one domain for the whole batch needs no copies told apart."""
     recorder = capture.recorder
     target = view.plain.shape if recorder.labels.single is not None else shape
-    spread: Tensor = Spread.apply(view.plain, target, lambda gradient: recorder.spread(view, gradient))
-    return spread
+    return spread(view.plain, target, lambda gradient: recorder.spread(view, gradient))
 
 
 def settle_view(capture: Capture, view: ParameterView, func: Any) -> Tensor:
@@ -261,7 +272,21 @@ def _named(*names: str) -> frozenset[Any]:
 
 
 _ELEMENTWISE = _named(
-    *("add", "sub", "mul", "div", "true_divide", "rsub", "pow", "addcmul", "addcdiv", "lerp", "where", "maximum", "minimum"),
+    *(
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "true_divide",
+        "rsub",
+        "pow",
+        "addcmul",
+        "addcdiv",
+        "lerp",
+        "where",
+        "maximum",
+        "minimum",
+    ),
     *("add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "lerp_"),
     *(f"__{side}{name}__" for side in ("", "r", "i") for name in ("add", "sub", "mul", "div", "truediv", "pow")),
 )

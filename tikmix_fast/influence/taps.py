@@ -8,12 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FusedProduct", "Spread", "Tap"]
+__all__ = ["fused_product", "spread", "tap"]
 
 
-class Tap(torch.autograd.Function):
-    """Leave a tensor as it is and read its gradient on the way back: ``read(gradient, *saved)``."""
+def tap(output: Tensor, read: Callable[..., None], *saved: Tensor) -> Tensor:
+    """Return ``output`` as it is, and read its gradient on the way back: ``read(gradient, *saved)``."""
+    same: Tensor = _Tap.apply(output, read, *saved)  # type: ignore[no-untyped-call]
+    return same
 
+
+def spread(value: Tensor, shape: torch.Size, read: Callable[[Tensor], None]) -> Tensor:
+    """Return ``value`` broadcast to ``shape``, and read the gradient of every copy before they are summed."""
+    copies: Tensor = _Spread.apply(value, shape, read)  # type: ignore[no-untyped-call]
+    return copies
+
+
+def fused_product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[[Tensor, Tensor, Tensor], None]
+) -> Tensor:
+    """Return ``rows @ weight.T + bias`` of a layer whose weight gradient and influence share one pass of the kernel.
+
+    ``weight`` is [O, I], or [I, O] with ``in_out``. On the way back ``read(gradient, rows, total)`` is called once and
+    must add the weight gradient to ``total``.
+    """
+    output: Tensor = _FusedProduct.apply(rows, weight, bias, in_out, read)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, read: Callable[..., None], *saved: Tensor) -> Tensor:
         ctx.read = read
@@ -31,9 +53,7 @@ class Tap(torch.autograd.Function):
         return (gradient, None, *(None for _ in saved))
 
 
-class Spread(torch.autograd.Function):
-    """Broadcast a tensor to ``shape`` and read the gradient of every copy on the way back, before they are summed."""
-
+class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, shape: torch.Size, read: Callable[[Tensor], None]) -> Tensor:
         ctx.read, ctx.shape = read, value.shape
@@ -46,22 +66,13 @@ class Spread(torch.autograd.Function):
         return gradient.sum_to_size(ctx.shape), None, None
 
 
-class FusedProduct(torch.autograd.Function):
-    """A linear layer whose weight gradient and influence come from one pass of the kernel.
-
-    ``weight`` is [O, I], or [I, O] with ``in_out``. On the way back ``read(gradient, rows, total)`` must add the weight gradient
-    to ``total``; it is called once, whether or not the input needs a gradient.
-    """
-
+class _FusedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[..., None]
     ) -> Tensor:
         kind = rows.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        else:
-            dtype = rows.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
         with torch.autocast(kind, enabled=False):
             cast_rows, cast_weight = rows.to(dtype), weight.to(dtype)
             flat = cast_rows.reshape(-1, rows.shape[-1])

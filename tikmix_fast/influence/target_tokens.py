@@ -30,7 +30,9 @@ def check_mask(mask: Tensor | int | None, labels: RowLabels) -> None:
         if mask < 0:
             raise ValueError(f"mask given as a number of target tokens must not be negative; got {mask}")
         if labels.batch is not None and labels.single is None:
-            raise ValueError("mask must be a bool tensor where a batch mixes domains: a count does not say whose tokens they are")
+            raise ValueError(
+                "mask must be a bool tensor where a batch mixes domains: a count does not say whose tokens they are"
+            )
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -80,7 +82,8 @@ def count_target_tokens(
         total, remainder = divmod(prod(rows or ()), ids.numel())
         if remainder or (ids.ndim == 2 and total != 1):
             raise ValueError(
-                f"mask must be given: the model's last product has rows of shape {list(rows or ())}, which do not match the ids "
+                f"mask must be given: the model's last product has rows of shape {list(rows or ())}, which do not "
+                f"match the ids "
                 f"of shape {list(ids.shape)}"
             )
         per_id = torch.full(ids.shape, float(total), dtype=torch.float64)

@@ -37,7 +37,8 @@ class Verification:
 
     def __str__(self) -> str:
         lines = [
-            f"{cell.task} / {cell.domain}: captured {cell.captured:.9g}, recomputed {cell.recomputed:.9g}, error {cell.error:.1e}"
+            f"{cell.task} / {cell.domain}: captured {cell.captured:.9g}, recomputed {cell.recomputed:.9g}, error "
+            f"{cell.error:.1e}"
             for cell in self.cells
         ]
         return "\n".join([f"{len(self.cells)} cells, largest error {self.max_error:.1e} of |q| |g|", *lines])
@@ -66,7 +67,8 @@ def recompute_cells(
 ) -> list[tuple[float, float]]:
     """Return for each chosen (query, domain) the derivative of the domain's summed loss along the query, and |q| |g|.
 
-    Everything runs in float64 on copies of the parameters: the model itself is not touched, and none of the capture takes part.
+    Everything runs in float64 on copies of the parameters: the model itself is not touched, and none of the capture
+    takes part.
 
     Parameters
     ----------
@@ -96,10 +98,11 @@ def recompute_cells(
     with sdpa_kernel(SDPBackend.MATH):
         for index in {query for query, _ in chosen}:
             direction = {moving[name]: queries[name][index].double() for name in parameters}
-            _, slopes = torch.func.jvp(of, (point,), (direction,))
+            slopes = torch.func.jvp(of, (point,), (direction,))[1]
             if slopes.shape != row_domains.shape:
                 raise ValueError(
-                    f"loss_per_row must return losses of shape {list(row_domains.shape)}, as the ids; got {list(slopes.shape)}"
+                    f"loss_per_row must return losses of shape {list(row_domains.shape)}, as the ids; got "
+                    f"{list(slopes.shape)}"
                 )
             length = torch.stack([each.square().sum() for each in direction.values()]).sum().sqrt()
             for query, domain in chosen:

@@ -1,8 +1,8 @@
 """A parameter as the model sees it while influence is captured: a tensor that says where it is used.
 
 While a capture is open, ``module.weight`` is a `ParameterView`. Every torch function that meets one comes to
-`Capture.handle`, which knows how the operation uses a parameter. Because the view is a tensor subclass and no mode, it works
-wherever the parameter is used: in any module, in a hand-written norm, in a tied head, and again when activation
+`Capture.handle`, which knows how the operation uses a parameter. Because the view is a tensor subclass and no mode, it
+works wherever the parameter is used: in any module, in a hand-written norm, in a tied head, and again when activation
 checkpointing recomputes a forward inside the backward.
 """
 
@@ -93,8 +93,8 @@ class ParameterView(torch.Tensor):
     def queries(self, of: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield for each source its name and its queries carried to this view, [q, *view.shape].
 
-        ``of`` holds the queries of every parameter, [q, *parameter.shape]. An inner product with the gradient of the parameter
-        equals one of the carried query with the gradient of the view: <q, J^T g> = <J q, g>.
+        ``of`` holds the queries of every parameter, [q, *parameter.shape]. An inner product with the gradient of the
+        parameter equals one of the carried query with the gradient of the view: <q, J^T g> = <J q, g>.
         """
         for index, source in enumerate(self.sources):
             lifted = of[source.name] if source.lift is None else source.lift(of[source.name])
