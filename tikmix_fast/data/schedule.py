@@ -1,0 +1,209 @@
+"""Which domain each draw comes from: the weights held exactly at every prefix, in a shuffled order. Pure numpy.
+
+The draws since the last change of weights are numbered g = 0, 1, 2, ...; c_j(g) counts domain j among the first g. We keep
+
+    |c_j(g) - w_j g| <= 1 - delta      for every domain j and every g,        delta = 1 / max(4096, 2 m),
+
+by turns: the k-th draw of domain j (k = 1, 2, ...) may not come before the first g with w_j (g + 1) >= k - 1 + delta (the
+turn opens) and must come before the first g with w_j g > k - delta (it closes). An order of draws keeps the bound if and
+only if every turn is drawn while it is open.
+
+Such an order exists: Tijdeman, The chairman assignment problem (1980), proves the bound 1 - 1 / (2 m - 2) attainable for
+any weights. Turns are unit jobs with whole release times and deadlines, for which taking the open turn that closes first
+is optimal: it meets all deadlines if anything does. It never idles either: after g draws, the existing order has drawn
+g + 1 turns open by then, so one is left. Those are the only facts the bound rests on.
+
+That order is nearly periodic, so with 0.9 and 0.1 rank 9 of 10 would draw nothing but the second domain. It is
+therefore shuffled, by moves that keep every turn inside its opening; the bound is not touched. Weights are whole
+multiples of 2^-48 and all arithmetic is on integers, so every machine gets the same order.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BLOCK", "check_counts", "quantize", "schedule_block"]
+
+Ints = NDArray[np.int64]
+
+#: Draws are planned in blocks of this many; a turn is never shuffled across the edge of a block.
+BLOCK = 1 << 14
+
+_SCALE_BITS = 48  # k * 2^48 for k up to BLOCK + 1 must fit in an int64
+_SCALE = 1 << _SCALE_BITS
+
+# Moves of the shuffle, by scale. Coarse to fine: single turns travel far, then neighbours trade places.
+_LIFT_SPANS = (64, 16, 8)
+_SWAP_STRIDES = (32, 16, 8, 4, *(2, 1) * 6)
+
+
+def quantize(weights: NDArray[np.float64]) -> Ints:
+    """Round weights [m] (nonnegative, sum 1) to whole multiples of 2^-48 that sum to exactly 2^48, by largest remainder.
+
+    Examples
+    --------
+    >>> [int(share) for share in quantize(np.array([0.5, 0.25, 0.25])) >> 46]
+    [2, 1, 1]
+    """
+    exact = weights * (_SCALE / math.fsum(weights))
+    shares = np.floor(exact).astype(np.int64)
+    missing = _SCALE - int(shares.sum())
+    shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
+    return shares
+
+
+def check_counts(shares: Ints, elapsed: int, counts: Ints) -> None:
+    """Raise ValueError unless ``counts`` [m] can be those of the first ``elapsed`` draws under ``shares``."""
+    floor, phase = _targets(shares, elapsed)
+    ahead = counts - floor
+    margin = _margin(len(shares))
+    surplus = ahead * _SCALE - phase
+    if counts.sum() != elapsed or (np.abs(surplus) > _SCALE - margin).any():
+        raise ValueError(f"counts must follow the weights within one draw over {elapsed} draws; got {counts.tolist()}")
+
+
+def schedule_block(shares: Ints, elapsed: int, counts: Ints, seed: int, stream: int) -> NDArray[np.uint16]:
+    """Plan the next `BLOCK` draws.
+
+    Parameters
+    ----------
+    shares : int64 [m]
+        Weights as `quantize` gives them.
+    elapsed : int
+        Draws since these weights hold; a multiple of `BLOCK`.
+    counts : int64 [m]
+        How those draws fell on the domains.
+    seed, stream : int
+        Key of the random bits, both below 2^64; every block of a run needs its own ``stream``.
+
+    Returns
+    -------
+    uint16 [BLOCK]
+        The domain of each draw.
+
+    Notes
+    -----
+    Cost: about 0.5 us per draw, nearly independent of m; memory O(BLOCK + m).
+    """
+    domain, opens, closes = _turns(shares, elapsed, counts)
+    raw = np.random.Philox(key=seed, counter=[0, stream, 0, 0])
+    order = _earliest_closing_first(opens, closes, raw)
+    _shuffle(order, opens.astype(np.int32), np.minimum(closes, BLOCK).astype(np.int32), raw)
+    return domain[order].astype(np.uint16)
+
+
+def _margin(m: int) -> int:
+    return _SCALE // max(4096, 2 * m)
+
+
+def _targets(shares: Ints, elapsed: int) -> tuple[Ints, Ints]:
+    """Split w_j * elapsed into its whole part and the rest in units of 2^-48; Python integers, as it needs 90 bits."""
+    products = [share * elapsed for share in shares.tolist()]
+    floor = np.array([product >> _SCALE_BITS for product in products], dtype=np.int64)
+    return floor, np.array([product & (_SCALE - 1) for product in products], dtype=np.int64)
+
+
+def _turns(shares: Ints, elapsed: int, counts: Ints) -> tuple[Ints, Ints, Ints]:
+    """List all turns that open before the end of the block and were not drawn yet: domain, opens, closes, by domain.
+
+    Times are slots of the block; a turn that opened earlier opens at 0.
+    """
+    floor, phase = _targets(shares, elapsed)
+    margin = _margin(len(shares))
+    first = counts - floor + 1  # turns are numbered from the whole part of the target at the start of the block
+    last = (phase + shares * BLOCK - margin) // _SCALE + 1
+    many = np.where(shares > 0, np.maximum(last - first + 1, 0), 0)
+    domain = np.repeat(np.arange(len(shares)), many)
+    turn = np.arange(len(domain)) - np.repeat(np.cumsum(many) - many - first, many)
+    share, start = shares[domain], turn * _SCALE - phase[domain]
+    opens = np.maximum(-((_SCALE - start - margin) // share) - 1, 0)
+    closes = (start - margin) // share + 1
+    return domain, opens, closes
+
+
+def _earliest_closing_first(opens: Ints, closes: Ints, raw: np.random.Philox) -> NDArray[np.int32]:
+    """Return the turn drawn in each slot [BLOCK]: of the open ones, that which closes first, ties at random."""
+    # One integer per turn orders the heap: closing time, 20 random bits, number of the turn. Closing times beyond
+    # two blocks are replaced by their rank, which needs few bits and keeps their order.
+    far = closes > 2 * BLOCK
+    urgency = np.where(far, 2 * BLOCK, closes)
+    urgency[far] += 1 + np.unique(closes[far], return_inverse=True)[1]
+    tie = (raw.random_raw(len(opens)) >> np.uint64(44)).astype(np.int64)
+    keys = (urgency << 40) | (tie << 20) | np.arange(len(opens))
+    arriving = keys[np.argsort(opens.astype(np.uint16), kind="stable")].tolist()
+    opened = np.cumsum(np.bincount(opens, minlength=BLOCK)).tolist()
+    waiting: list[int] = []
+    drawn: list[int] = []
+    seen = 0
+    for now in opened:
+        while seen < now - 1:
+            heapq.heappush(waiting, arriving[seen])
+            seen += 1
+        if seen < now:
+            drawn.append(heapq.heappushpop(waiting, arriving[seen]))
+            seen += 1
+        else:
+            drawn.append(heapq.heappop(waiting))
+    return (np.array(drawn) & ((1 << 20) - 1)).astype(np.int32)
+
+
+def _shuffle(
+    order: NDArray[np.int32], opens: NDArray[np.int32], closes: NDArray[np.int32], raw: np.random.Philox
+) -> None:
+    """Move turns at random, in place, each only where it is open."""
+    for span in _LIFT_SPANS:
+        _lift(order, opens, closes, span, raw)
+    for stride in _SWAP_STRIDES:
+        _swap(order, opens, closes, stride + int(_bits(raw, 1)[0]) % stride, raw)
+
+
+def _bits(raw: np.random.Philox, n: int) -> NDArray[np.int32]:
+    """Draw n random numbers below 2^16, the same on machines of either byte order."""
+    return raw.random_raw(-(-n // 4)).astype("<u8").view("<u2")[:n].astype(np.int32)
+
+
+def _swap(
+    order: NDArray[np.int32], opens: NDArray[np.int32], closes: NDArray[np.int32], stride: int, raw: np.random.Philox
+) -> None:
+    """Exchange the turns of slots s and s + stride, each pair with probability 1/2, where both stay open."""
+    start = int(_bits(raw, 1)[0]) % (2 * stride)
+    many = (BLOCK - start) // (2 * stride)
+    pairs = order[start : start + many * 2 * stride].reshape(many, 2, stride)
+    slot = np.arange(start, start + many * 2 * stride, dtype=np.int32).reshape(many, 2, stride)
+    early, late = pairs[:, 0], pairs[:, 1]
+    coin = (_bits(raw, many * stride).reshape(many, stride) & 1).astype(bool)
+    moved = coin & (opens[late] <= slot[:, 0]) & (closes[early] > slot[:, 1])
+    change = (early ^ late) * moved
+    early ^= change
+    late ^= change
+
+
+def _lift(
+    order: NDArray[np.int32], opens: NDArray[np.int32], closes: NDArray[np.int32], span: int, raw: np.random.Philox
+) -> None:
+    """In each segment of ``span`` slots take one turn out and put it back at random; those between move by one slot.
+
+    It reaches what swaps cannot: a rare domain among turns of a frequent one, each of which can move by one slot only.
+    """
+    start = int(_bits(raw, 1)[0]) % span
+    many = (BLOCK - start) // span
+    segments = order[start : start + many * span].reshape(many, span)
+    turns = np.ascontiguousarray(segments.T)  # [span, many], so that numpy reduces over segments at full speed
+    base = start + span * np.arange(many, dtype=np.int32)
+    first, end = opens[turns] - base, closes[turns] - base  # open in rows first <= row < end
+    row, segment = np.arange(span, dtype=np.int32)[:, None], np.arange(many)
+    # Turns that are open for long are the ones that can travel: prefer them.
+    preference = (end - first) * (_bits(raw, many * span) >> 1).reshape(span, many)
+    chosen = np.argmax(preference, axis=0).astype(np.int32)
+    # Upwards it passes turns that can go down by one, downwards those that can go up by one, as far as it is open.
+    wall_above = np.where((end <= row + 1) & (row < chosen), row, -1).max(axis=0)
+    wall_below = np.where((first >= row) & (row > chosen), row, span).min(axis=0)
+    low = np.maximum(wall_above + 1, first[chosen, segment])
+    high = np.minimum(wall_below, end[chosen, segment]) - 1
+    target = low + ((_bits(raw, many) * (high - low + 1)) >> 16)
+    source = row + ((row >= chosen) & (row < target)) - ((row > target) & (row <= chosen))
+    segments[:] = turns[np.where(row == target, chosen, source), segment].T
