@@ -16,6 +16,6 @@ def group_influence(
     query_stride: int,
     offsets: int,
     order: int,
-    grad_weight: _Matrix | None,
+    grad_weight: tuple[int, int, int],
     values: int,
 ) -> None: ...

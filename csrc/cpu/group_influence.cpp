@@ -14,11 +14,16 @@ namespace tikmix_fast {
 namespace {
 
 // Tiles are cut smaller until there are this many: enough work for the threads, by a rule that does not depend on them.
-constexpr int64_t kWantedTiles = 32;
+constexpr int64_t kWantedTiles = 16;
 constexpr int64_t kSmallestTileRows = 48;
 constexpr int64_t kSmallestTileColumns = 64;
 // Each group of neighbouring tiles has sums [n, m] of its own, so that their memory does not grow with the weights.
 constexpr int64_t kMostGroups = 256;
+// Rows are packed in blocks of about this many floats, so that memory does not grow with the number of rows either.
+constexpr int64_t kPackedFloats = int64_t{2} << 20;
+constexpr int64_t kFewestBlockRows = 1024;
+// Rows one thread packs at a time.
+constexpr int64_t kSliceRows = 64;
 
 int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -52,20 +57,22 @@ struct Grid {
 struct Free {
     void operator()(float* memory) const { std::free(memory); }
 };
+using Floats = std::unique_ptr<float, Free>;
 
-constexpr int64_t kScratchFloats = kDepth * (kTileRows + kTileColumns) + 2 * kTileRows * kTileColumns;
+constexpr int64_t kCacheLine = 64;
 
-std::unique_ptr<float, Free> allocate_scratch(int threads) {
-    void* memory = std::aligned_alloc(64, sizeof(float) * kScratchFloats * threads);
+Floats allocate(int64_t count) {
+    void* memory = std::aligned_alloc(kCacheLine, divide_up(count * sizeof(float), kCacheLine) * kCacheLine);
     if (!memory) throw std::bad_alloc();
-    return std::unique_ptr<float, Free>(static_cast<float*>(memory));
+    return Floats(static_cast<float*>(memory));
 }
 
-Scratch scratch_of(float* memory, int thread) {
-    float* grad_output_panel = memory + thread * kScratchFloats;
-    float* input_panel = grad_output_panel + kDepth * kTileRows;
-    float* gradient = input_panel + kDepth * kTileColumns;
-    return {grad_output_panel, input_panel, gradient, gradient + kTileRows * kTileColumns};
+// Floats from one panel of a block to the next: whole cache lines, and not a multiple of the page size, so that the
+// panels do not all compete for the same cache sets.
+int64_t panel_stride(int64_t rows, int64_t columns) {
+    constexpr int64_t line = kCacheLine / sizeof(float);
+    constexpr int64_t apart = 5 * line;
+    return divide_up(rows * columns, line) * line + apart;
 }
 
 int this_thread() {
@@ -97,15 +104,40 @@ void group_influence(const Problem& problem, const Kernel& kernel, int threads, 
     const Grid grid(problem);
     const int64_t cells = problem.tasks * problem.domains;
     const int64_t groups = std::min(grid.tiles, kMostGroups);
-    threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, groups)));
-    const auto memory = allocate_scratch(threads);
+    threads = std::max(threads, 1);
     std::vector<double> sums(groups * cells, 0.0);
 
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t group = 0; group < groups; ++group) {
-        const Scratch scratch = scratch_of(memory.get(), this_thread());
-        for (int64_t tile = group * grid.tiles / groups; tile < (group + 1) * grid.tiles / groups; ++tile) {
-            kernel.accumulate_tile(problem, grid(problem, tile), scratch, sums.data() + group * cells);
+    Block block{};
+    const int64_t fitting = kPackedFloats / std::max<int64_t>(problem.height + problem.width, 1);
+    const int64_t block_rows = std::min(problem.rows, std::max(fitting, kFewestBlockRows));
+    block.grad_output_panel_stride = panel_stride(block_rows, kernel.micro_rows);
+    block.input_panel_stride = panel_stride(block_rows, kernel.micro_columns);
+    const int64_t grad_output_floats = divide_up(problem.height, kernel.micro_rows) * block.grad_output_panel_stride;
+    const int64_t input_floats = divide_up(problem.width, kernel.micro_columns) * block.input_panel_stride;
+    const Floats panels = allocate(grad_output_floats + input_floats);
+    block.grad_output = panels.get();
+    block.input = panels.get() + grad_output_floats;
+    constexpr int64_t tile_floats = kTileRows * kTileColumns;
+    const Floats scratch = allocate(2 * tile_floats * threads);
+
+    for (; block.start < problem.rows; block.start += block.rows) {
+        block.rows = std::min(block_rows, problem.rows - block.start);
+        const int64_t slices = divide_up(block.rows, kSliceRows);
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for schedule(static)
+            for (int64_t slice = 0; slice < slices; ++slice) {
+                const int64_t first = slice * kSliceRows;
+                kernel.pack_rows(problem, block, first, std::min(kSliceRows, block.rows - first));
+            }
+            float* accumulators = scratch.get() + this_thread() * 2 * tile_floats;
+            const Scratch own = {accumulators, accumulators + tile_floats};
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t group = 0; group < groups; ++group) {
+                for (int64_t tile = group * grid.tiles / groups; tile < (group + 1) * grid.tiles / groups; ++tile) {
+                    kernel.accumulate_tile(problem, block, grid(problem, tile), own, sums.data() + group * cells);
+                }
+            }
         }
     }
 

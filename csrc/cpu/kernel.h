@@ -9,8 +9,8 @@
 
 namespace {
 
+using tikmix_fast::Block;
 using tikmix_fast::Element;
-using tikmix_fast::kDepth;
 using tikmix_fast::kTileColumns;
 using tikmix_fast::kTileRows;
 using tikmix_fast::Matrix;
@@ -23,6 +23,11 @@ constexpr int kMicroRows = TIKMIX_FAST_MICRO_ROWS;
 constexpr int kMicroVectors = 2;
 constexpr int kMicroColumns = kMicroVectors * kLanes;
 constexpr int kTasksAtOnce = 4;
+// Rows multiplied at a time: an input panel of this depth stays in the L1 cache. Every time, sums start again at zero,
+// which also bounds the rounding error of a long domain.
+constexpr int64_t kDepth = 192;
+// Rows packed at a time: reads run along rows, writes along panels, and this many lines of each stay in the L1 cache.
+constexpr int64_t kPackedRows = 8;
 static_assert(kTileRows % kMicroRows == 0 && kTileColumns % kMicroColumns == 0, "a tile is whole micro-tiles");
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
@@ -43,16 +48,6 @@ inline float to_float(Bfloat16 value) {
     return result;
 }
 
-inline void store(float* target, float value) { *target = value; }
-
-inline void store(Bfloat16* target, float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    // Round to nearest even; a NaN keeps its upper half, made quiet, since rounding could carry it into infinity.
-    const bool nan = value != value;
-    target->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 inline Vector load_vector(const float* source) {
     Vector result;
     memcpy(&result, source, sizeof result);
@@ -69,40 +64,59 @@ inline Vector load_vector(const Bfloat16* source) {
 }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Copies columns first ... first + count of `depth` rows, from row `start` on, to float32 panels of kPanel columns:
-// panel[p][k][c], padded with zeros to whole panels.
+// Copies up to kPackedRows rows of a matrix with `columns` columns to panels of kPanel columns, padded with zeros.
 template <int kPanel, class T>
-void pack(const Problem& problem, const Matrix& matrix, int64_t start, int64_t depth, int64_t first, int64_t count,
-          float* panels) {
+void pack_matrix(const Matrix& matrix, int64_t columns, const int64_t* rows, int64_t count, float* panel,
+                 int64_t panel_stride) {
+    const T* sources[kPackedRows];
+    for (int64_t k = 0; k < count; ++k) sources[k] = static_cast<const T*>(matrix.data) + rows[k] * matrix.row_stride;
     const int64_t step = matrix.column_stride;
-    for (int64_t k = 0; k < depth; ++k) {
-        const int64_t row = problem.order ? problem.order[start + k] : start + k;
-        const T* source = static_cast<const T*>(matrix.data) + row * matrix.row_stride + first * step;
-        float* target = panels + k * kPanel;
-        int64_t c = 0;
-        if (step == 1) {
-            for (; c + kPanel <= count; c += kPanel, target += depth * kPanel) {
-                for (int i = 0; i < kPanel; ++i) target[i] = to_float(source[c + i]);
+    int64_t c = 0;
+    for (; c + kPanel <= columns; c += kPanel, panel += panel_stride) {
+        for (int64_t k = 0; k < count; ++k) {
+            const T* source = sources[k] + c * step;
+            float copy[kPanel];
+            if (step == 1) {
+                for (int i = 0; i < kPanel; ++i) copy[i] = to_float(source[i]);
+            } else {
+                for (int i = 0; i < kPanel; ++i) copy[i] = to_float(source[i * step]);
             }
-        } else {
-            for (; c + kPanel <= count; c += kPanel, target += depth * kPanel) {
-                for (int i = 0; i < kPanel; ++i) target[i] = to_float(source[(c + i) * step]);
-            }
+            memcpy(panel + k * kPanel, copy, sizeof copy);
         }
-        if (c < count) {
-            for (int i = 0; i < kPanel; ++i) target[i] = c + i < count ? to_float(source[(c + i) * step]) : 0.0f;
+    }
+    if (c == columns) return;
+    for (int64_t k = 0; k < count; ++k) {
+        for (int i = 0; i < kPanel; ++i) {
+            panel[k * kPanel + i] = c + i < columns ? to_float(sources[k][(c + i) * step]) : 0.0f;
         }
     }
 }
 
 template <int kPanel>
-void pack(const Problem& problem, const Matrix& matrix, int64_t start, int64_t depth, int64_t first, int64_t count,
-          float* panels) {
+void pack_matrix(const Matrix& matrix, int64_t columns, const int64_t* rows, int64_t count, float* panel,
+                 int64_t panel_stride) {
     if (matrix.element == Element::bfloat16) {
-        pack<kPanel, Bfloat16>(problem, matrix, start, depth, first, count, panels);
+        pack_matrix<kPanel, Bfloat16>(matrix, columns, rows, count, panel, panel_stride);
     } else {
-        pack<kPanel, float>(problem, matrix, start, depth, first, count, panels);
+        pack_matrix<kPanel, float>(matrix, columns, rows, count, panel, panel_stride);
+    }
+}
+
+void pack_rows(const Problem& problem, const Block& block, int64_t first, int64_t count) {
+    const int64_t end = first + count;
+    for (int64_t row = first; row < end; row += kPackedRows) {
+        const int64_t together = smaller(kPackedRows, end - row);
+        int64_t rows[kPackedRows];
+        for (int64_t k = 0; k < together; ++k) {
+            const int64_t position = block.start + row + k;
+            rows[k] = problem.order ? problem.order[position] : position;
+        }
+        pack_matrix<kMicroRows>(problem.grad_output, problem.height, rows, together,
+                                block.grad_output + row * kMicroRows, block.grad_output_panel_stride);
+        pack_matrix<kMicroColumns>(problem.input, problem.width, rows, together, block.input + row * kMicroColumns,
+                                   block.input_panel_stride);
     }
 }
 
@@ -130,16 +144,17 @@ void multiply(int64_t depth, const float* a, const float* b, float* target, bool
     }
 }
 
-// Forms the tile of one domain's gradient in scratch.gradient.
-void form_gradient(const Problem& problem, const Tile& tile, int64_t start, int64_t end, const Scratch& scratch) {
+// Forms the tile of the gradient of the block's rows start ... end in scratch.gradient.
+void form_gradient(const Block& block, const Tile& tile, int64_t start, int64_t end, float* gradient) {
+    const float* grad_output = block.grad_output + tile.first_row / kMicroRows * block.grad_output_panel_stride;
+    const float* input = block.input + tile.first_column / kMicroColumns * block.input_panel_stride;
     for (int64_t k = start; k < end; k += kDepth) {
         const int64_t depth = smaller(kDepth, end - k);
-        pack<kMicroRows>(problem, problem.grad_output, k, depth, tile.first_row, tile.rows, scratch.grad_output_panel);
-        pack<kMicroColumns>(problem, problem.input, k, depth, tile.first_column, tile.columns, scratch.input_panel);
-        for (int64_t c = 0; c < tile.columns; c += kMicroColumns) {
-            for (int64_t r = 0; r < tile.rows; r += kMicroRows) {
-                multiply(depth, scratch.grad_output_panel + r * depth, scratch.input_panel + c * depth,
-                         scratch.gradient + r * kTileColumns + c, k == start);
+        const float* b = input + k * kMicroColumns;
+        for (int64_t c = 0; c < tile.columns; c += kMicroColumns, b += block.input_panel_stride) {
+            const float* a = grad_output + k * kMicroRows;
+            for (int64_t r = 0; r < tile.rows; r += kMicroRows, a += block.grad_output_panel_stride) {
+                multiply(depth, a, b, gradient + r * kTileColumns + c, k == start);
             }
         }
     }
@@ -190,39 +205,30 @@ void add_tile(const Tile& tile, const float* source, float* target) {
     }
 }
 
-template <class T>
-void add_to_grad_weight(const Matrix& grad_weight, const Tile& tile, const float* total) {
-    T* first = static_cast<T*>(grad_weight.data) + tile.first_row * grad_weight.row_stride +
-               tile.first_column * grad_weight.column_stride;
-    for (int64_t r = 0; r < tile.rows; ++r, total += kTileColumns, first += grad_weight.row_stride) {
-        for (int64_t c = 0; c < tile.columns; ++c) {
-            T* place = first + c * grad_weight.column_stride;
-            store(place, to_float(*place) + total[c]);
-        }
+void add_to_grad_weight(const Problem& problem, const Tile& tile, const float* total) {
+    float* first = problem.grad_weight + tile.first_row * problem.grad_weight_row_stride +
+                   tile.first_column * problem.grad_weight_column_stride;
+    for (int64_t r = 0; r < tile.rows; ++r, total += kTileColumns, first += problem.grad_weight_row_stride) {
+        for (int64_t c = 0; c < tile.columns; ++c) first[c * problem.grad_weight_column_stride] += total[c];
     }
 }
 
-void accumulate_tile(const Problem& problem, const Tile& tile, const Scratch& scratch, double* sums) {
-    const bool total_wanted = problem.grad_weight.data != nullptr;
-    if (total_wanted) memset(scratch.total, 0, sizeof(float) * tile.rows * kTileColumns);
+void accumulate_tile(const Problem& problem, const Block& block, const Tile& tile, const Scratch& scratch,
+                     double* sums) {
+    if (problem.grad_weight) memset(scratch.total, 0, sizeof(float) * tile.rows * kTileColumns);
     for (int64_t j = 0; j < problem.domains; ++j) {
-        const int64_t start = problem.offsets[j];
-        const int64_t end = problem.offsets[j + 1];
-        if (start == end) continue;
-        form_gradient(problem, tile, start, end, scratch);
+        const int64_t start = larger(problem.offsets[j] - block.start, 0);
+        const int64_t end = smaller(problem.offsets[j + 1] - block.start, block.rows);
+        if (start >= end) continue;
+        form_gradient(block, tile, start, end, scratch.gradient);
         if (problem.queries.element == Element::bfloat16) {
             take_all_products<Bfloat16>(problem, tile, scratch.gradient, sums + j);
         } else {
             take_all_products<float>(problem, tile, scratch.gradient, sums + j);
         }
-        if (total_wanted) add_tile(tile, scratch.gradient, scratch.total);
+        if (problem.grad_weight) add_tile(tile, scratch.gradient, scratch.total);
     }
-    if (!total_wanted) return;
-    if (problem.grad_weight.element == Element::bfloat16) {
-        add_to_grad_weight<Bfloat16>(problem.grad_weight, tile, scratch.total);
-    } else {
-        add_to_grad_weight<float>(problem.grad_weight, tile, scratch.total);
-    }
+    if (problem.grad_weight) add_to_grad_weight(problem, tile, scratch.total);
 }
 
 }  // namespace

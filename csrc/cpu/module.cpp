@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -29,7 +28,7 @@ T* pointer(int64_t address) {
 
 Matrix to_matrix(const MatrixArgument& argument) {
     if (argument[1] != 0 && argument[1] != 1) throw std::invalid_argument("dtype code must be 0 or 1");
-    return {pointer<void>(argument[0]), static_cast<Element>(argument[1]), argument[2], argument[3]};
+    return {pointer<const void>(argument[0]), static_cast<Element>(argument[1]), argument[2], argument[3]};
 }
 
 std::vector<std::string> instruction_sets() {
@@ -47,8 +46,8 @@ Kernel kernel_named(const std::string& name) {
 
 void group_influence(const std::string& instruction_set, int threads, const std::array<int64_t, 5>& sizes,
                      const MatrixArgument& input, const MatrixArgument& grad_output, const MatrixArgument& queries,
-                     int64_t query_stride, int64_t offsets, int64_t order,
-                     const std::optional<MatrixArgument>& grad_weight, int64_t values) {
+                     int64_t query_stride, int64_t offsets, int64_t order, const std::array<int64_t, 3>& grad_weight,
+                     int64_t values) {
     const Kernel kernel = kernel_named(instruction_set);
     tikmix_fast::Problem problem{};
     problem.rows = sizes[0];
@@ -62,7 +61,9 @@ void group_influence(const std::string& instruction_set, int threads, const std:
     problem.query_stride = query_stride;
     problem.offsets = pointer<const int64_t>(offsets);
     problem.order = pointer<const int64_t>(order);
-    if (grad_weight) problem.grad_weight = to_matrix(*grad_weight);
+    problem.grad_weight = pointer<float>(grad_weight[0]);
+    problem.grad_weight_row_stride = grad_weight[1];
+    problem.grad_weight_column_stride = grad_weight[2];
     const py::gil_scoped_release release;
     tikmix_fast::group_influence(problem, kernel, threads, pointer<double>(values));
 }
@@ -72,11 +73,12 @@ void group_influence(const std::string& instruction_set, int threads, const std:
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "Native CPU kernels of tikmix_fast, on addresses, sizes and strides.";
     module.def("instruction_sets", &instruction_sets, "Names of the kernels this processor can run, best first.");
-    module.def("group_influence", &group_influence, py::kw_only(), py::arg("instruction_set"), py::arg("threads"),
-               py::arg("sizes"), py::arg("input"), py::arg("grad_output"), py::arg("queries"), py::arg("query_stride"),
-               py::arg("offsets"), py::arg("order"), py::arg("grad_weight"), py::arg("values"),
-               "Write the group influence [n, m]; sizes are (T, O, I, m, n), matrices (address, dtype, row stride, "
-               "column stride).");
+    module.def(
+        "group_influence", &group_influence, py::kw_only(), py::arg("instruction_set"), py::arg("threads"),
+        py::arg("sizes"), py::arg("input"), py::arg("grad_output"), py::arg("queries"), py::arg("query_stride"),
+        py::arg("offsets"), py::arg("order"), py::arg("grad_weight"), py::arg("values"),
+        "Write the group influence [n, m]; sizes are (T, O, I, m, n), matrices (address, dtype code, row stride, "
+        "column stride), grad_weight (address or 0, row stride, column stride) of float32.");
 #ifdef _OPENMP
     module.attr("openmp") = true;
 #else

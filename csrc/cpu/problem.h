@@ -1,7 +1,6 @@
 // What the Python binding fills in, and what each instruction set provides. Plain data: see kernel.h for why.
 //
-// Legend: T rows (tokens), O x I weights, m domains, n queries. Sizes, strides and offsets are int64 and count
-// elements.
+// Legend: T rows (tokens), O x I weights, m domains, n tasks. Sizes, strides and offsets are int64 and count elements.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +10,7 @@ namespace tikmix_fast {
 enum class Element : int64_t { float32 = 0, bfloat16 = 1 };
 
 struct Matrix {
-    void* data;
+    const void* data;
     Element element;
     int64_t row_stride;
     int64_t column_stride;
@@ -29,10 +28,22 @@ struct Problem {
     int64_t query_stride;    // from one task to the next
     const int64_t* offsets;  // [m + 1]
     const int64_t* order;    // [T], or null for the identity
-    Matrix grad_weight;      // [O, I]; data is null when not wanted
+    float* grad_weight;      // [O, I], or null when not wanted
+    int64_t grad_weight_row_stride;
+    int64_t grad_weight_column_stride;
 };
 
-// One rectangle of the weights, with the leading dimension of its accumulator.
+// Some consecutive rows of both inputs as float32, cut into panels of a few columns: panel[p][k][c], rows in `order`.
+struct Block {
+    int64_t start;
+    int64_t rows;
+    float* grad_output;  // panels of micro_rows columns
+    int64_t grad_output_panel_stride;
+    float* input;  // panels of micro_columns columns
+    int64_t input_panel_stride;
+};
+
+// One rectangle of the weights.
 struct Tile {
     int64_t first_row;
     int64_t rows;
@@ -40,26 +51,24 @@ struct Tile {
     int64_t columns;
 };
 
-// Scratch of one thread. All four are aligned to 64 bytes.
-struct Scratch {
-    float* grad_output_panel;  // [kDepth, kTileRows]
-    float* input_panel;        // [kDepth, kTileColumns]
-    float* gradient;           // [kTileRows, kTileColumns], one domain
-    float* total;              // [kTileRows, kTileColumns], all domains
-};
-
-// A tile's accumulator and panels fit the L2 cache together with the query tiles of a few tasks.
+// A tile's accumulator fits the L2 cache together with the query tiles of a few tasks.
 constexpr int64_t kTileRows = 192;
 constexpr int64_t kTileColumns = 256;
-// Rows per packed panel. Sums are restarted at every panel, which also bounds the rounding error of long domains.
-constexpr int64_t kDepth = 192;
 
-// Adds a tile's inner products to sums [n, m] and its total gradient to the problem's grad_weight.
-using AccumulateTile = void (*)(const Problem&, const Tile&, const Scratch&, double* sums);
+// Accumulators [kTileRows, kTileColumns] of one thread, aligned to 64 bytes.
+struct Scratch {
+    float* gradient;  // of one domain
+    float* total;     // of all domains
+};
 
 struct Kernel {
     const char* name;
-    AccumulateTile accumulate_tile;
+    int64_t micro_rows;
+    int64_t micro_columns;
+    // Copies `count` rows of both inputs, from row `first` of the block on, into the block's panels.
+    void (*pack_rows)(const Problem&, const Block&, int64_t first, int64_t count);
+    // Adds a tile's inner products over the rows of the block to sums [n, m], and its total gradient to grad_weight.
+    void (*accumulate_tile)(const Problem&, const Block&, const Tile&, const Scratch&, double* sums);
 };
 
 extern const Kernel generic_kernel;

@@ -48,7 +48,9 @@ def _instruction_set() -> str:
     if not forced:
         return usable[0]
     if forced not in usable:
-        raise ValueError(f"{INSTRUCTION_SET_VARIABLE} must be one of {', '.join(usable)} on this machine; got {forced!r}")
+        raise ValueError(
+            f"{INSTRUCTION_SET_VARIABLE} must be one of {', '.join(usable)} on this machine; got {forced!r}"
+        )
     return forced
 
 
@@ -70,6 +72,10 @@ def group_influence(arguments: Arguments) -> Tensor:
     order = None if order is None else order.contiguous()
     tasks, height, width = queries.shape
     values = torch.empty(tasks, domains, dtype=torch.float64)
+    # A bfloat16 grad_weight is rounded once, at the end: the kernel adds to float32 block by block.
+    total = grad_weight
+    if grad_weight is not None and grad_weight.dtype != torch.float32:
+        total = grad_weight.float()
     _cpu.group_influence(
         instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),
@@ -80,9 +86,11 @@ def group_influence(arguments: Arguments) -> Tensor:
         query_stride=queries.stride(0),
         offsets=offsets.data_ptr(),
         order=0 if order is None else order.data_ptr(),
-        grad_weight=None if grad_weight is None else _matrix(grad_weight),
+        grad_weight=(0, 0, 0) if total is None else (total.data_ptr(), *total.stride()),
         values=values.data_ptr(),
     )
-    if grad_weight is not None:
+    if total is not grad_weight:
+        grad_weight.copy_(total)
+    elif grad_weight is not None:
         increment_version(grad_weight)  # autograd did not see the write
     return values
