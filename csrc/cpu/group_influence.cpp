@@ -22,6 +22,7 @@ constexpr int64_t kMostGroups = 256;
 // Rows are packed in blocks of about this many floats, so that memory does not grow with the number of rows either.
 constexpr int64_t kPackedFloats = int64_t{2} << 20;
 constexpr int64_t kFewestBlockRows = 1024;
+constexpr double kFewestProductsPerThread = 1 << 20;
 // Rows one thread packs at a time.
 constexpr int64_t kSliceRows = 64;
 
@@ -104,7 +105,9 @@ void group_influence(const Problem& problem, const Kernel& kernel, int threads, 
     const Grid grid(problem);
     const int64_t cells = problem.tasks * problem.domains;
     const int64_t groups = std::min(grid.tiles, kMostGroups);
-    threads = std::max(threads, 1);
+    // Waking a thread for less than this costs more than it saves.
+    const double products = static_cast<double>(problem.rows) * problem.height * problem.width;
+    threads = static_cast<int>(std::max(1.0, std::min<double>(threads, products / kFewestProductsPerThread)));
     std::vector<double> sums(groups * cells, 0.0);
 
     Block block{};

@@ -72,10 +72,8 @@ def group_influence(arguments: Arguments) -> Tensor:
     order = None if order is None else order.contiguous()
     tasks, height, width = queries.shape
     values = torch.empty(tasks, domains, dtype=torch.float64)
-    # A bfloat16 grad_weight is rounded once, at the end: the kernel adds to float32 block by block.
-    total = grad_weight
-    if grad_weight is not None and grad_weight.dtype != torch.float32:
-        total = grad_weight.float()
+    # A bfloat16 grad_weight is rounded once, at the end: the kernel adds to float32, block by block.
+    total = grad_weight if grad_weight is None or grad_weight.dtype == torch.float32 else grad_weight.float()
     _cpu.group_influence(
         instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),
@@ -86,11 +84,12 @@ def group_influence(arguments: Arguments) -> Tensor:
         query_stride=queries.stride(0),
         offsets=offsets.data_ptr(),
         order=0 if order is None else order.data_ptr(),
-        grad_weight=(0, 0, 0) if total is None else (total.data_ptr(), *total.stride()),
+        grad_weight=(0, 0, 0) if total is None else (total.data_ptr(), total.stride(0), total.stride(1)),
         values=values.data_ptr(),
     )
-    if total is not grad_weight:
-        grad_weight.copy_(total)
-    elif grad_weight is not None:
-        increment_version(grad_weight)  # autograd did not see the write
+    if grad_weight is not None and total is not None:
+        if total is grad_weight:
+            increment_version(grad_weight)  # autograd did not see the write
+        else:
+            grad_weight.copy_(total)
     return values
