@@ -17,7 +17,7 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["group_influence", "refusal", "unavailable"]
+__all__ = ["group_influence", "instruction_sets", "refusal", "unavailable"]
 
 INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
 
@@ -42,8 +42,13 @@ def refusal(arguments: Arguments) -> str | None:
     return None
 
 
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that were compiled in and that this processor has, best first."""
+    return [] if _missing else _cpu.instruction_sets()
+
+
 def _instruction_set() -> str:
-    usable = _cpu.instruction_sets()
+    usable = instruction_sets()
     forced = os.environ.get(INSTRUCTION_SET_VARIABLE)
     if not forced:
         return usable[0]

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tikmix_fast import ops
+from tikmix_fast.ops import cpu
+
+BACKENDS = ("reference", "cpu")
+INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+REQUIRED = tuple(filter(None, os.environ.get("TIKMIX_FAST_REQUIRE", "").split(",")))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    reasons = ops.available_backends()
+    for name in REQUIRED:
+        if name not in reasons:
+            raise pytest.UsageError(f"TIKMIX_FAST_REQUIRE must name some of {', '.join(reasons)}; got {name!r}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --full"))
+
+
+def require_backend(name: str) -> None:
+    """Skip where a backend is missing, or fail where TIKMIX_FAST_REQUIRE names it."""
+    reason = ops.available_backends()[name]
+    if reason is None:
+        return
+    if name in REQUIRED:
+        pytest.fail(f"TIKMIX_FAST_REQUIRE names {name}, but it cannot be used: {reason}")
+    pytest.skip(f"{name}: {reason}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend in turn."""
+    require_backend(request.param)
+    return request.param
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set of the native kernel in turn, forced."""
+    require_backend("cpu")
+    if request.param not in cpu.instruction_sets():
+        pytest.skip(f"this machine or build has no {request.param}")
+    monkeypatch.setenv(cpu.INSTRUCTION_SET_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, so that an output nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
