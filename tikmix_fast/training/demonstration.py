@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def demonstrate(settings: DemoSettings, corpora: Corpora, progress: Progress = l
     clock = _Clock()
 
     arm = Arm(settings, domains)
-    followed = ArmResult(weights=[(0, _named(domains, arm.sampler.weights))])
+    followed = ArmResult(weights=[(0, arm.weights)])
 
     def train_to(arm: Arm, until: int, result: ArmResult, what: str) -> None:
         while arm.step < until:
@@ -81,20 +82,21 @@ def demonstrate(settings: DemoSettings, corpora: Corpora, progress: Progress = l
         with clock.measure("measuring"):
             matrix = measure(arm.model, arm.optimizer, domains, steered, settings, random)
         progress("TiKMiX-D", rows_measured(settings, len(domains), len(steered)))
-        with clock.measure("solving"):
+        with clock.measure("solving"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the result holds them
             solution = tikmix_d(
                 matrix,
-                followed.weights[-1][1],
+                arm.weights,
                 uniformity=settings.uniformity,
                 influence=settings.influence,
                 diversity=settings.diversity,
                 floor=settings.floor,
                 smoothing=settings.smoothing,
             )
-        weights = _named(domains, solution.weights)
-        boundaries.append(Boundary(start, matrix, weights, solution.message, bool(solution.success)))
-        followed.weights.append((start, weights))
-        arm.set_weights(solution.weights)
+        arm.sampler.set_weights(solution.as_dict())
+        message = "; ".join([solution.message, *solution.warnings])
+        boundaries.append(Boundary(start, matrix, arm.weights, message, solution.success))
+        followed.weights.append((start, arm.weights))
         train_to(arm, end, followed, "TiKMiX-D")
     finish(arm, followed)
     train_to(twin, settings.steps, uniform, "uniform")
@@ -131,7 +133,7 @@ def work(settings: DemoSettings, corpora: Corpora) -> float:
 
 @torch.no_grad()
 def task_losses(model: GPT, tasks: Mapping[str, Sequences], rows: int | None = None) -> dict[str, float]:
-    """Return the mean cross-entropy in nats per byte of each task, on all of it or on ``rows`` sequences spread over it.
+    """Return the mean cross-entropy in nats per byte of each task, on all of it or ``rows`` sequences spread over it.
 
     Raises
     ------
@@ -148,10 +150,6 @@ def task_losses(model: GPT, tasks: Mapping[str, Sequences], rows: int | None = N
         if not np.isfinite(losses[name]):
             raise FloatingPointError(f"the loss of task {name!r} is {losses[name]}: lower the learning rate")
     return losses
-
-
-def _named(domains: Mapping[str, Sequences], weights: np.ndarray[tuple[int], np.dtype[np.float64]]) -> dict[str, float]:
-    return dict(zip(domains, map(float, weights), strict=True))
 
 
 class _Clock:

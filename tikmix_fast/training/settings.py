@@ -42,7 +42,7 @@ class DemoSettings:
     floor : float
         Least weight of a domain.
     smoothing : float
-        How far the mixture moves towards the solution, in (0, 1].
+        Share of the mixture before in the one after, in [0, 1).
     evaluate_every : int
         Steps between two points of the loss curves.
     curve_rows : int
@@ -75,7 +75,7 @@ class DemoSettings:
     influence: float = 1.0
     diversity: float = 1.0
     floor: float = 0.01
-    smoothing: float = 1.0
+    smoothing: float = 0.0
     evaluate_every: int = 100
     curve_rows: int = 48
     domain_bytes: int = 1_000_000
@@ -93,8 +93,8 @@ class DemoSettings:
         for name in ("weight_decay", "uniformity", "influence", "diversity", "floor"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
-        if not 0 < self.smoothing <= 1:
-            raise ValueError(f"smoothing must lie in (0, 1]; got {self.smoothing}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1); got {self.smoothing}")
         if self.preconditioner not in ("adam", "identity"):
             raise ValueError(f'preconditioner must be "adam" or "identity"; got {self.preconditioner!r}')
         if self.steps < self.stages:

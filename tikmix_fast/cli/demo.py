@@ -1,0 +1,184 @@
+"""``tikmix-fast demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tikmix_fast.cli.mistakes import user_mistakes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tikmix_fast.data.corpora import Corpora
+    from tikmix_fast.training.results import DemoResult
+    from tikmix_fast.training.settings import DemoSettings
+
+__all__ = ["demo"]
+
+_MOST_THREADS = 4
+"""More do not help so small a model, and cost on large machines."""
+
+_QUICK: dict[str, Any] = {
+    "steps": 60,
+    "stages": 3,
+    "evaluate_every": 20,
+    "warm_up": 10,
+    "task_batches": 4,
+    "task_rows": 4,
+    "domain_batches": 6,
+    "curve_rows": 16,
+    "domain_bytes": 100_000,
+    "task_bytes": 16_000,
+}
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("tikmix-demo"),
+    seed: Annotated[int, typer.Option(help="Of weights and data; both arms share it.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from --seed on.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps per arm.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Parts of the training; the mixture changes between them.")] = None,
+    diversity: Annotated[float | None, typer.Option(help="Factor of the entropy; smaller moves further.")] = None,
+    preconditioner: Annotated[str | None, typer.Option(help="adam or identity.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A short run that shows the way but no gain.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice, at most 4.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+) -> None:
+    """Train a small GPT on a mixture that follows Group Influence, and its twin on a uniform one. Needs no download.
+
+    The text comes from what is installed: Python's own sources and reference, headers, docstrings, licences. Takes some
+    minutes on two cores.
+    """
+    import dataclasses
+
+    from rich.console import Console
+
+    from tikmix_fast import files
+
+    console = Console(stderr=True)
+    with user_mistakes():
+        _make_folder(out)
+        with console.status("loading torch"):
+            import torch
+
+            from tikmix_fast.data.corpora import gather
+            from tikmix_fast.report.environment import describe_environment
+            from tikmix_fast.training.settings import DemoSettings
+        options = {"steps": steps, "stages": stages, "diversity": diversity, "preconditioner": preconditioner}
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = DemoSettings(**{**(_QUICK if quick else {}), "seed": seed, **given})
+        torch.set_num_threads(threads or min(torch.get_num_threads(), _MOST_THREADS))
+        resolved = {**settings.to_dict(), "seeds": seeds, "threads": torch.get_num_threads()}
+        files.write_json(out / "settings.json", resolved)
+        with console.status("gathering text"):
+            corpora = gather(domain_bytes=settings.domain_bytes, task_bytes=settings.task_bytes)
+    for name, reason in corpora.missing.items():
+        console.print(f"[bold yellow]missing:[/] {name}: {reason}", highlight=False)
+    environment = describe_environment()
+    results = []
+    for each in range(seed, seed + seeds):
+        folder = out if seeds == 1 else out / f"seed-{each}"
+        result = _run(dataclasses.replace(settings, seed=each), corpora, console)
+        result.environment = environment
+        with user_mistakes():
+            folder.mkdir(exist_ok=True)
+            _write(result, folder)
+        results.append(result)
+    if as_json:
+        _print_json(results, out)
+    else:
+        _print_tables(results, out)
+
+
+def _make_folder(out: Path) -> None:
+    """Make the folder and try to write into it: to learn that it cannot be written must not take minutes."""
+    import tempfile
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(f"out must be a folder that can be written to; got {str(out)!r} ({error.strerror})") from None
+
+
+def _run(settings: DemoSettings, corpora: Corpora, console: Console) -> DemoResult:
+    from rich import progress
+    from rich.text import Text
+
+    from tikmix_fast.training.demonstration import demonstrate, work
+
+    class Rate(progress.ProgressColumn):
+        def render(self, task: progress.Task) -> Text:
+            return Text(f"{(task.speed or 0) * settings.model.length / 1000:.0f} kB/s")
+
+    columns = (
+        progress.TextColumn("seed {task.fields[seed]}: {task.description:10}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        Rate(),
+        progress.TextColumn("time left"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, speed_estimate_period=60) as bar:
+        task = bar.add_task("both arms", total=work(settings, corpora), seed=settings.seed)
+        return demonstrate(settings, corpora, lambda what, amount: bar.update(task, description=what, advance=amount))
+
+
+def _write(result: DemoResult, folder: Path) -> None:
+    from tikmix_fast.report.plots import draw_influence, draw_losses, draw_mixture, save_figure
+
+    result.save(folder / "results.json")
+    last = result.boundaries[-1]
+    last.matrix.save(folder / "influence.json")
+    save_figure(draw_influence(last.matrix, f"Group Influence at step {last.step}"), folder / "influence.png")
+    save_figure(draw_mixture(result), folder / "mixture.png")
+    save_figure(draw_losses(result), folder / "loss.png")
+
+
+def _print_tables(results: list[DemoResult], out: Path) -> None:
+    from rich.console import Console
+
+    from tikmix_fast.report.tables import loss_table, weight_table
+
+    console = Console(highlight=False)
+    console.print(loss_table(results))
+    mixtures = {"uniform": results[0].uniform.weights[-1][1]} | {
+        f"seed {each.settings.seed}, last stage": each.tikmix.weights[-1][1] for each in results
+    }
+    console.print(weight_table(mixtures))
+    for each in results:
+        times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in each.seconds.items())
+        console.print(f"seed {each.settings.seed}: {times}")
+    folder = out if len(results) == 1 else out / f"seed-{results[0].settings.seed}"
+    for line in (
+        f"pictures: {folder}/influence.png, {folder}/mixture.png, {folder}/loss.png",
+        f"numbers: {folder}/results.json",
+        f"next: tikmix-fast mix {folder}/influence.json --diversity 0.3",
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def _print_json(results: list[DemoResult], out: Path) -> None:
+    import json
+
+    summary = {
+        "folder": str(out),
+        "seeds": [
+            {
+                "seed": each.settings.seed,
+                "uniform": each.uniform.final,
+                "tikmix": each.tikmix.final,
+                "change_steered": each.change(each.steered),
+                "change_held_out": each.change(each.held_out),
+                "weights": each.tikmix.weights[-1][1],
+                "seconds": each.seconds,
+            }
+            for each in results
+        ],
+        "missing": results[0].missing,
+    }
+    typer.echo(json.dumps(summary, indent=1))
