@@ -12,7 +12,8 @@ Words = NDArray[np.uint64]
 #: Lengths are at most 2^53: beyond, a float64 no longer tells the number of bits exactly.
 MAX_LENGTH = 1 << 53
 
-# Over 60000 keys, 8 rounds make every order of 2 to 6 items equally frequent (chi-square); 6 rounds do not for 4 items.
+# Over 400000 keys, 8 rounds give each order of 3 items its share within 2%, of 4 within 3%, of 5 within 7%; 6 rounds
+# are three times worse. From 33 items on, the joint places of two items pass a chi-square test at that size.
 _ROUNDS = 8
 
 

@@ -1,20 +1,20 @@
 """Which domain each draw comes from: the weights held exactly at every prefix, in a shuffled order. Pure numpy.
 
-The draws since the last change of weights are numbered g = 0, 1, 2, ...; c_j(g) counts domain j among the first g. We keep
+The draws since the last change of weights are numbered g = 0, 1, 2, ...; c_j(g) counts domain j among the first g. Then
 
     |c_j(g) - w_j g| <= 1 - delta      for every domain j and every g,        delta = 1 / max(4096, 2 m),
 
-by turns: the k-th draw of domain j (k = 1, 2, ...) may not come before the first g with w_j (g + 1) >= k - 1 + delta (the
-turn opens) and must come before the first g with w_j g > k - delta (it closes). An order of draws keeps the bound if and
-only if every turn is drawn while it is open.
+by turns: the k-th draw of domain j (k = 1, 2, ...) may not come before the first g with w_j (g + 1) >= k - 1 + delta
+(the turn opens) and must come before the first g with w_j g > k - delta (it closes). An order of draws keeps the bound
+if and only if every turn is drawn while it is open.
 
-Such an order exists: Tijdeman, The chairman assignment problem (1980), proves the bound 1 - 1 / (2 m - 2) attainable for
-any weights. Turns are unit jobs with whole release times and deadlines, for which taking the open turn that closes first
-is optimal: it meets all deadlines if anything does. It never idles either: after g draws, the existing order has drawn
-g + 1 turns open by then, so one is left. Those are the only facts the bound rests on.
+Such an order exists: Tijdeman, The chairman assignment problem (1980), proves that the bound 1 - 1 / (2 m - 2) can be
+kept for any weights. Turns are unit jobs with whole release times and deadlines, for which taking the open turn that
+closes first is optimal: it meets all deadlines if anything does. It never idles either: an order that keeps the bound
+has drawn g + 1 turns by g + 1, all open by then, so after g draws one of them is left. The bound rests on nothing else.
 
-That order is nearly periodic, so with 0.9 and 0.1 rank 9 of 10 would draw nothing but the second domain. It is
-therefore shuffled, by moves that keep every turn inside its opening; the bound is not touched. Weights are whole
+That order alone is nearly periodic: with weights 0.9 and 0.1 rank 9 of 10 would draw hardly anything but the second
+domain. So it is shuffled, by moves that keep every turn inside its opening; the bound is not touched. Weights are whole
 multiples of 2^-48 and all arithmetic is on integers, so every machine gets the same order.
 """
 
@@ -42,7 +42,7 @@ _SWAP_STRIDES = (32, 16, 8, 4, *(2, 1) * 6)
 
 
 def quantize(weights: NDArray[np.float64]) -> Ints:
-    """Round weights [m] (nonnegative, sum 1) to whole multiples of 2^-48 that sum to exactly 2^48, by largest remainder.
+    """Express weights [m], divided by their sum, in units of 2^-48 that sum to exactly 2^48, by largest remainder.
 
     Examples
     --------

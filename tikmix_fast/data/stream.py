@@ -1,0 +1,135 @@
+"""The global stream of draws from several shuffled domains under weights that change. Pure numpy; knows no ranks."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tikmix_fast.data.permutation import mix, permute
+from tikmix_fast.data.schedule import BLOCK, quantize, schedule_block
+
+__all__ = ["Block", "Change", "Origin", "Stream"]
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Weights [m] that hold from global draw ``at`` on."""
+
+    at: int
+    weights: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The draw from which the weights of a block hold; proportions are kept from here on."""
+
+    at: int
+    counts: Ints  # [m] draws of each domain before it
+    weights: NDArray[np.float64]
+    shares: Ints  # the weights as whole multiples of 2^-48
+
+    @classmethod
+    def of(cls, change: Change, counts: Ints) -> Origin:
+        """Begin anew with the weights of ``change``."""
+        return cls(change.at, counts, change.weights, quantize(change.weights))
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Where the planning of the next draws starts: `BLOCK` of them, or fewer if the weights change within."""
+
+    at: int
+    counts: Ints  # [m] draws of each domain before it
+    origin: Origin
+
+
+class Stream:
+    """Draws 0, 1, 2, ... of all ranks together, a function of the lengths, the seed and the changes of weights.
+
+    Parameters
+    ----------
+    lengths : int64 [m]
+        Items per domain.
+    seed : int
+        From 0 to 2^64 - 1.
+    block : Block
+        From where the stream can be asked for.
+    changes : list of Change
+        Those after the start of ``block``, rising.
+    """
+
+    def __init__(self, lengths: Ints, seed: int, block: Block, changes: list[Change]) -> None:
+        self.changes = changes  # rising; those up to the first block are forgotten
+        self.blocks = [block]  # rising, without gaps
+        self._lengths = lengths
+        self._seed = seed
+        self._offsets = np.cumsum(lengths) - lengths
+        words = np.arange(1, len(lengths) + 1, dtype=np.uint64)
+        self._keys = mix(mix(np.array([seed], dtype=np.uint64)) + words)
+        self._planned: tuple[Block, NDArray[np.uint16]] | None = None
+
+    def end(self, block: Block) -> int:
+        """Return the draw after the last one of a block."""
+        return min([block.at + BLOCK, *(change.at for change in self.changes if change.at > block.at)])
+
+    def block_of(self, at: int) -> Block:
+        """Return the block of a draw that is not before the first block, planning up to it."""
+        while (end := self.end(self.blocks[-1])) <= at:
+            last = self.blocks[-1]
+            counts = self._counts(last, end)
+            origin = next((Origin.of(change, counts) for change in self.changes if change.at == end), last.origin)
+            self.blocks.append(Block(end, counts, origin))
+        return next(block for block in reversed(self.blocks) if block.at <= at)
+
+    def counts_at(self, at: int) -> Ints:
+        """Return how many draws before ``at`` came from each domain, int64 [m]."""
+        return self._counts(self.block_of(at), at)
+
+    def indices(self, first: int, end: int, step: int) -> Ints:
+        """Return the indices, int64, of draws first, first + step, ... before ``end``, which must be of one block."""
+        block = self.block_of(first)
+        labels = self._labels(block)
+        # How often each draw's domain was drawn before it: its place among the draws of that domain.
+        many = np.bincount(labels, minlength=len(self._lengths))
+        place = np.empty(BLOCK, dtype=np.int64)
+        place[np.argsort(labels, kind="stable")] = np.arange(BLOCK) - np.repeat(
+            np.cumsum(many) - many - block.counts, many
+        )
+        wanted = slice(first - block.at, end - block.at, step)
+        domain = labels[wanted]
+        length = self._lengths[domain].astype(np.uint64)
+        epoch, position = np.divmod(place[wanted].astype(np.uint64), length)
+        item = permute(position, length, mix(self._keys[domain] + epoch))
+        return self._offsets[domain] + item.astype(np.int64)
+
+    def change(self, change: Change) -> None:
+        """Change the weights, at a draw that is not before the first block; blocks from there on are planned anew."""
+        others = [other for other in self.changes if other.at != change.at]
+        self.changes = sorted([*others, change], key=operator.attrgetter("at"))
+        first = self.blocks[0]
+        self.blocks = [block for block in self.blocks if block.at < change.at]
+        if not self.blocks:
+            self.blocks = [Block(first.at, first.counts, Origin.of(change, first.counts))]
+
+    def forget(self, before: int) -> None:
+        """Drop what is needed only for draws before ``before``."""
+        oldest = self.block_of(max(before, self.blocks[0].at))
+        self.blocks = [block for block in self.blocks if block.at >= oldest.at]
+        self.changes = [change for change in self.changes if change.at > oldest.at]
+
+    def _counts(self, block: Block, at: int) -> Ints:
+        drawn = np.bincount(self._labels(block)[: at - block.at], minlength=len(self._lengths))
+        return np.asarray(block.counts + drawn)
+
+    def _labels(self, block: Block) -> NDArray[np.uint16]:
+        """Return the domain of each draw of a block; those of the last block asked for are kept."""
+        if self._planned is None or self._planned[0] is not block:
+            origin = block.origin
+            elapsed, counts = block.at - origin.at, block.counts - origin.counts
+            self._planned = block, schedule_block(origin.shares, elapsed, counts, self._seed, block.at)
+        return self._planned[1]
