@@ -74,6 +74,6 @@ def test_sorted_rows_need_no_order():
     ],
 )
 def test_anything_else_is_refused(labels, leading):
-    assert not labels.matches(leading)
+    assert not labels.are_rows(leading)
     with pytest.raises(RowShapeError, match="do not match the ids"):
         labels.layout(leading, CPU)

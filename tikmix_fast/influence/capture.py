@@ -82,7 +82,8 @@ class Capture:
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function that met a view."""
         if self._open and func in _PRODUCTS and torch._C._current_graph_task_id() == -1:
-            rows = args[1] if func is torch.addmm else args[0]
+            place, name = (1, "mat1") if func is torch.addmm else (0, "input")
+            rows = args[place] if len(args) > place else kwargs[name]
             self.rows = tuple(rows.shape[:-1])
         if not self._open or self._recorder is None or not torch.is_grad_enabled():
             return func(*plain(args), **plain(kwargs))

@@ -74,8 +74,15 @@ class RowLabels:
             self._layouts[key] = self._make(tuple(leading), device)
         return self._layouts[key]
 
-    def matches(self, leading: tuple[int, ...]) -> bool:
-        """Tell whether `layout` can label these leading dimensions."""
+    def are_rows(self, leading: tuple[int, ...]) -> bool:
+        """Tell whether something that may be no rows at all, as positions looked up once, surely is rows of the batch.
+
+        One dimension is so only if S is known: otherwise [S] cannot be told from [B] or from [B * S].
+        """
+        if self.single is not None:
+            return True
+        if len(leading) < 2 and (self.length is None or tuple(leading) != ((self.batch or 0) * self.length,)):
+            return False
         try:
             self._row_domains(tuple(leading))
         except RowShapeError:

@@ -19,6 +19,7 @@ from tikmix_fast.influence.views import ParameterView, Source, UncapturedParamet
 
 if TYPE_CHECKING:
     from tikmix_fast.influence.capture import Capture
+    from tikmix_fast.influence.rows import RowLabels
 
 __all__ = ["apply_rule"]
 
@@ -33,6 +34,11 @@ def apply_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
     """
     rule = _RULES.get(func)
     if rule is not None:
+        place, name = (1, "mat1") if func in _ADDMM else (0, "input")
+        data = args[place] if len(args) > place else kwargs.get(name)
+        # Positions that go through a layer of their own before they meet the batch are no data yet.
+        if isinstance(data, ParameterView) and rule in _TAKES_ROWS and not _with_data(args, kwargs):
+            return _derive(capture, func, args, kwargs)
         return rule(capture, func, *args, **kwargs)
     if func in _ELEMENTWISE:
         return _elementwise(capture, func, args, kwargs)
@@ -43,23 +49,24 @@ def _linear(capture: Capture, func: Any, input: Any, weight: Any, bias: Any = No
     return _product(capture, func, input, weight, bias, in_out=False, ordinary=lambda x, w, b: F.linear(x, w, b))
 
 
-def _matmul(capture: Capture, func: Any, input: Any, mat2: Any) -> Any:
-    if not isinstance(mat2, ParameterView):
-        return func(capture.settle(input, func), mat2)
-    if mat2.plain.ndim != 2:
-        raise _refusal(mat2, func, "the weight of a product must be two-dimensional")
-    return _product(capture, func, input, mat2, None, in_out=True, ordinary=lambda x, w, b: func(x, w))
+def _matmul(capture: Capture, func: Any, input: Any, other: Any = None, *, mat2: Any = None) -> Any:
+    weight = mat2 if other is None else other
+    if not isinstance(weight, ParameterView):
+        return func(capture.settle(input, func), weight)
+    if weight.plain.ndim != 2:
+        raise _refusal(weight, func, "the weight of a product must be two-dimensional")
+    return _product(capture, func, input, weight, None, in_out=True, ordinary=lambda x, w, b: func(x, w))
 
 
-def _rmatmul(capture: Capture, func: Any, mat2: Any, input: Any) -> Any:
-    return _matmul(capture, torch.matmul, input, mat2)
+def _rmatmul(capture: Capture, func: Any, other: Any, input: Any) -> Any:
+    return _matmul(capture, torch.matmul, input, other)
 
 
-def _addmm(capture: Capture, func: Any, bias: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    views = [each for each in (bias, mat1, mat2) if isinstance(each, ParameterView)]
+def _addmm(capture: Capture, func: Any, input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    views = [each for each in (input, mat1, mat2) if isinstance(each, ParameterView)]
     if beta != 1 or alpha != 1 or not isinstance(mat2, ParameterView):
         raise _refusal(views[0], func, "only a parameter as the second factor with beta = alpha = 1 is captured")
-    return _product(capture, func, mat1, mat2, bias, in_out=True, ordinary=lambda x, w, b: func(b, x, w))
+    return _product(capture, func, mat1, mat2, input, in_out=True, ordinary=lambda x, w, b: func(b, x, w))
 
 
 def _product(
@@ -100,7 +107,8 @@ def _embedding(
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else padding_idx + len(weight.plain)
     recorder = capture.recorder
     labels = recorder.labels
-    if labels.single is not None or (input.ndim > 1 and labels.matches(input.shape)):
+    if labels.are_rows(input.shape):
+        _refuse_relative_positions(weight, func, input, labels)
         return tap(found, lambda gradient: recorder.lookup(weight, input, padding, gradient))
 
     # Positions looked up once for all sequences, [S] or [1, S]: wait for the operation where they meet the batch.
@@ -110,6 +118,16 @@ def _embedding(
 
     source = Source(weight.sources[0].name, found.detach(), lift)
     return ParameterView.make(found, capture, (source,), in_rows=True)
+
+
+def _refuse_relative_positions(weight: ParameterView, func: Any, ids: Tensor, labels: RowLabels) -> None:
+    """A table of relative positions looked up at [S, S] looks like tokens [B, S] where B = S; its ids give it away."""
+    if labels.single is None and ids.ndim == 2 and ids.shape[0] == ids.shape[1] > 1:
+        along_diagonals = bool((ids[1:, 1:] == ids[:-1, :-1]).all())
+        if along_diagonals and bool((ids != ids[0, 0]).any()):
+            raise _refusal(
+                weight, func, "with as many sequences as positions its ids cannot be told from relative positions"
+            )
 
 
 def _layer_norm(
@@ -194,17 +212,36 @@ def _elementwise(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dic
 
 def _other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Any operation without a rule: fine while no data takes part, or where the view is rows of the batch already."""
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-    views = [each for each in leaves if isinstance(each, ParameterView)]
-    if not any(
-        isinstance(each, Tensor) and each.requires_grad for each in leaves if not isinstance(each, ParameterView)
-    ):
+    if not _with_data(args, kwargs):
         return _derive(capture, func, args, kwargs)
+    views = [each for each in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(each, ParameterView)]
     for view in views:
         if not view.in_rows:
             raise _refusal(view, func, "no rule covers this operation")
     settled = torch.utils._pytree.tree_map(lambda each: capture.settle(each, func), (args, kwargs))
     return func(*settled[0], **settled[1])
+
+
+def _backward(capture: Capture, func: Any, loss: ParameterView, *args: Any, **kwargs: Any) -> Any:
+    """Refuse a loss that met no data: nothing it was looked up from was recognised as rows of the batch."""
+    for source in loss.sources:
+        if source.lift is not None:
+            capture.recorder.labels.layout(source.value.shape[:-1], torch.device("cpu"))
+    raise _refusal(
+        loss,
+        func,
+        "what it was looked up at, in one dimension, cannot be told from positions: pass a mask of shape [B, S], or "
+        "look it up "
+        "at [B, S] (or [B, 1])",
+    )
+
+
+def _with_data(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor that carries a gradient, and is not made from parameters alone, takes part."""
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    return any(
+        isinstance(each, Tensor) and not isinstance(each, ParameterView) and each.requires_grad for each in leaves
+    )
 
 
 def _derive(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -261,7 +298,7 @@ def spread_view(capture: Capture, view: ParameterView, shape: torch.Size) -> Ten
 
 def settle_view(capture: Capture, view: ParameterView, func: Any) -> Tensor:
     """Take a view whose leading dimensions are rows of the batch as data."""
-    if not view.in_rows:
+    if not view.in_rows or not capture.recorder.labels.are_rows(view.plain.shape[:-1]):
         raise _refusal(view, func, "a parameter stands there in the place of the data")
     return spread_view(capture, view, view.plain.shape)
 
@@ -292,11 +329,14 @@ _ELEMENTWISE = _named(
 )
 _MAKES_ROWS = _named("expand", "expand_as", "repeat", "broadcast_to")
 _RMS_NORMS = _named("rms_norm")
+_ADDMM = _named("addmm")
+_TAKES_ROWS = frozenset((_linear, _matmul, _rmatmul, _addmm, _layer_norm, _rms_norm))
 _RULES: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.backward: _backward,
     **dict.fromkeys(_named("linear"), _linear),
     **dict.fromkeys(_named("matmul", "mm", "__matmul__"), _matmul),
     **dict.fromkeys(_named("__rmatmul__"), _rmatmul),
-    **dict.fromkeys(_named("addmm"), _addmm),
+    **dict.fromkeys(_ADDMM, _addmm),
     **dict.fromkeys((F.embedding,), _embedding),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
     **dict.fromkeys(_RMS_NORMS, _rms_norm),

@@ -1,0 +1,31 @@
+"""Every Python block of README runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) >= 2
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.findall(r"(\w+) = ", block)[-1])
+def test_block_runs(block):
+    names: dict[str, object] = {}
+    exec(compile(block, str(README), "exec"), names)
+    if "influence" in names:
+        import torch
+
+        assert tuple(names["influence"].shape) == (2, 3)
+        assert names["influence"][:, 1].eq(0).all()
+        torch.testing.assert_close(names["grad_weight"], names["dy"].T @ names["x"], rtol=1e-4, atol=1e-3)
+    if "result" in names:
+        assert names["result"].success
+        assert names["result"].weights.sum() == pytest.approx(1)
+        assert names["matrix"].shape == (2, 2)
