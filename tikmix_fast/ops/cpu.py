@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from tikmix_fast.ops.checks import Arguments, check_order, describe, domain_bounds
+from tikmix_fast.ops.checks import Arguments, check_order, domain_bounds
 
 try:  # after torch, so that both use the one OpenMP runtime that torch brings
     from tikmix_fast import _cpu
@@ -38,7 +38,7 @@ def refusal(arguments: Arguments) -> str | None:
         if tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}, not on the CPU"
         if tensor.dtype not in _DTYPE_CODES:
-            return f"{name} is neither float32 nor bfloat16 but {describe(tensor)}"
+            return f"{name} is {tensor.dtype}, neither float32 nor bfloat16"
     return None
 
 
