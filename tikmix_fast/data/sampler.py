@@ -67,9 +67,9 @@ class MixtureSampler(Sampler[int]):
     where the sampler is, and all iterators share that place: what a `DataLoader` had drawn ahead when its loop was left
     is drawn again only after ``sampler.load_state_dict(sampler.state_dict(consumed))``.
 
-    Draws are planned in blocks of 16384, or up to the next change of weights. Cost: about 0.5 us per global draw on every
-    rank, plus 0.2 us per draw of its own; 10 ms for each change. Memory: one block, and a few numbers per domain for each
-    block within ``lookback``; never a permutation.
+    Draws are planned in blocks of 16384, or up to the next change of weights. Cost: about 0.5 us per global draw on
+    every rank, plus 0.2 us per draw of its own; 10 ms for each change. Memory: one block, and a few numbers per domain
+    for each block within ``lookback``; never a permutation.
 
     Examples
     --------
@@ -342,10 +342,10 @@ class MixtureSampler(Sampler[int]):
         return result
 
     def _checked_counts(self, name: str, counts: Any, total: int) -> Ints:
-        result = np.array([_whole(name, count, 0, total) for count in counts], dtype=np.int64)
-        if len(result) != len(self._lengths) or result.sum() != total:
+        values = [_whole(name, count, 0, total) for count in counts]
+        if len(values) != len(self._lengths) or sum(values) != total:
             raise ValueError(f"{name} must be {len(self._lengths)} numbers that sum to {total}; got {counts!r}")
-        return result
+        return np.array(values, dtype=np.int64)
 
     def _called(self, domain: int) -> str:
         return f"domain {domain}" if self._names is None else repr(self._names[domain])
