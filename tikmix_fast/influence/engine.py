@@ -21,6 +21,7 @@ from tikmix_fast.influence.gradients import gradients_set_aside, without_synchro
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.influence.optimizer_state import canonical_name
 from tikmix_fast.influence.preconditioners import Preconditioner, make_preconditioner
+from tikmix_fast.influence.queries import Queries, TaskGradients
 from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.rows import RowLabels
 from tikmix_fast.influence.target_counts import SeenLosses, watch_losses
@@ -97,6 +98,8 @@ class InfluenceEngine:
     >>> engine.matrix().values
     array([[5., 5.]])
     """
+
+    _queries: Queries | None
 
     def __init__(
         self,
@@ -214,7 +217,7 @@ class InfluenceEngine:
             self._check_targets(tokens, seen, mask)
             if self._drop_if_not_finite(_all_finite(gradients.values()), f"task {name!r}", scaler):
                 return
-            self._add_task(index, gradients, float(tokens[0]), scale(float(tokens[0]), self.reduction))
+            self._tasks.add(index, gradients, float(tokens[0]), scale(float(tokens[0]), self.reduction))
 
     @contextmanager
     def domains(
@@ -259,12 +262,13 @@ class InfluenceEngine:
         scale = _loss_scale(normalizer, scaler)
         parameters = self.parameters()
         self._check_parameters(parameters)
-        if self._queries is None:
-            self._freeze(parameters)
         if not self.allow_stale:
-            self._check_weights(parameters, "the queries froze")
+            self._check_weights(parameters, "the tasks were measured")
+        if self._queries is None:
+            self._queries = self._tasks.freeze(parameters, self.preconditioner, self.optimizer)
+            self._estimator.begin_round(self._queries.owners, self._queries.weights)
         versions = _versions(parameters)
-        queries = self._queries or {}
+        queries = self._queries.values
         checking = self.check_every > 0 and self._passes % self.check_every == 0
         before = {name: _gradient_mark(p, checking) for name, p in parameters.items()}
         recorder = Recorder(labels, queries)
@@ -357,7 +361,7 @@ class InfluenceEngine:
         if not isinstance(labels.ids, Tensor):
             raise ValueError("ids must name the domain of every row for verify: pass a tensor of shape [B] or [B, S]")
         parameters = self.parameters()
-        queries = {name: self._by_task(value) for name, value in self._queries.items()}
+        queries = self._queries.by_task(len(self.task_names))
         recorder = Recorder(labels, queries)
         with gradients_set_aside(self.model), without_synchronisation(self.model):
             with Capture(self.model, parameters, recorder, fused=self.grad == "fused").open():
@@ -435,62 +439,9 @@ class InfluenceEngine:
         self._begin_tasks()
 
     def _begin_tasks(self) -> None:
-        self._queries: dict[str, Tensor] | None = None
-        self._owners: list[int] = []
-        self._weights: list[float] = []
+        self._tasks = TaskGradients(self.task_names, self.task_splits)
+        self._queries = None
         self._versions: dict[str, tuple[int, int]] | None = None
-        self._batches = [0] * len(self.task_names)
-        # By (task, split): the sum of the gradients of the token losses, and how many tokens.
-        self._task_sums: dict[tuple[int, int], dict[str, Tensor]] = {}
-        self._task_tokens: dict[tuple[int, int], float] = {}
-
-    def _add_task(self, task: int, gradients: Mapping[str, Tensor], tokens: float, factor: float) -> None:
-        key = task, self._batches[task] % self.task_splits
-        sums = self._task_sums.setdefault(key, {})
-        for name, gradient in gradients.items():
-            dense = gradient.to_dense() if gradient.is_sparse else gradient
-            if name not in sums:
-                dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
-                sums[name] = torch.zeros(dense.shape, dtype=dtype, device=dense.device)
-            sums[name].add_(dense, alpha=factor)
-        self._task_tokens[key] = self._task_tokens.get(key, 0.0) + tokens
-        self._batches[task] += 1
-
-    def _freeze(self, parameters: Mapping[str, Tensor]) -> None:
-        """Turn the task gradients into queries, parameter by parameter, freeing as it goes."""
-        unmeasured = [name for name, count in zip(self.task_names, self._batches, strict=True) if not count]
-        if unmeasured:
-            raise RuntimeError(
-                f"tasks come first: run engine.task(...) for {', '.join(map(repr, unmeasured))} before domains(...)"
-            )
-        self.preconditioner.prepare(parameters, self.optimizer)
-        keys = sorted(key for key, tokens in self._task_tokens.items() if tokens > 0)
-        without = sorted(
-            {self.task_names[task] for task in range(len(self.task_names))} - {self.task_names[k[0]] for k in keys}
-        )
-        if without:
-            raise RuntimeError(f"tasks {', '.join(map(repr, without))} have no target token: check their masks")
-        totals = {task: sum(self._task_tokens[key] for key in keys if key[0] == task) for task, _ in keys}
-        queries: dict[str, Tensor] = {}
-        for name, parameter in parameters.items():
-            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            means = parameter.new_zeros((len(keys), *parameter.shape), dtype=dtype)
-            for row, key in zip(means, keys, strict=True):
-                total = self._task_sums[key].pop(name, None)
-                if total is not None:
-                    torch.div(total, self._task_tokens[key], out=row)
-            queries[name] = self.preconditioner.apply(name, means)
-        self._queries = queries
-        self._owners = [task for task, _ in keys]
-        self._weights = [self._task_tokens[key] / totals[key[0]] for key in keys]
-        self._estimator.begin_round(self._owners, self._weights)
-        self._task_sums.clear()
-
-    def _by_task(self, queries: Tensor) -> Tensor:
-        """Combine the splits [q, *shape] of every task into its one query, [n, *shape]."""
-        weights = queries.new_tensor(self._weights).reshape(-1, *(1,) * (queries.ndim - 1))
-        owners = torch.tensor(self._owners, device=queries.device)
-        return queries.new_zeros(len(self.task_names), *queries.shape[1:]).index_add_(0, owners, weights * queries)
 
     def _labels(self, ids: Ids, mask: Tensor | int | None) -> RowLabels:
         length = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
