@@ -15,6 +15,9 @@ elseif(tikmix_fast_cuda_choice STREQUAL OFF)
 endif()
 
 include(CheckLanguage)
+if(NOT CMAKE_CUDA_COMPILER)
+  unset(CMAKE_CUDA_COMPILER CACHE) # a kept build folder remembers that there was none
+endif()
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   if(tikmix_fast_cuda_choice STREQUAL ON)
