@@ -48,7 +48,8 @@ class Arm:
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model)
         twin.optimizer = twin._make_optimizer()
-        twin.optimizer.load_state_dict(self.optimizer.state_dict())
+        # Loading alone would share the moments, as tensors of the right type are taken as they are.
+        twin.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         twin.sampler = self._make_sampler()
         twin.sampler.load_state_dict(self.sampler.state_dict())
         return twin

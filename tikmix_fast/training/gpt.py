@@ -84,20 +84,22 @@ class GPT(nn.Module):
     def __init__(self, settings: GPTSettings, seed: int) -> None:
         super().__init__()
         self.settings = settings
-        self.bytes = nn.Embedding(BYTES, settings.width)
-        self.positions = nn.Embedding(settings.length, settings.width)
-        self.blocks = nn.ModuleList(_Block(settings) for _ in range(settings.layers))
-        self.norm = nn.LayerNorm(settings.width)
-        self.head = nn.Linear(settings.width, BYTES, bias=False)
-        self._initialise(torch.Generator().manual_seed(seed))
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            self.bytes = nn.Embedding(BYTES, settings.width)
+            self.positions = nn.Embedding(settings.length, settings.width)
+            self.blocks = nn.ModuleList(_Block(settings) for _ in range(settings.layers))
+            self.norm = nn.LayerNorm(settings.width)
+            self.head = nn.Linear(settings.width, BYTES, bias=False)
+            self._initialise()
 
-    def _initialise(self, random: torch.Generator) -> None:
+    def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # Projections into the residual stream start smaller, so that it keeps its scale with depth (GPT-2).
                 into_stream = name.endswith(("project.weight", "contract.weight"))
                 scale = 0.02 / math.sqrt(2 * self.settings.layers) if into_stream else 0.02
-                nn.init.normal_(parameter, std=scale, generator=random)
+                nn.init.normal_(parameter, std=scale)
             else:
                 (nn.init.zeros_ if name.endswith("bias") else nn.init.ones_)(parameter)
 

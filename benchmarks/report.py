@@ -1,0 +1,90 @@
+"""Write what was measured into the README, between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+
+python benchmarks/report.py             # rewrite the README
+python benchmarks/report.py --check     # exit 1 if it is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tikmix_fast import files
+
+ROOT = Path(__file__).parent.parent
+
+
+def demo_table(results: dict[str, Any]) -> str:
+    """Return the table of the demonstration: every task's loss in both arms, and how it was measured."""
+    seeds = results["seeds"]
+
+    def cells(tasks: list[str]) -> str:
+        theirs, ours = (
+            np.array([[each[arm][task] for task in tasks] for each in seeds]).mean(1) for arm in ("uniform", "tikmix")
+        )
+        change = 100 * (ours / theirs - 1)
+        spread = f" ± {change.std(ddof=1):.1f}" if len(seeds) > 1 else ""
+        return f"{theirs.mean():.3f} | {ours.mean():.3f} | {change.mean():+.1f} %{spread}"
+
+    lines = ["| task | uniform | TiKMiX-D | change |", "|---|---:|---:|---:|"]
+    for group, tasks in (("steered for", results["steered"]), ("held out", results["held_out"])):
+        lines += [f"| {task} ({group}: {results['sources'][task]}) | {cells([task])} |" for task in tasks]
+        lines.append(f"| **mean, {group}** | {cells(tasks)} |")
+    machine, packages = results["environment"]["machine"], results["environment"]["packages"]
+    minutes = np.mean([each["wall_seconds"] for each in seeds]) / 60
+    share = np.mean([each["seconds"]["measuring"] / sum(each["seconds"].values()) for each in seeds])
+    commit = (results["environment"]["commit"] or "unknown").split()
+    facts = (
+        "Loss in nats per byte on text that was neither trained on nor measured; means over seeds "
+        f"{', '.join(str(each['seed']) for each in seeds)}, the change with its standard deviation",
+        f"{results['settings']['steps']} steps per arm; {minutes:.1f} minutes per seed for both arms, of which "
+        f"{share:.0%} measuring",
+        f"{machine['processor']}, {machine['threads']} threads, torch {packages['torch']}, commit "
+        f"{' '.join([commit[0][:10], *commit[1:]])}, {results['date']}",
+    )
+    lines += ["", *(f"{fact}." for fact in facts)]
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo": ("benchmarks/results/demo.json", demo_table)
+}
+
+
+def rewrite(text: str, name: str, content: str) -> str:
+    """Return ``text`` with ``content`` between the marks of ``name``.
+
+    Raises
+    ------
+    ValueError
+        If the marks are not there exactly once each, in order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md must hold {begin} and {end} once each, in this order")
+    return f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
+
+
+def main() -> None:
+    """Rewrite or check the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    arguments = parser.parse_args()
+    text = rewritten = arguments.readme.read_text(encoding="utf-8")
+    for name, (path, make) in SECTIONS.items():
+        rewritten = rewrite(rewritten, name, make(json.loads((ROOT / path).read_text(encoding="utf-8"))))
+    if not arguments.check:
+        files.write_text(arguments.readme, rewritten)
+    elif rewritten != text:
+        sys.exit(f"{arguments.readme} is not what the results say: run python benchmarks/report.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The README's numbers are those of the results."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "report.py"
+
+
+@pytest.fixture(scope="module")
+def report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmarks_report", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_holds_every_task_with_means_over_seeds(report: ModuleType) -> None:
+    def seed(number: int, ours: float) -> dict:
+        return {
+            "seed": number,
+            "wall_seconds": 120.0,
+            "seconds": {"training": 90.0, "measuring": 30.0},
+            "uniform": {"a": 2.0, "b": 4.0, "c": 1.0},
+            "tikmix": {"a": ours, "b": 3.0, "c": 1.1},
+        }
+
+    table = report.demo_table(
+        {
+            "seeds": [seed(0, 1.5), seed(1, 1.7)],
+            "steered": ["a", "b"],
+            "held_out": ["c"],
+            "sources": {"a": "text a", "b": "text b", "c": "text c"},
+            "settings": {"steps": 10},
+            "environment": {
+                "machine": {"processor": "P", "threads": 2},
+                "packages": {"torch": "2"},
+                "commit": "0123456789abcdef with changes",
+            },
+            "date": "2026-01-01",
+        }
+    )
+    assert "| a (steered for: text a) | 2.000 | 1.600 | -20.0 % ± 7.1 |" in table
+    assert "| **mean, steered for** | 3.000 | 2.300 | -23.3 % ± 2.4 |" in table
+    assert "| c (held out: text c) | 1.000 | 1.100 | +10.0 % ± 0.0 |" in table
+    assert "2.0 minutes per seed for both arms, of which 25% measuring" in table
+    assert "commit 0123456789 with changes" in table
+
+
+def test_only_what_lies_between_the_marks_is_rewritten(report: ModuleType) -> None:
+    text = "before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n"
+    once = report.rewrite(text, "demo", "new")
+    assert once == "before\n<!-- demo:begin -->\nnew\n<!-- demo:end -->\nafter\n"
+    assert report.rewrite(once, "demo", "new") == once
+
+
+@pytest.mark.parametrize("text", ["", "<!-- demo:begin -->", "<!-- demo:end --> <!-- demo:begin -->"])
+def test_a_readme_without_marks_is_refused(report: ModuleType, text: str) -> None:
+    with pytest.raises(ValueError, match="must hold <!-- demo:begin -->"):
+        report.rewrite(text, "demo", "new")

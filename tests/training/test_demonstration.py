@@ -1,0 +1,109 @@
+"""Both arms end to end on small text: fair to each other, reproducible, and steered the right way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tikmix_fast.data.corpora import Corpora, Sequences
+from tikmix_fast.training.arm import Arm
+from tikmix_fast.training.demonstration import demonstrate, task_losses, work
+from tikmix_fast.training.results import DemoResult
+from tikmix_fast.training.settings import DemoSettings
+
+
+@pytest.fixture
+def result(settings: DemoSettings, corpora: Corpora) -> DemoResult:
+    return demonstrate(settings, corpora)
+
+
+def test_the_uniform_arm_is_an_ordinary_run(settings: DemoSettings, corpora: Corpora, result: DemoResult) -> None:
+    arm = Arm(settings, {name: Sequences(text, 16) for name, text in corpora.domains.items()})
+    while arm.step < settings.steps:
+        arm.train_step()
+    reported = {name: Sequences(task.report, 16) for name, task in corpora.tasks.items()}
+    assert result.uniform.final == task_losses(arm.model, reported)
+    assert result.uniform.drawn == arm.drawn
+
+
+def test_both_arms_see_the_same_number_of_sequences_and_share_the_first_stage(result: DemoResult) -> None:
+    assert sum(result.tikmix.drawn.values()) == sum(result.uniform.drawn.values()) == 24 * 4
+    assert result.tikmix.losses[0] == result.uniform.losses[0]
+    assert [step for step, _ in result.tikmix.losses] == [8, 16, 24]
+    assert result.tikmix.losses[1] != result.uniform.losses[1]
+    assert (
+        result.tikmix.weights[0]
+        == result.uniform.weights[0]
+        == (0, pytest.approx({"prose": 1 / 3, "code": 1 / 3, "noise": 1 / 3}))
+    )
+    assert [step for step, _ in result.tikmix.weights] == [0, 8, 16]
+
+
+def test_the_mixture_moves_to_what_helps_and_it_does_help(settings: DemoSettings, corpora: Corpora) -> None:
+    result = demonstrate(replace(settings, steps=90, diversity=0.5, floor=0.02), corpora)
+    assert all(boundary.success for boundary in result.boundaries)
+    for boundary in result.boundaries:
+        assert boundary.weights["prose"] > 0.5
+        assert boundary.weights["noise"] == pytest.approx(0.02, abs=0.03)
+        assert boundary.matrix["prose", "prose"] > boundary.matrix["prose", "noise"]
+    assert result.tikmix.drawn["prose"] > result.uniform.drawn["prose"]
+    assert result.change(("prose",)) < -0.01
+
+
+def test_a_run_can_be_repeated(settings: DemoSettings, corpora: Corpora, result: DemoResult) -> None:
+    again = demonstrate(settings, corpora)
+    assert again.tikmix == result.tikmix
+    other = demonstrate(replace(settings, seed=1), corpora)
+    assert other.tikmix.final != result.tikmix.final
+
+
+def test_progress_adds_up_to_the_work(settings: DemoSettings, corpora: Corpora) -> None:
+    done: list[tuple[str, float]] = []
+    demonstrate(settings, corpora, lambda what, amount: done.append((what, amount)))
+    assert sum(amount for _, amount in done) == pytest.approx(work(settings, corpora))
+    assert [what for i, (what, _) in enumerate(done) if i == 0 or done[i - 1][0] != what] == [
+        "both arms",
+        "TiKMiX-D",
+        "uniform",
+    ]
+
+
+def test_results_survive_their_file(result: DemoResult, tmp_path) -> None:
+    result.environment = {"python": "3"}
+    path = result.save(tmp_path / "results.json")
+    again = DemoResult.load(path)
+    assert again.to_dict() == result.to_dict()
+    assert (again.settings, again.tikmix, again.steered) == (result.settings, result.tikmix, ("prose",))
+    assert np.array_equal(again.boundaries[0].matrix.values, result.boundaries[0].matrix.values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "results.json: Expecting"),
+        ("[]", "results.json: not the result of a demonstration"),
+        (json.dumps({"format": "tikmix_fast.demo", "version": 1}), "results.json: .* lacks the field 'settings'"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content: str, message: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        DemoResult.load(tmp_path / "results.json")
+
+
+def test_the_loss_of_a_task_is_the_mean_over_all_its_bytes(settings: DemoSettings, corpora: Corpora) -> None:
+    arm = Arm(settings, {name: Sequences(text, 16) for name, text in corpora.domains.items()})
+    text = Sequences(corpora.tasks["code"].report, 16)
+    expected = torch.stack([arm.model.loss(item[None]) for item in text.all()]).mean().item()
+    assert task_losses(arm.model, {"code": text})["code"] == pytest.approx(expected, rel=1e-5)
+    few = torch.stack([arm.model.loss(text[row][None]) for row in (0, len(text) // 2)]).mean().item()
+    assert task_losses(arm.model, {"code": text}, rows=2)["code"] == pytest.approx(few, rel=1e-5)
+
+
+def test_a_diverging_run_stops(settings: DemoSettings, corpora: Corpora) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss of task 'prose' is|not finite"):
+        demonstrate(replace(settings, learning_rate=1e30, weight_decay=1e30), corpora)
