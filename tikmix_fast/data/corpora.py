@@ -314,7 +314,7 @@ def _docstrings(package: str) -> Iterator[Section]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tree = ast.parse(source)
-        except SyntaxError:
+        except (SyntaxError, ValueError):  # written for another Python, or with null bytes
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -357,7 +357,10 @@ def _licences() -> Iterator[Section]:
                 continue
             if file.suffix not in ("", ".txt", ".md", ".rst"):
                 continue
-            for paragraph in file.read_text(encoding="utf-8").split("\n\n"):
+            path = Path(str(file.locate()))
+            if not path.is_file():
+                continue
+            for paragraph in path.read_text(encoding="utf-8", errors="ignore").split("\n\n"):
                 key = _line_key(paragraph)
                 # Most packages repeat the same few licences.
                 if key not in seen:

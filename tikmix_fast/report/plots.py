@@ -89,7 +89,8 @@ def draw_mixture(result: DemoResult) -> Figure:
     for name, middle, place in zip(domains, middles, _spread(middles, 0.055), strict=True):
         axes.annotate(
             name, xy=(edges[-1], middle), xytext=(1.03, place), textcoords=axes.get_yaxis_transform(), va="center",
-            fontsize=10, annotation_clip=False, arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.8},
+            fontsize=10, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.8, "relpos": (0, 0.5), "shrinkA": 0},
         )  # fmt: skip
     axes.set_xlim(0, edges[-1])
     axes.set_ylim(0, 1)

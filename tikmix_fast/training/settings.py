@@ -77,7 +77,7 @@ class DemoSettings:
     floor: float = 0.01
     smoothing: float = 0.0
     evaluate_every: int = 100
-    curve_rows: int = 48
+    curve_rows: int = 32
     domain_bytes: int = 1_000_000
     task_bytes: int = 48_000
 
