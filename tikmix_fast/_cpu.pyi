@@ -2,8 +2,6 @@
 
 _Matrix = tuple[int, int, int, int]
 
-openmp: bool
-
 def instruction_sets() -> list[str]: ...
 def group_influence(
     *,

@@ -15,8 +15,6 @@ namespace {
 
 // Tiles are cut smaller until there are this many: enough work for the threads, by a rule that does not depend on them.
 constexpr int64_t kWantedTiles = 16;
-constexpr int64_t kSmallestTileRows = 48;
-constexpr int64_t kSmallestTileColumns = 64;
 // Each group of neighbouring tiles has sums [n, m] of its own, so that their memory does not grow with the weights.
 constexpr int64_t kMostGroups = 256;
 // Rows are packed in blocks of about this many floats, so that memory does not grow with the number of rows either.

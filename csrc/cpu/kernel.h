@@ -11,6 +11,8 @@ namespace {
 
 using tikmix_fast::Block;
 using tikmix_fast::Element;
+using tikmix_fast::kSmallestTileColumns;
+using tikmix_fast::kSmallestTileRows;
 using tikmix_fast::kTileColumns;
 using tikmix_fast::kTileRows;
 using tikmix_fast::Matrix;
@@ -28,7 +30,9 @@ constexpr int kTasksAtOnce = 4;
 constexpr int64_t kDepth = 192;
 // Rows packed at a time: reads run along rows, writes along panels, and this many lines of each stay in the L1 cache.
 constexpr int64_t kPackedRows = 8;
-static_assert(kTileRows % kMicroRows == 0 && kTileColumns % kMicroColumns == 0, "a tile is whole micro-tiles");
+static_assert(kSmallestTileRows % kMicroRows == 0 && kSmallestTileColumns % kMicroColumns == 0 &&
+                  kTileRows % kSmallestTileRows == 0 && kTileColumns % kSmallestTileColumns == 0,
+              "a tile is whole micro-tiles");
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef double WideVector __attribute__((vector_size(kLanes * sizeof(double))));

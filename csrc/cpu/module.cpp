@@ -17,13 +17,12 @@ using tikmix_fast::Matrix;
 
 namespace {
 
-using Address = uintptr_t;
 // (address, dtype code, row stride, column stride)
 using MatrixArgument = std::array<int64_t, 4>;
 
 template <class T>
 T* pointer(int64_t address) {
-    return reinterpret_cast<T*>(static_cast<Address>(address));
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
 
 Matrix to_matrix(const MatrixArgument& argument) {
@@ -79,9 +78,4 @@ PYBIND11_MODULE(_cpu, module) {
         py::arg("offsets"), py::arg("order"), py::arg("grad_weight"), py::arg("values"),
         "Write the group influence [n, m]; sizes are (T, O, I, m, n), matrices (address, dtype code, row stride, "
         "column stride), grad_weight (address or 0, row stride, column stride) of float32.");
-#ifdef _OPENMP
-    module.attr("openmp") = true;
-#else
-    module.attr("openmp") = false;
-#endif
 }

@@ -54,6 +54,9 @@ struct Tile {
 // A tile's accumulator fits the L2 cache together with the query tiles of a few tasks.
 constexpr int64_t kTileRows = 192;
 constexpr int64_t kTileColumns = 256;
+// Small layers are cut into smaller tiles, to give every thread some.
+constexpr int64_t kSmallestTileRows = 48;
+constexpr int64_t kSmallestTileColumns = 64;
 
 // Accumulators [kTileRows, kTileColumns] of one thread, aligned to 64 bytes.
 struct Scratch {

@@ -107,6 +107,14 @@ def test_a_derivative_is_refused_when_compiled() -> None:
         compiled(input.requires_grad_(), grad_output, offsets, queries)
 
 
+def test_runs_in_inference_mode(backend: str) -> None:
+    with torch.inference_mode():
+        input, grad_output, offsets, queries = arguments()
+        grad_weight = torch.zeros(4, 5)
+        ops.group_influence(input, grad_output, offsets, queries, grad_weight=grad_weight, backend=backend)
+        torch.testing.assert_close(grad_weight, grad_output.T @ input)
+
+
 def test_runs_inside_an_autograd_function(backend: str) -> None:
     """Backward is where the op belongs: grad mode is off there, and saved tensors require grad."""
     input, grad_output, offsets, queries = arguments()

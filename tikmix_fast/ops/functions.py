@@ -63,7 +63,7 @@ def group_influence(
     Notes
     -----
     Costs the weight gradient's ``2 T O I`` operations plus ``2 m n O I``; memory beyond the arguments does not grow
-    with the number of domains, except for the result.
+    with the number of domains, except for the result and up to 256 partial sums of its shape.
 
     Examples
     --------
