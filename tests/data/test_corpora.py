@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -100,8 +102,11 @@ def test_a_missing_source_is_named_with_its_reason(monkeypatch: pytest.MonkeyPat
 
     few = (corpora._Source("lost", "", absent), corpora._Source("tiny", "", lambda: iter([("a", "b" * 50)])))
     monkeypatch.setattr(corpora, "_DOMAINS", (*corpora._DOMAINS[-2:], *few))
+    quick = [replace(task, steered=True) for task in corpora._TASKS if task.name in ("sums", "reference")]
+    monkeypatch.setattr(corpora, "_TASKS", (*quick, *few[:1]))
     found = gather(**SMALL, fewest=2)
     assert set(found.domains) == {"sums", "noise"}
+    assert set(found.tasks) == {"sums", "reference"}
     assert found.missing["lost"] == "the package nowhere is not installed"
     assert "only 50 bytes" in found.missing["tiny"]
     with pytest.raises(ValueError, match=r"domains must be at least 4; this installation has 2 \(lost: the package"):
