@@ -185,6 +185,13 @@ def test_demo_refuses_a_folder_it_cannot_write_before_anything_else(
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_demo_refuses_a_backend_that_cannot_run_before_training(
+    text: Corpora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKMIX_FAST_BACKEND", "abacus")
+    assert "TIKMIX_FAST_BACKEND must be one of" in mistake(run("demo", "--out", tmp_path))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -71,6 +71,7 @@ def demo(
         given = {name: value for name, value in options.items() if value is not None}
         settings = DemoSettings(**{**(_QUICK if quick else {}), "seed": seed, **given})
         torch.set_num_threads(threads or min(torch.get_num_threads(), _MOST_THREADS))
+        _check_backend()
         resolved = {**settings.to_dict(), "seeds": seeds, "threads": torch.get_num_threads()}
         files.write_json(out / "settings.json", resolved)
         with console.status("gathering text"):
@@ -103,6 +104,16 @@ def _make_folder(out: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"out must be a folder that can be written to; got {str(out)!r} ({error.strerror})") from None
+
+
+def _check_backend() -> None:
+    """Run the kernel once: a backend that the environment asks for and that cannot run must not show after minutes."""
+    import torch
+
+    from tikmix_fast import ops
+
+    one = torch.ones(1, 1)
+    ops.group_influence(one, one, torch.tensor([0, 1]), one[None])
 
 
 def _run(settings: DemoSettings, corpora: Corpora, console: Console) -> DemoResult:
