@@ -217,7 +217,7 @@ def measure(
 ) -> InfluenceEngine:
     """Run an engine over the batches, each with its mask and its mean loss."""
     names = [f"d{j}" for j in range(n_domains)]
-    engine = InfluenceEngine(model, domains=names, tasks=list(tasks), check_every=1, **options)
+    engine = InfluenceEngine(model, domains=names, tasks=list(tasks), **{"check_every": 1, "batch_dim": 0, **options})
     for name, given in tasks.items():
         for batch in given:
             with engine.task(name, mask=shifted_mask(batch.labels)):

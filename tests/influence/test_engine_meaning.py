@@ -48,12 +48,11 @@ def test_one_meaning_for_every_way_of_batching(kit, rows, kind):
 
     def run(name, groups, loss_of, **options):
         model = kit.make_model(kind)
-        engine = engine_with_tasks(kit, model, sequences[:3], reduction=options.pop("reduction", "mean"))
-        if options.pop("sum_task", False):
-            engine = InfluenceEngine(model, DOMAINS, ["t"], preconditioner="identity", reduction="sum")
-            batch = padded(kit, sequences[:3])
-            with engine.task("t", mask=shifted_mask(batch.labels)):
-                sum_loss(kit, model, batch).backward()
+        reduction = options.pop("reduction", "mean")
+        engine = InfluenceEngine(model, DOMAINS, ["t"], preconditioner="identity", reduction=reduction, check_every=1)
+        batch = padded(kit, sequences[:3])
+        with engine.task("t", mask=shifted_mask(batch.labels)):
+            (sum_loss(kit, model, batch) if reduction == "sum" else kit.mean_loss(model, batch)).backward()
         for group in groups:
             batch = padded(kit, [sequences[r] for r in group], [ids[r] for r in group])
             mask = shifted_mask(batch.labels)
@@ -67,7 +66,7 @@ def test_one_meaning_for_every_way_of_batching(kit, rows, kind):
     run("one sequence at a time", [[r] for r in range(8)], mean)
     run("micro-batches of different sizes", pieces, mean)
     run("another order", [[7, 2, 5], [1, 0], [6, 4, 3]], mean)
-    run("reduction sum", pieces, lambda m, b: sum_loss(kit, m, b), reduction="sum", sum_task=True)
+    run("reduction sum", pieces, lambda m, b: sum_loss(kit, m, b), reduction="sum")
     run(
         "mean over the accumulation, told by the normalizer",
         pieces,

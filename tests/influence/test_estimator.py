@@ -37,11 +37,20 @@ def test_written_out(seed, batches, splits):
             assert matrix.values[i, j] == pytest.approx(value, rel=1e-9, abs=1e-12)
             domain = batches / (batches - 1) * ((t * (s - value)) ** 2).sum() / t.sum() ** 2
             by_split = (t[:, None] * per_token[:, mine, j]).sum(0) / t.sum()
-            task = splits / (splits - 1) * (weights[mine] ** 2 * (by_split - value) ** 2).sum()
+            task = (weights[mine] * (by_split - value) ** 2).sum() / (splits - 1)
+            # Both sides' noise is in both; it is what single splits have beyond their mean.
+            w = weights[mine]
+
+            def over_batches(a, t=t):
+                return batches / (batches - 1) * ((a - a.sum() / t.sum() * t) ** 2).sum() / t.sum() ** 2
+
+            single = sum(w[k] ** 2 * over_batches(t * per_token[:, mine, j][:, k]) for k in range(splits))
+            both = (single - (w**2).sum() * over_batches(t * s)) / (1 - (w**2).sum())
+            both = min(max(both, 0), domain, task)
             assert matrix.stderr_domain[i, j] == pytest.approx(np.sqrt(domain), rel=1e-6, abs=1e-9)
             assert matrix.stderr_task[i, j] == pytest.approx(np.sqrt(task), rel=1e-6, abs=1e-9)
-            assert matrix.stderr[i, j] == pytest.approx(np.sqrt(domain + task), rel=1e-6, abs=1e-9)
-            dof = (domain + task) ** 2 / (domain**2 / (batches - 1) + task**2 / (splits - 1))
+            assert matrix.stderr[i, j] == pytest.approx(np.sqrt(domain + task - both), rel=1e-6, abs=1e-9)
+            dof = (domain + task - both) ** 2 / (domain**2 / (batches - 1) + task**2 / (splits - 1))
             assert matrix.dof[i, j] == pytest.approx(dof, rel=1e-5)
 
 
@@ -55,7 +64,7 @@ def test_rounds_add_their_task_variances():
         estimator.add(products, np.array([10.0]))
         estimator.add(products, np.array([10.0]))
         sums.append(2 * products.mean())
-        variances.append(2 * 0.25 * ((2 * products - 2 * products.mean()) ** 2).sum())
+        variances.append(0.5 * ((2 * products - 2 * products.mean()) ** 2).sum())
     matrix = estimator.matrix(["t"], ["d"])
     assert matrix.values[0, 0] == pytest.approx(sum(sums) / 60)
     assert matrix.stderr_task[0, 0] == pytest.approx(np.sqrt(sum(variances)) / 60)
@@ -72,21 +81,41 @@ def test_too_little_is_unknown():
     assert np.isnan(single.stderr[0, 0]), "without splits the task side is unknown, and so is the whole"
 
 
-@pytest.mark.parametrize(("batches", "splits"), [(4, 2), (8, 4), (16, 8)])
-def test_intervals_cover(batches, splits):
-    """Bilinear noise, S = (g_i + noise) . (g_j + noise): 95% intervals hold the truth about that often."""
-    random = np.random.default_rng(batches)
-    d, repetitions, inside = 30, 1500, 0
+def simulate(batches, splits, repetitions, noise_task, noise_domain, sizes=None, seed=0):
+    """Repeat a measurement of a known bilinear truth; return truth, values, standard errors and intervals' hits."""
+    random = np.random.default_rng([seed, batches, splits])
+    d = 30
     g_i, g_j = random.normal(size=d), random.normal(size=d)
+    sizes = np.ones(splits) if sizes is None else np.asarray(sizes, dtype=float)
+    values, errors, inside = [], [], 0
     for _ in range(repetitions):
-        queries = g_i + 1.0 * np.sqrt(splits) * random.normal(size=(splits, d))
-        domain = g_j + 1.0 * np.sqrt(batches) * random.normal(size=(batches, d))
+        queries = g_i + noise_task * random.normal(size=(splits, d)) / np.sqrt(sizes)[:, None]
+        domain = g_j + noise_domain * random.normal(size=(batches, d))
         tokens = random.integers(20, 60, size=batches).astype(float)
         pairs = [(queries @ g[:, None] * t, np.array([t])) for g, t in zip(domain, tokens, strict=True)]
-        low, high = filled(1, 1, [0] * splits, [1 / splits] * splits, pairs).interval(0.95)
-        inside += low[0, 0] <= g_i @ g_j <= high[0, 0]
-    # Three binomial standard errors of 1500 repetitions are 1.7%; few degrees of freedom cost some coverage.
-    assert 0.91 <= inside / repetitions <= 0.99
+        matrix = filled(1, 1, [0] * splits, sizes / sizes.sum(), pairs)
+        low, high = matrix.interval(0.95)
+        inside += bool(low[0, 0] <= g_i @ g_j <= high[0, 0])
+        values.append(matrix.values[0, 0])
+        errors.append(matrix.stderr[0, 0])
+    return g_i @ g_j, np.array(values), np.array(errors), inside / repetitions
+
+
+@pytest.mark.parametrize(
+    ("batches", "splits", "noise_task", "noise_domain"),
+    [(12, 6, 0.0, 3.0), (12, 6, 3.0, 0.0), (12, 6, 3.0, 3.0), (8, 4, 4.0, 4.0), (16, 3, 1.0, 1.0)],
+)
+def test_stderr_is_the_spread_of_repeated_measurements(batches, splits, noise_task, noise_domain):
+    _, values, errors, inside = simulate(batches, splits, 2000, noise_task, noise_domain)
+    # The standard deviation of 2000 repetitions is known to 2%; the rest is the ratio estimator's and the clipping's
+    # bias.
+    assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(), rel=0.12)
+    assert 0.92 <= inside <= 0.99  # t quantiles of few degrees of freedom are wide
+
+
+def test_splits_of_different_sizes():
+    _, values, errors, _ = simulate(12, 2, 3000, 3.0, 0.3, sizes=[2, 1])
+    assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(), rel=0.1)
 
 
 def test_state_round_trip_is_exact():

@@ -25,37 +25,61 @@ def test_shifted_mask_refuses():
         shifted_mask(torch.zeros(3, dtype=torch.int64))
 
 
-def test_losses_are_counted():
-    logits = torch.randn(6, 5, requires_grad=True)
-    target = torch.tensor([0, 1, -100, 3, 4, -100])
-    with watch_losses() as seen:
-        F.cross_entropy(logits, target)
-    assert seen.targets == 4
-    with watch_losses() as seen:
-        F.cross_entropy(logits, target, reduction="sum")
-        torch.nn.CrossEntropyLoss(reduction="sum", ignore_index=0)(logits, target.clamp(min=0))
-        F.nll_loss(logits.log_softmax(-1), target, reduction="none")
-    assert seen.targets == 4 + 3 + 4
-    with watch_losses() as seen:
-        F.cross_entropy(logits, torch.softmax(torch.randn(6, 5), -1))
-    assert seen.targets == 6
+LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+TARGET = torch.tensor([0, 1, -100, 3, 4, -100])
 
 
-def test_what_cannot_be_told_is_not():
-    logits = torch.randn(6, 5, requires_grad=True)
-    target = torch.arange(6) % 5
+def told(loss_of):
+    logits = LOGITS.clone().requires_grad_()
     with watch_losses() as seen:
-        pass
-    assert seen.targets is None
+        loss_of(logits).backward()
+    return seen.targets_and_weight()
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "targets", "weight"),
+    [
+        (lambda x: F.cross_entropy(x, TARGET), 4, 1 / 4),
+        (lambda x: F.cross_entropy(x, TARGET) * 8 / 3, 4, 2 / 3),
+        (lambda x: F.cross_entropy(x, TARGET, reduction="sum"), 4, 1),
+        (lambda x: torch.nn.CrossEntropyLoss(ignore_index=0, reduction="sum")(x, TARGET.clamp(min=0)), 3, 1),
+        (lambda x: F.nll_loss(x.log_softmax(-1), TARGET, reduction="none").sum() / 7, 4, 1 / 7),
+        (lambda x: (F.cross_entropy(x, TARGET.clamp(min=0), reduction="none") * (TARGET > 0)).sum() / 3, 3, 1 / 3),
+        (lambda x: F.cross_entropy(x, torch.full((6, 5), 0.2)), 6, 1 / 6),
+        (lambda x: F.cross_entropy(x[:3], TARGET[:3]) / 2 + F.cross_entropy(x[3:], TARGET[3:]) / 2, 4, 1 / 4),
+        (lambda x: sum(F.cross_entropy(x[i : i + 2], TARGET[i : i + 2], reduction="sum") for i in (0, 2, 4)), 4, 1),
+    ],
+)
+def test_targets_and_their_weight(loss_of, targets, weight):
+    found = told(loss_of)
+    assert found[0] == targets
+    assert found[1] == pytest.approx(weight, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss_of",
+    [
+        lambda x: x.sum(),
+        lambda x: F.cross_entropy(x, TARGET, weight=torch.ones(5)),
+        lambda x: F.cross_entropy(x, TARGET) + 0.1 * F.cross_entropy(x[:2], TARGET[:2]),
+        lambda x: (F.cross_entropy(x, TARGET, reduction="none") * torch.arange(6)).sum(),
+        lambda x: x.sum() + 0 * F.cross_entropy(x.detach(), TARGET),
+    ],
+)
+def test_what_cannot_be_told_is_not(loss_of):
+    assert told(loss_of) is None
+
+
+def test_other_threads_are_not_watched():
+    import threading
+
+    logits = LOGITS.clone().requires_grad_()
     with watch_losses() as seen:
-        (F.cross_entropy(logits[:3], target[:3]) + F.cross_entropy(logits[3:], target[3:])).backward()
-    assert seen.targets is None, "two means have no common count"
-    with watch_losses() as seen:
-        F.cross_entropy(logits, target, weight=torch.ones(5))
-    assert seen.targets is None
-    with watch_losses() as seen, torch.no_grad():
-        F.cross_entropy(logits, target)
-    assert seen.targets is None
+        thread = threading.Thread(target=lambda: F.cross_entropy(LOGITS.clone().requires_grad_(), TARGET).backward())
+        thread.start()
+        thread.join()
+        F.cross_entropy(logits, TARGET).backward()
+    assert len(seen.losses) == 1
 
 
 def test_the_original_is_back():

@@ -27,7 +27,7 @@ def domains_of(labels, leading):
 
 @pytest.mark.parametrize("leading", [(3, 4), (3,), (12,), (3, 4, 2), (3, 2)])
 def test_per_sequence(leading):
-    rows = domains_of(RowLabels(IDS, 4), leading)
+    rows = domains_of(RowLabels(IDS, 4, length=4), leading)
     per_row = rows.reshape(3, -1)
     assert torch.equal(per_row, IDS[:, None].expand_as(per_row))
 
@@ -77,3 +77,27 @@ def test_anything_else_is_refused(labels, leading):
     assert not labels.are_rows(leading)
     with pytest.raises(RowShapeError, match="do not match the ids"):
         labels.layout(leading, CPU)
+
+
+def test_as_many_sequences_as_positions_must_be_told():
+    square = torch.tensor([[0, 1], [1, 0]])
+    with pytest.raises(RowShapeError, match="batch_dim=0"):
+        RowLabels(square, 2)
+    with pytest.raises(RowShapeError, match="batch_dim=0"):
+        RowLabels(torch.tensor([0, 1]), 2).are_rows((2, 2))
+    assert domains_of(RowLabels(square, 2, batch_dim=0), (2, 2)).tolist() == square.tolist()
+    assert domains_of(RowLabels(square, 2, batch_dim=1), (2, 2)).tolist() == square.T.tolist()
+    assert RowLabels(torch.tensor([1, 1]), 2).are_rows((2, 2)), "one domain needs no telling"
+
+
+def test_the_first_activation_tells_the_length():
+    labels = RowLabels(IDS, 3)
+    assert not labels.are_rows((12,))
+    assert not labels.are_rows((3,)), "may be positions"
+    assert labels.are_features((3,)), "the inputs of a model without positions"
+    assert labels.are_rows((3, 4))
+    assert labels.length == 4
+    assert labels.are_rows((12,))
+    assert not labels.are_rows((3, 5))
+    assert labels.are_features((3, 5)), "other positions of the same sequences"
+    assert not labels.are_rows((6,))

@@ -115,7 +115,7 @@ def test_form(name, ids, fused):
             expected[:, domain] += (query.double() * gradient.double()).reshape(2, -1).sum(1)
     plain = torch.autograd.grad(losses.sum(), [x, *parameters.values()], materialize_grads=True)
 
-    recorder = Recorder(RowLabels(ids, 3), queries)
+    recorder = Recorder(RowLabels(ids, 3, batch_dim=0, length=S), queries)
     with Capture(holder, parameters, recorder, fused).open():
         losses = objective(form, holder, x)
         assert not isinstance(losses, ParameterView)
@@ -161,7 +161,9 @@ def test_form(name, ids, fused):
 def test_other_forms_are_refused(form):
     holder = Holder()
     parameters = dict(holder.named_parameters())
-    recorder = Recorder(RowLabels(IDS, 3), {k: torch.zeros(1, *v.shape) for k, v in parameters.items()})
+    recorder = Recorder(
+        RowLabels(IDS, 3, batch_dim=0, length=S), {k: torch.zeros(1, *v.shape) for k, v in parameters.items()}
+    )
     x = torch.randn(B, S, C, requires_grad=True)
     with (
         Capture(holder, parameters, recorder, True).open(),

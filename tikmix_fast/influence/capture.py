@@ -75,6 +75,8 @@ class Capture:
                 yield self
         finally:
             self._open = False
+            if self._recorder is not None:
+                self._recorder.close()
             for dictionary, attribute in shadowed:
                 if isinstance(dictionary.get(attribute), ParameterView):
                     del dictionary[attribute]

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from tikmix_fast.influence.capture import Capture
 from tikmix_fast.influence.conservation import check_conservation
 from tikmix_fast.influence.coverage import Coverage
 from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.influence.gradients import gradients_set_aside, without_synchronisation
+from tikmix_fast.influence.gradients import GradientBefore, gradients_set_aside, without_synchronisation
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.influence.optimizer_state import canonical_name
 from tikmix_fast.influence.preconditioners import Preconditioner, make_preconditioner
@@ -28,6 +29,7 @@ from tikmix_fast.influence.target_counts import SeenLosses, watch_losses
 from tikmix_fast.influence.target_tokens import check_mask, count_target_tokens
 from tikmix_fast.influence.verify import Cell, Verification, recompute_cells
 from tikmix_fast.influence.views import UncapturedParameterError
+from tikmix_fast.influence.weights import Weights
 
 __all__ = ["InfluenceEngine"]
 
@@ -71,8 +73,9 @@ class InfluenceEngine:
     task_splits : int
         Into how many splits a task's batches are dealt, to estimate the task side's own error (1: not estimated,
         ``stderr`` is NaN). Costs that many gradients per task in memory.
-    batch_dim : 0 or 1
-        Where activations have their batch dimension: [B, S, ...] or [S, B, ...].
+    batch_dim : 0, 1 or None
+        Where activations have their batch dimension: [B, S, ...] or [S, B, ...]. None is 0; a batch that mixes domains
+        and has as many sequences as positions is then refused, because shapes do not tell which is which.
     check_every : int
         Every how many micro-batches conservation is checked, the first included; 0 never.
     allow_stale : bool
@@ -100,6 +103,7 @@ class InfluenceEngine:
     """
 
     _queries: Queries | None
+    _weights: Weights | None
 
     def __init__(
         self,
@@ -114,7 +118,7 @@ class InfluenceEngine:
         grad: Literal["fused", "ordinary"] = "fused",
         *,
         task_splits: int = 2,
-        batch_dim: Literal[0, 1] = 0,
+        batch_dim: Literal[0, 1] | None = None,
         check_every: int = 100,
         allow_stale: bool = False,
         max_dropped_in_row: int = 10,
@@ -125,7 +129,7 @@ class InfluenceEngine:
             raise ValueError("projection must be None: this version measures exact influence only")
         _require_choice("reduction", reduction, ("mean", "sum"))
         _require_choice("grad", grad, ("fused", "ordinary"))
-        _require_choice("batch_dim", batch_dim, (0, 1))
+        _require_choice("batch_dim", batch_dim, (None, 0, 1))
         _require_count("task_splits", task_splits, 1)
         _require_count("check_every", check_every, 0)
         _require_count("max_dropped_in_row", max_dropped_in_row, 1)
@@ -152,6 +156,9 @@ class InfluenceEngine:
                     f"exclude pattern {pattern!r} matches no trainable parameter; there are: "
                     f"{', '.join(everything) or 'none'}"
                 )
+        for name, parameter in self.parameters().items():
+            if parameter.is_complex():
+                raise TypeError(f"{name!r} is complex, which influence is not defined for: leave it out with exclude=")
         if not self.parameters():
             raise ValueError("model must have a trainable parameter that is not excluded")
 
@@ -200,7 +207,8 @@ class InfluenceEngine:
         scale = _loss_scale(normalizer, scaler)
         parameters = self.parameters()
         self._check_parameters(parameters)
-        self._check_weights(parameters, "the first task")
+        weights = Weights(parameters)
+        self._check_weights(weights, "the first task")
         capture = Capture(self.model, parameters, None, fused=False)
         with ExitStack() as stack:
             self._enter(stack)
@@ -209,15 +217,17 @@ class InfluenceEngine:
             seen = stack.enter_context(watch_losses())
             stack.enter_context(capture.open())
             yield
-            self._check_weights(parameters, "this task began (an optimizer steps inside the backward?)")
+            self._check_stepping(weights, parameters, "task")
             gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
             if not gradients:
                 raise RuntimeError(f"no gradient reached a parameter inside task({name!r}): run loss.backward() in it")
             tokens = count_target_tokens(labels, mask, capture.rows)
-            self._check_targets(tokens, seen, mask)
+            factor = scale(float(tokens.sum()), self.reduction)
             if self._drop_if_not_finite(_all_finite(gradients.values()), f"task {name!r}", scaler):
                 return
-            self._tasks.add(index, gradients, float(tokens[0]), scale(float(tokens[0]), self.reduction))
+            _check_targets(tokens, factor, seen, mask)
+            self._tasks.add(index, gradients, float(tokens[0]), factor)
+            self._weights = weights
 
     @contextmanager
     def domains(
@@ -262,15 +272,15 @@ class InfluenceEngine:
         scale = _loss_scale(normalizer, scaler)
         parameters = self.parameters()
         self._check_parameters(parameters)
+        weights = Weights(parameters)
         if not self.allow_stale:
-            self._check_weights(parameters, "the tasks were measured")
+            self._check_weights(weights, "the tasks were measured")
         if self._queries is None:
             self._queries = self._tasks.freeze(parameters, self.preconditioner, self.optimizer)
             self._estimator.begin_round(self._queries.owners, self._queries.weights)
-        versions = _versions(parameters)
         queries = self._queries.values
         checking = self.check_every > 0 and self._passes % self.check_every == 0
-        before = {name: _gradient_mark(p, checking) for name, p in parameters.items()}
+        before = {name: GradientBefore(p, checking) for name, p in parameters.items()}
         recorder = Recorder(labels, queries)
         capture = Capture(self.model, parameters, recorder, fused=self.grad == "fused")
         with ExitStack() as stack:
@@ -278,19 +288,17 @@ class InfluenceEngine:
             seen = stack.enter_context(watch_losses())
             stack.enter_context(capture.open())
             yield
-        if _versions(parameters) != versions:
-            raise RuntimeError(
-                "weights changed inside domains(...): an optimizer that steps inside the backward is not supported"
-            )
+        self._check_stepping(weights, parameters, "domains")
         self._check_captured(parameters, before, recorder)
         tokens = count_target_tokens(labels, mask, capture.rows)
-        self._check_targets(tokens, seen, mask)
-        products = sum(recorder.sums.values()).cpu().numpy() * scale(float(tokens.sum()), self.reduction)  # type: ignore[union-attr]
+        factor = scale(float(tokens.sum()), self.reduction)
+        products = torch.stack(list(recorder.sums.values())).sum(0).cpu().numpy() * factor
         if self._drop_if_not_finite(bool(np.isfinite(products).all()), "a micro-batch of domains", scaler):
             return
+        _check_targets(tokens, factor, seen, mask)
         if checking:
-            kept = {name: mark[0] for name, mark in before.items()}
             low = any(p.dtype in _HALF for p in parameters.values()) or recorder.saw_half
+            kept = {name: gradient.kept(parameters[name]) for name, gradient in before.items()}
             check_conservation(recorder.sums, queries, kept, parameters, 2e-2 if low else 1e-3)
         self._estimator.add(products, tokens)
         self._captured |= set(recorder.sums)
@@ -307,7 +315,7 @@ class InfluenceEngine:
         settings = {
             "preconditioner": self.preconditioner.name,
             "task_splits": self.task_splits,
-            "excluded": [name for name, _ in self._trainable() if self._is_excluded(name)],
+            "excluded": self._excluded(),
             "reference_lr": getattr(self.preconditioner, "reference_lr", None),
         }
         return self._estimator.matrix(self.task_names, self.domain_names, self.dropped, settings)
@@ -366,7 +374,7 @@ class InfluenceEngine:
         with gradients_set_aside(self.model), without_synchronisation(self.model):
             with Capture(self.model, parameters, recorder, fused=self.grad == "fused").open():
                 loss_per_row(self.model, batch).sum().backward()
-            captured = sum(recorder.sums.values()).cpu()  # type: ignore[union-attr]
+            captured = torch.stack(list(recorder.sums.values())).sum(0).cpu()
         present = sorted(set(labels.ids.flatten().tolist()))
         every = [(task, domain) for task in range(len(self.task_names)) for domain in present]
         order = np.random.default_rng(seed).permutation(len(every))[:cells]
@@ -406,6 +414,7 @@ class InfluenceEngine:
             "tasks": list(self.task_names),
             "domains": list(self.domain_names),
             "preconditioner": self.preconditioner.name,
+            "excluded": self._excluded(),
             "dropped": self.dropped,
             "captured": sorted(self._captured),
             "estimator": self._estimator.state_dict(),
@@ -427,26 +436,31 @@ class InfluenceEngine:
             "tasks": list(self.task_names),
             "domains": list(self.domain_names),
             "preconditioner": self.preconditioner.name,
+            "excluded": self._excluded(),
         }
         for name, value in expected.items():
             if state.get(name) != value:
                 raise ValueError(f"state {name!r} must be {value!r}; got {state.get(name)!r}")
-        for name, kind in (("dropped", int), ("captured", list)):
-            if not isinstance(state.get(name), kind):
-                raise ValueError(f"state {name!r} must be of type {kind.__name__}; got {state.get(name)!r}")
+        dropped, captured = state.get("dropped"), state.get("captured")
+        if not isinstance(dropped, int):
+            raise ValueError(f"state 'dropped' must be an int; got {dropped!r}")
+        if not isinstance(captured, list) or not all(isinstance(name, str) for name in captured):
+            raise ValueError(f"state 'captured' must be a list of names; got {captured!r}")
         self._estimator.load_state_dict(state.get("estimator", {}))
-        self.dropped, self._captured = state["dropped"], set(state["captured"])
+        self.dropped, self._captured = dropped, set(captured)
         self._begin_tasks()
 
     def _begin_tasks(self) -> None:
         self._tasks = TaskGradients(self.task_names, self.task_splits)
         self._queries = None
-        self._versions: dict[str, tuple[int, int]] | None = None
+        self._weights = None
 
     def _labels(self, ids: Ids, mask: Tensor | int | None) -> RowLabels:
         length = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if isinstance(ids, str) or (isinstance(ids, int) and not isinstance(ids, bool)):
             return RowLabels(self._domain(ids), len(self.domain_names), self.batch_dim, length)
+        if isinstance(ids, np.ndarray):
+            ids = torch.as_tensor(ids)
         if isinstance(ids, Sequence):
             ids = torch.tensor([self._domain(each) for each in ids], dtype=torch.int64)
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -481,6 +495,9 @@ class InfluenceEngine:
             if parameter.requires_grad:
                 yield canonical_name(name), parameter
 
+    def _excluded(self) -> list[str]:
+        return [name for name, _ in self._trainable() if self._is_excluded(name)]
+
     def _is_excluded(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
@@ -507,21 +524,28 @@ class InfluenceEngine:
             if type(parameter).__name__ == "DTensor":
                 raise TypeError(f"{name!r} is sharded (DTensor), which this version does not support")
 
-    def _check_weights(self, parameters: Mapping[str, Tensor], since: str) -> None:
-        versions = _versions(parameters)
-        if self._versions is None:
-            self._versions = versions
-        if versions != self._versions:
+    def _check_weights(self, weights: Weights, since: str) -> None:
+        if self._weights is not None and weights != self._weights:
             raise RuntimeError(
                 f"weights changed since {since}: task and domain gradients must belong to the same weights. Call "
-                f"engine.refresh() and "
-                "measure the tasks again after every optimizer step (or allow_stale=True for domains, at your own risk)"
+                f"engine.refresh() "
+                "and measure the tasks again after every optimizer step (or allow_stale=True for domains, at your "
+                "own risk)"
+            )
+
+    @staticmethod
+    def _check_stepping(before: Weights, parameters: Mapping[str, Tensor], context: str) -> None:
+        if Weights(parameters) != before:
+            raise RuntimeError(
+                f"weights changed inside {context}(...): step the optimizer outside; one that steps inside the "
+                f"backward is not "
+                "supported"
             )
 
     def _check_captured(
-        self, parameters: Mapping[str, Tensor], before: Mapping[str, tuple[Any, Any]], recorder: Recorder
+        self, parameters: Mapping[str, Tensor], before: Mapping[str, GradientBefore], recorder: Recorder
     ) -> None:
-        touched = [name for name, p in parameters.items() if _gradient_mark(p, False)[1] != before[name][1]]
+        touched = [name for name, p in parameters.items() if before[name].touched(p)]
         if not touched:
             raise RuntimeError("no gradient reached a parameter inside domains(...): run loss.backward() in it")
         missed = [name for name in touched if name not in recorder.sums]
@@ -531,18 +555,6 @@ class InfluenceEngine:
                 f"recurrent layer, or a "
                 f"reference kept outside the module). Leave them out with exclude={missed!r}, and their influence "
                 f"counts as zero"
-            )
-
-    def _check_targets(self, tokens: NDArray[np.float64], seen: SeenLosses, mask: Tensor | int | None) -> None:
-        counted = int(tokens.sum())
-        if counted == 0:
-            raise ValueError("the batch has no target token: check the mask")
-        if seen.targets is not None and seen.targets != counted:
-            source = "mask=None counts every position" if mask is None else "the mask counts"
-            raise ValueError(
-                f"the cross-entropy had {seen.targets} target tokens, but {source}: {counted}. Pass mask=, True "
-                f"where the logits enter "
-                "the loss; tikmix_fast.shifted_mask(labels) makes it for models that shift labels themselves"
             )
 
     def _drop_if_not_finite(self, finite: bool, what: str, scaler: Any) -> bool:
@@ -564,17 +576,30 @@ class InfluenceEngine:
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _versions(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Return what changes whenever an optimizer writes a parameter or it is moved."""
-    return {name: (parameter._version, parameter.data_ptr()) for name, parameter in parameters.items()}
-
-
-def _gradient_mark(parameter: Tensor, keep: bool) -> tuple[Tensor | None, tuple[int, int] | None]:
-    """Return a copy of the gradient if it is to be kept, and what tells whether it was touched."""
-    gradient = parameter.grad
-    if gradient is None:
-        return None, None
-    return gradient.detach().clone() if keep else None, (id(gradient), gradient._version)
+def _check_targets(tokens: NDArray[np.float64], factor: float, seen: SeenLosses, mask: Tensor | int | None) -> None:
+    """Compare the mask and the normalizer with what the cross-entropy and its backward said."""
+    counted = int(tokens.sum())
+    if counted == 0:
+        raise ValueError("the batch has no target token: check the mask")
+    found = seen.targets_and_weight()
+    if found is None:
+        return
+    targets, weight = found
+    if targets != counted:
+        source = "mask=None counts every position" if mask is None else "the mask counts"
+        raise ValueError(
+            f"the cross-entropy had {targets} target tokens, but {source}: {counted}. Pass mask=, True where the "
+            f"logits enter the "
+            "loss; tikmix_fast.shifted_mask(labels) makes it for models that shift labels themselves"
+        )
+    if weight <= 0 or abs(weight * factor - 1) > 1e-2:
+        raise ValueError(
+            f"the backward says that the sum of token losses was divided by "
+            f"{1 / weight if weight else float('inf'):.6g}, but "
+            f"reduction, normalizer and scaler say {factor:.6g}: pass normalizer= what it was divided by "
+            f"(accumulation steps "
+            "included), scaler= where a GradScaler scaled the loss, or reduction='sum'"
+        )
 
 
 def _all_finite(gradients: Any) -> bool:
@@ -587,8 +612,13 @@ def _values(gradient: Tensor) -> Tensor:
 
 def _loss_scale(normalizer: float | None, scaler: Any) -> Callable[[float, str], float]:
     """Return a function of (target tokens, reduction) that undoes what the summed token losses were divided by."""
-    if normalizer is not None and not (np.isfinite(normalizer) and normalizer > 0):
-        raise ValueError(f"normalizer must be a positive number; got {normalizer!r}")
+    if normalizer is not None:
+        if isinstance(normalizer, Tensor):
+            normalizer = float(normalizer)
+        if not isinstance(normalizer, Real):
+            raise TypeError(f"normalizer must be a number; got {type(normalizer).__name__}")
+        if not (np.isfinite(float(normalizer)) and normalizer > 0):
+            raise ValueError(f"normalizer must be a positive number; got {normalizer!r}")
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         raise TypeError(f"scaler must be a torch.amp.GradScaler; got {type(scaler).__name__}")
     # Read before the step: update() may change the scale afterwards.

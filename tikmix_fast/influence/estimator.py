@@ -18,12 +18,15 @@ Array = NDArray[np.float64]
 class Estimator:
     """Token-weighted mean over micro-batches with its standard error, kept as sums that can be merged.
 
-    For micro-batch b with N_b target tokens of domain j, let a_b = N_b <q_i, mean gradient>. The estimate is R = sum
-    a_b / sum N_b, a ratio estimator; its domain-side variance over k micro-batches is k / (k - 1) sum (a_b - R N_b)^2 /
-    (sum N_b)^2.
+    For micro-batch b with N_b target tokens of domain j, let a_b = N_b <q_i, mean gradient>. The estimate is
+    R = sum a_b / sum N_b, a ratio estimator; its domain-side variance over k micro-batches is
+    k / (k - 1) sum (a_b - R N_b)^2 / (sum N_b)^2.
 
     The task side has an error of its own. Every task's batches are dealt into splits, each with a query of its own; the
     spread of R over the splits of one round (between refreshes) gives the variance of their weighted mean.
+
+    Influence is bilinear, so each of the two variances also holds the product of both sides' noise. That part is
+    estimated from how much noisier the single splits are than their mean, and counted once.
 
     Parameters
     ----------
@@ -41,23 +44,20 @@ class Estimator:
         self._microbatches = np.zeros(m, dtype=np.int64)
         self._tokens, self._tokens_squared = np.zeros(m), np.zeros(m)
         self._sum, self._squares, self._cross = np.zeros((n, m)), np.zeros((n, m)), np.zeros((n, m))
-        # Task side, closed rounds: sum of variances, and of variance^2 / degrees of freedom, in units of sum a_b.
-        self._task_variance, self._task_spread = np.zeros((n, m)), np.zeros((n, m))
+        # Closed rounds, in units of sum a_b: the task side's variance, its square over its degrees of freedom, the part
+        # of it that is both sides' noise, and whether all that is known.
+        self._task_variance, self._task_spread, self._both = np.zeros((n, m)), np.zeros((n, m)), np.zeros((n, m))
         self._task_known = np.ones((n, m), dtype=bool)
-        self._round: Array | None = None
-        self._weights, self._owners = np.zeros(0), np.zeros(0, dtype=np.int64)
+        self._round: _Round | None = None
 
     def begin_round(self, owners: Sequence[int], weights: Sequence[float]) -> None:
         """Start a round of frozen queries: query q belongs to task ``owners[q]`` and weighs ``weights[q]`` in it."""
         self.end_round()
-        self._owners = np.asarray(owners, dtype=np.int64)
-        self._weights = np.asarray(weights, dtype=np.float64)
-        self._round = np.zeros((len(self._owners), self.m))
+        self._round = _Round(np.asarray(owners, dtype=np.int64), np.asarray(weights, dtype=np.float64), self.m)
 
     def end_round(self) -> None:
         """Close the round: its task-side variance is kept, its queries are forgotten."""
-        variance, spread, known = self._task_side()
-        self._task_variance, self._task_spread, self._task_known = variance, spread, known
+        self._task_variance, self._task_spread, self._both, self._task_known = self._task_side()
         self._round = None
 
     def add(self, products: Array, tokens: Array) -> None:
@@ -72,9 +72,7 @@ class Estimator:
         """
         if self._round is None:
             raise RuntimeError("no queries: begin a round first")
-        combined = np.zeros((self.n, self.m))
-        np.add.at(combined, self._owners, self._weights[:, None] * products)
-        self._round += products
+        combined = self._round.add(products, tokens, self.n)
         self._microbatches += tokens > 0
         self._tokens += tokens
         self._tokens_squared += tokens**2
@@ -89,12 +87,14 @@ class Estimator:
         count = self._microbatches.astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             values = np.where(self._tokens > 0, self._sum / self._tokens, np.nan)
-            residual = self._squares - 2 * values * self._cross + values**2 * self._tokens_squared
-            domain_variance = count / (count - 1) * np.maximum(residual, 0) / self._tokens**2
-            domain_variance[:, count < 2] = np.nan
-            variance, spread, known = self._task_side()
+            of_domain = _ratio_variance(
+                count, self._sum, self._squares, self._cross, self._tokens, self._tokens_squared
+            )
+            domain_variance = np.where(count < 2, np.nan, of_domain) / self._tokens**2
+            variance, spread, both, known = self._task_side()
             task_variance = np.where(known, variance, np.nan) / self._tokens**2
-            total = domain_variance + task_variance
+            shared = np.clip(both / self._tokens**2, 0, np.minimum(domain_variance, task_variance))
+            total = domain_variance + task_variance - shared
             dof = total**2 / (domain_variance**2 / (count - 1) + spread / self._tokens**4)
         return InfluenceMatrix(
             values=values,
@@ -112,7 +112,7 @@ class Estimator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums as plain JSON types. The open round is closed in them: queries are not saved."""
-        variance, spread, known = self._task_side()
+        variance, spread, both, known = self._task_side()
         return {
             "microbatches": self._microbatches.tolist(),
             "tokens": self._tokens.tolist(),
@@ -122,6 +122,7 @@ class Estimator:
             "cross": self._cross.tolist(),
             "task_variance": variance.tolist(),
             "task_spread": spread.tolist(),
+            "both": both.tolist(),
             "task_known": known.tolist(),
         }
 
@@ -138,7 +139,7 @@ class Estimator:
             "tokens": (self.m,),
             "tokens_squared": (self.m,),
             **dict.fromkeys(
-                ("sum", "squares", "cross", "task_variance", "task_spread", "task_known"), (self.n, self.m)
+                ("sum", "squares", "cross", "task_variance", "task_spread", "both", "task_known"), (self.n, self.m)
             ),
         }
         if not isinstance(state, Mapping) or set(state) != set(shapes):
@@ -153,20 +154,77 @@ class Estimator:
             setattr(self, f"_{name}", value)
         self._round = None
 
-    def _task_side(self) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """Return variance [n, m] of sum a_b from the task side, sum of variance^2 / dof, and whether it is known."""
-        variance, spread, known = self._task_variance.copy(), self._task_spread.copy(), self._task_known.copy()
-        if self._round is None or not self._round.any():
-            return variance, spread, known
+    def _task_side(self) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
+        """Return, of sum a_b, the task side's variance [n, m], its square over dof, both sides' part, what is known."""
+        variance, spread, both = self._task_variance.copy(), self._task_spread.copy(), self._both.copy()
+        known = self._task_known.copy()
+        if self._round is None or not self._round.tokens.any():
+            return variance, spread, both, known
         for task in range(self.n):
-            mine = self._owners == task
-            splits, weights = self._round[mine], self._weights[mine][:, None]
-            count = len(splits)
-            if count < 2:
+            splits = int((self._round.owners == task).sum())
+            if splits < 2:
                 known[task] = False
                 continue
-            mean = (weights * splits).sum(0)
-            of_round = count / (count - 1) * (weights**2 * (splits - mean) ** 2).sum(0)
+            of_round, of_both = self._round.variance(task)
             variance[task] += of_round
-            spread[task] += of_round**2 / (count - 1)
-        return variance, spread, known
+            spread[task] += of_round**2 / (splits - 1)
+            both[task] += of_both
+        return variance, spread, both, known
+
+
+class _Round:
+    """The sums of one round of frozen queries, split by split."""
+
+    def __init__(self, owners: NDArray[np.int64], weights: Array, m: int) -> None:
+        self.owners, self.weights = owners, weights
+        self.tokens, self.tokens_squared, self.count = np.zeros(m), np.zeros(m), np.zeros(m)
+        queries = len(owners)
+        self.sum, self.squares, self.cross = np.zeros((queries, m)), np.zeros((queries, m)), np.zeros((queries, m))
+        self.task_squares: dict[int, Array] = {int(task): np.zeros(m) for task in owners}
+        self.task_cross: dict[int, Array] = {int(task): np.zeros(m) for task in owners}
+
+    def add(self, products: Array, tokens: Array, n: int) -> Array:
+        """Take one micro-batch and return it for the tasks' combined queries, [n, m]."""
+        combined = np.zeros((n, len(tokens)))
+        np.add.at(combined, self.owners, self.weights[:, None] * products)
+        self.tokens += tokens
+        self.tokens_squared += tokens**2
+        self.count += tokens > 0
+        self.sum += products
+        self.squares += products**2
+        self.cross += products * tokens
+        for task in self.task_squares:
+            self.task_squares[task] += combined[task] ** 2
+            self.task_cross[task] += combined[task] * tokens
+        return combined
+
+    def variance(self, task: int) -> tuple[Array, Array]:
+        """Return the task-side variance [m] of the round's sum a_b, and the part of it that is both sides' noise."""
+        mine = self.owners == task
+        weights = self.weights[mine][:, None]
+        splits = self.sum[mine]
+        mean = (weights * splits).sum(0)
+        # Unbiased where the variance of a split goes as one over its tokens.
+        of_task = (weights * (splits - mean) ** 2).sum(0) / (len(splits) - 1)
+        single = _ratio_variance(
+            self.count, splits, self.squares[mine], self.cross[mine], self.tokens, self.tokens_squared
+        )
+        whole = _ratio_variance(
+            self.count, mean, self.task_squares[task], self.task_cross[task], self.tokens, self.tokens_squared
+        )
+        # With V(q) = q' D q the domain side's variance for the query q, and independent noise of covariance C_k in
+        # split k: E V(split k) = V(truth) + tr(D C_k) and E V(mean) = V(truth) + sum w_k^2 tr(D C_k). Solve for the
+        # latter trace.
+        squared = float((weights**2).sum())
+        both = ((weights**2 * single).sum(0) - squared * whole) / (1 - squared)
+        return of_task, np.where(self.count < 2, 0.0, np.maximum(both, 0.0))
+
+
+def _ratio_variance(
+    count: Array, sums: Array, squares: Array, cross: Array, tokens: Array, tokens_squared: Array
+) -> Array:
+    """Return the variance of sum a_b about R N_b over micro-batches; meaningless where ``count`` is below two."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = sums / tokens
+        residual = squares - 2 * ratio * cross + ratio**2 * tokens_squared
+        return np.asarray(count / (count - 1) * np.maximum(residual, 0))

@@ -39,6 +39,10 @@ class Recorder:
         self.sums: dict[str, Tensor] = {}
         self.saw_half = False
 
+    def close(self) -> None:
+        """Record no more, and let go of the queries: a graph or a view that is kept must not keep them."""
+        self.queries = {}
+
     def product(
         self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
     ) -> None:
@@ -47,15 +51,17 @@ class Recorder:
         ``total``, if given, gets the weight gradient added in the same pass.
         """
         self._note(gradient)
-        layout = self.labels.layout(rows.shape[:-1], rows.device)
         dtype = torch.promote_types(rows.dtype, gradient.dtype)
         flat_rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
         flat_gradient = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
         left, right = (flat_rows, flat_gradient) if in_out else (flat_gradient, flat_rows)
-        if total is not None and total.dtype not in (torch.float32, torch.bfloat16):
+        if total is not None and (not self.queries or total.dtype not in (torch.float32, torch.bfloat16)):
             # The kernel adds to float32 and bfloat16 only; a float64 model is for checking, not for speed.
             total += left.t() @ right
             total = None
+        if not self.queries:
+            return
+        layout = self.labels.layout(rows.shape[:-1], rows.device)
         for name, queries in weight.queries(self.queries):
             found = ops.group_influence(
                 right, left, layout.offsets, queries.contiguous(), order=layout.order, grad_weight=total
@@ -64,6 +70,8 @@ class Recorder:
 
     def spread(self, view: ParameterView, gradient: Tensor) -> None:
         """Record a view that was broadcast to the shape of ``gradient`` where it met the data."""
+        if not self.queries:
+            return
         self._note(gradient)
         if self.labels.single is not None:
             gradient = gradient.sum_to_size(view.plain.shape)
@@ -85,6 +93,8 @@ class Recorder:
 
     def features(self, view: ParameterView, per_row: Tensor) -> None:
         """Record a parameter of one norm: ``per_row`` [..., C] is its gradient from every row."""
+        if not self.queries:
+            return
         self._note(per_row)
         layout = self.labels.layout(per_row.shape[:-1], per_row.device)
         flat = _wide(per_row.reshape(-1, per_row.shape[-1]))
@@ -93,6 +103,8 @@ class Recorder:
 
     def lookup(self, view: ParameterView, ids: Tensor, padding: int | None, gradient: Tensor) -> None:
         """Record an embedding looked up at ``ids`` [...] from the gradient [..., C] of the looked-up rows."""
+        if not self.queries:
+            return
         self._note(gradient)
         layout = self.labels.layout(ids.shape, ids.device)
         flat_ids, flat = ids.reshape(-1), _wide(gradient.reshape(-1, gradient.shape[-1]))

@@ -36,25 +36,36 @@ class RowLabels:
     ids : int or int64 [B] or [B, S]
         One domain for the whole batch, one per sequence, or one per position.
     n_domains : int
-    batch_dim : 0 or 1
-        Where activations have their batch dimension: [B, S, ...] or [S, B, ...]. ``ids`` is [B, S] in both cases.
+    batch_dim : 0, 1 or None
+        Where activations have their batch dimension: [B, S, ...] or [S, B, ...]. ``ids`` is [B, S] in both cases. None
+        is 0, but a batch with as many sequences as positions is then refused.
     length : int, optional
-        S where it is known from a mask; used to recognise flattened rows.
+        S where a mask tells it; otherwise it is learnt from the first activation [B, S, ...].
+
+    Raises
+    ------
+    RowShapeError
+        If the batch mixes domains, B = S, and ``batch_dim`` does not say which is which.
     """
 
-    def __init__(self, ids: int | Tensor, n_domains: int, batch_dim: int = 0, length: int | None = None) -> None:
+    def __init__(
+        self, ids: int | Tensor, n_domains: int, batch_dim: int | None = None, length: int | None = None
+    ) -> None:
         self.n_domains = n_domains
-        self.batch_dim = batch_dim
         self.ids = ids.detach().cpu().long() if isinstance(ids, Tensor) else ids
         # Rows of a batch with one domain need no matching to sequences: every row belongs to it, whatever the shape.
         if isinstance(self.ids, Tensor) and self.ids.numel() and bool((self.ids == self.ids.flatten()[0]).all()):
             self.single: int | None = int(self.ids.flatten()[0])
         else:
             self.single = None if isinstance(self.ids, Tensor) else self.ids
+        self.batch_dim = batch_dim or 0
+        self._told = batch_dim is not None
+        self.length: int | None = None
+        self._layouts: dict[tuple[tuple[int, ...], torch.device], Layout] = {}
         if isinstance(self.ids, Tensor) and self.ids.ndim == 2:
             length = self.ids.shape[1]
-        self.length = length
-        self._layouts: dict[tuple[tuple[int, ...], torch.device], Layout] = {}
+        if length is not None:
+            self._learn(length)
 
     @property
     def batch(self) -> int | None:
@@ -75,19 +86,45 @@ class RowLabels:
         return self._layouts[key]
 
     def are_rows(self, leading: tuple[int, ...]) -> bool:
-        """Tell whether something that may be no rows at all, as positions looked up once, surely is rows of the batch.
+        """Tell whether something that may be no rows at all, as a table looked up once, surely is rows of the batch.
 
-        One dimension is so only if S is known: otherwise [S] cannot be told from [B] or from [B * S].
+        Two dimensions are so if they are [B, S], the first such activation telling S. One dimension is so only where S
+        is known: otherwise [S] cannot be told from [B], nor from [B * S].
         """
         if self.single is not None:
             return True
-        if len(leading) < 2 and (self.length is None or tuple(leading) != ((self.batch or 0) * self.length,)):
+        batch = self.batch
+        if len(leading) < 2:
+            sizes = (
+                () if self.length is None else ((batch or 0) * self.length, *((batch,) if self.length != batch else ()))
+            )
+            return len(leading) == 1 and leading[0] in sizes and self._fits(leading)
+        if leading[self.batch_dim] != batch:
             return False
-        try:
-            self._row_domains(tuple(leading))
-        except RowShapeError:
-            return False
-        return True
+        if self.length is None:
+            self._learn(leading[1 - self.batch_dim])
+        return leading[1 - self.batch_dim] == self.length and self._fits(leading)
+
+    def are_features(self, leading: tuple[int, ...]) -> bool:
+        """Tell whether a tensor without gradient that a layer takes as its input is rows of the batch, and no constant.
+
+        As `are_rows`, but inputs [B, C] of a model without positions and inputs with other positions [B, P, C] are
+        rows.
+        """
+        if self.single is not None or self.are_rows(leading):
+            return True
+        if len(leading) == 1:
+            return self.length is None and leading[0] == self.batch
+        return len(leading) > 1 and leading[self.batch_dim] == self.batch and self._fits(leading)
+
+    def _learn(self, length: int) -> None:
+        if self.single is None and length == self.batch and not self._told:
+            raise RowShapeError(
+                f"the batch has as many sequences as positions (B = S = {length}), so shapes do not tell them apart: "
+                f"make the "
+                "engine with batch_dim=0 (activations are [B, S, ...]) or batch_dim=1 ([S, B, ...])"
+            )
+        self.length = length
 
     def _make(self, leading: tuple[int, ...], device: torch.device) -> Layout:
         if self.single is not None:
@@ -101,6 +138,13 @@ class RowLabels:
         order = None if in_order else torch.sort(rows, stable=True).indices.to(device)
         return Layout(offsets.to(device), order, rows.to(device))
 
+    def _fits(self, leading: tuple[int, ...]) -> bool:
+        try:
+            self._row_domains(tuple(leading))
+        except RowShapeError:
+            return False
+        return True
+
     def _row_domains(self, leading: tuple[int, ...]) -> Tensor:
         """Return the domain of each row [T], rows in the order of the flattened leading dimensions."""
         ids = self.ids
@@ -108,14 +152,12 @@ class RowLabels:
             return torch.full((prod(leading),), ids)
         batch, length = ids.shape[0], self.length
         per_position = ids.ndim == 2
-        flat = len(leading) == 1 and leading[0] != batch and batch > 0 and leading[0] % batch == 0
-        if flat and length in (None, leading[0] // batch):
+        if len(leading) == 1 and leading[0] != batch and length is not None and leading[0] == batch * length:
             # Flattened [B * S] (or [S * B]): unfold, label, and flatten again.
-            rest = leading[0] // batch
-            leading = (batch, rest) if self.batch_dim == 0 else (rest, batch)
+            leading = (batch, length) if self.batch_dim == 0 else (length, batch)
         if len(leading) == 1 and leading[0] == batch and not per_position:
             return ids
-        if len(leading) > self.batch_dim and leading[self.batch_dim] == batch and len(leading) > 1:
+        if len(leading) > 1 and leading[self.batch_dim] == batch:
             labels = ids if per_position else ids[:, None]
             if not per_position or leading[1 - self.batch_dim] == length:
                 labels = labels if self.batch_dim == 0 else labels.T
@@ -124,7 +166,10 @@ class RowLabels:
         shapes = "[B, S, ...], [B * S]" + ("" if per_position else " or [B]")
         raise RowShapeError(
             f"rows of shape {list(leading)} do not match the ids of shape {list(ids.shape)}: an activation's leading "
-            f"dimensions must be {shapes if self.batch_dim == 0 else '[S, B, ...] or [S * B]'} with B = {batch}"
-            + (f", S = {length}" if length is not None else "")
-            + "; for activations with the batch in the second dimension use batch_dim=1"
+            f"dimensions "
+            f"must be {shapes if self.batch_dim == 0 else '[S, B, ...] or [S * B]'} with B = {batch}, "
+            + (f"S = {length}" if length is not None else "S not known (a mask of shape [B, S] tells it)")
+            + "; for activations with the batch in the second dimension use batch_dim=1; rows routed to experts or "
+            "gathered are "
+            "not supported in a batch that mixes domains"
         )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tikmix_fast.influence.row_history import refuse_gathered_rows
 from tikmix_fast.influence.taps import fused_product, spread, tap
 from tikmix_fast.influence.views import ParameterView, Source, UncapturedParameterError, plain
 
@@ -33,16 +34,22 @@ def apply_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
         If the operation mixes a parameter with the data in a way that no rule covers.
     """
     rule = _RULES.get(func)
+    if rule in _TAKES_ROWS and not _takes_data(capture, func, args, kwargs):
+        return _derive(capture, func, args, kwargs)
     if rule is not None:
-        place, name = (1, "mat1") if func in _ADDMM else (0, "input")
-        data = args[place] if len(args) > place else kwargs.get(name)
-        # Positions that go through a layer of their own before they meet the batch are no data yet.
-        if isinstance(data, ParameterView) and rule in _TAKES_ROWS and not _with_data(args, kwargs):
-            return _derive(capture, func, args, kwargs)
         return rule(capture, func, *args, **kwargs)
     if func in _ELEMENTWISE:
         return _elementwise(capture, func, args, kwargs)
     return _other(capture, func, args, kwargs)
+
+
+def _takes_data(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the input of a layer is rows of the batch; positions and constants that go through it first are not."""
+    place, name = (1, "mat1") if func in _ADDMM else (0, "query" if func is F.scaled_dot_product_attention else "input")
+    data = args[place] if len(args) > place else kwargs.get(name)
+    if not isinstance(data, Tensor) or _with_data(args, kwargs):
+        return True
+    return not isinstance(data, ParameterView) and capture.recorder.labels.are_features(data.shape[:-1])
 
 
 def _linear(capture: Capture, func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
@@ -53,8 +60,6 @@ def _matmul(capture: Capture, func: Any, input: Any, other: Any = None, *, mat2:
     weight = mat2 if other is None else other
     if not isinstance(weight, ParameterView):
         return func(capture.settle(input, func), weight)
-    if weight.plain.ndim != 2:
-        raise _refusal(weight, func, "the weight of a product must be two-dimensional")
     return _product(capture, func, input, weight, None, in_out=True, ordinary=lambda x, w, b: func(x, w))
 
 
@@ -73,9 +78,14 @@ def _product(
     capture: Capture, func: Any, input: Any, weight: Any, bias: Any, *, in_out: bool, ordinary: Callable[..., Tensor]
 ) -> Any:
     """Rows times a weight, plus a bias: what nearly all parameters of a language model do."""
+    if plain(weight).ndim != 2:
+        raise _refusal(_first_view(input, weight, bias), func, "the weight of a product must be two-dimensional")
     rows = capture.settle(input, func)
     recorder = capture.recorder
-    fused = isinstance(weight, ParameterView) and weight.is_parameter and capture.fused
+    refuse_gathered_rows(rows, recorder.labels)
+    # Where dtypes do not fit together, torch's own product says so.
+    fits = rows.dtype == plain(weight).dtype or torch.is_autocast_enabled(rows.device.type)
+    fused = isinstance(weight, ParameterView) and weight.is_parameter and capture.fused and fits
 
     def read(gradient: Tensor, saved: Tensor, total: Tensor | None = None) -> None:
         if isinstance(weight, ParameterView):
@@ -117,7 +127,21 @@ def _embedding(
         return rows if padding is None else rows * (input != padding)[..., None]
 
     source = Source(weight.sources[0].name, found.detach(), lift)
-    return ParameterView.make(found, capture, (source,), in_rows=True)
+    return ParameterView.make(found, capture, (source,))
+
+
+def _embedding_bag(capture: Capture, func: Any, *args: Any, **kwargs: Any) -> Any:
+    raise _refusal(_first_view(*args, *kwargs.values()), func, "no rule covers this operation")
+
+
+def _attention(
+    capture: Capture, func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **more: Any
+) -> Any:
+    """A learnt bias of the scores meets the batch here."""
+    query, key, value = (capture.settle(each, func) for each in (query, key, value))
+    if isinstance(attn_mask, ParameterView):
+        attn_mask = capture.spread(attn_mask, torch.Size((*query.shape[:-1], key.shape[-2])))
+    return func(query, key, value, attn_mask, *rest, **more)
 
 
 def _refuse_relative_positions(weight: ParameterView, func: Any, ids: Tensor, labels: RowLabels) -> None:
@@ -168,6 +192,7 @@ def _norm(
 ) -> Any:
     rows = capture.settle(input, func)
     recorder = capture.recorder
+    refuse_gathered_rows(rows, recorder.labels)
     affine = (plain(weight),) if func in _RMS_NORMS else (plain(weight), plain(bias))
 
     def read(gradient: Tensor, saved: Tensor) -> None:
@@ -196,10 +221,13 @@ def _elementwise(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dic
     views = [each for each in tensors if isinstance(each, ParameterView)]
     others = [each for each in tensors if not isinstance(each, ParameterView)]
     shape = torch.broadcast_shapes(*(plain(each).shape for each in tensors))
-    with_data = any(each.requires_grad for each in others) or any(
-        each.shape != shape and others for each in map(plain, views)
-    )
-    if not with_data:
+    labels = capture.recorder.labels
+    # A vector (a norm's weight, a bias) that meets frozen activations [B, S, ...] meets data; anything else without
+    # gradient is a constant that a parameter may be combined with on its way.
+    frozen = all(view.plain.ndim < 2 for view in views) and labels.length is not None
+    if not _with_data(args, kwargs) and not (
+        frozen and any(each.shape == shape and labels.are_rows(each.shape[:-1]) for each in others)
+    ):
         return _derive(capture, func, args, kwargs)
     if func.__name__.endswith("_") and isinstance(args[0], ParameterView):
         raise _refusal(args[0], func, "a parameter must not be changed in place")
@@ -273,7 +301,7 @@ def _derived(
         part: Tensor = output if index is None else output[index]
         return part
 
-    in_rows = func in _MAKES_ROWS or any(view.in_rows for view in views)
+    in_rows = func in _MAKES_ROWS or (func in _KEEPS_ROWS and any(view.in_rows for view in views))
     return ParameterView.make(result, capture, tuple(s for view in views for s in view.sources), build, in_rows)
 
 
@@ -281,8 +309,13 @@ def _rebuild(view: ParameterView, values: list[Tensor]) -> Tensor:
     return values[0] if view.build is None else view.build(*values)
 
 
+def _first_view(*values: Any) -> ParameterView:
+    return next(value for value in values if isinstance(value, ParameterView))
+
+
 def _refusal(view: ParameterView, func: Any, why: str) -> UncapturedParameterError:
-    names = " and ".join(repr(source.name) for source in view.sources)
+    sources = list(dict.fromkeys(source.name for source in view.sources))
+    names = " and ".join(map(repr, sources[:3])) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
     return UncapturedParameterError(
         f"the influence of {names} cannot be captured: it enters {getattr(func, '__name__', func)!r}, and {why}. "
         f"Leave it out with exclude=[{view.sources[0].name!r}] (its influence then counts as zero)."
@@ -298,7 +331,7 @@ def spread_view(capture: Capture, view: ParameterView, shape: torch.Size) -> Ten
 
 def settle_view(capture: Capture, view: ParameterView, func: Any) -> Tensor:
     """Take a view whose leading dimensions are rows of the batch as data."""
-    if not view.in_rows or not capture.recorder.labels.are_rows(view.plain.shape[:-1]):
+    if not view.in_rows or not capture.recorder.labels.are_features(view.plain.shape[:-1]):
         raise _refusal(view, func, "a parameter stands there in the place of the data")
     return spread_view(capture, view, view.plain.shape)
 
@@ -327,10 +360,11 @@ _ELEMENTWISE = _named(
     *("add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "lerp_"),
     *(f"__{side}{name}__" for side in ("", "r", "i") for name in ("add", "sub", "mul", "div", "truediv", "pow")),
 )
+_KEEPS_ROWS = _ELEMENTWISE | _named("to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone")
 _MAKES_ROWS = _named("expand", "expand_as", "repeat", "broadcast_to")
 _RMS_NORMS = _named("rms_norm")
 _ADDMM = _named("addmm")
-_TAKES_ROWS = frozenset((_linear, _matmul, _rmatmul, _addmm, _layer_norm, _rms_norm))
+_TAKES_ROWS = frozenset((_linear, _matmul, _rmatmul, _addmm, _layer_norm, _rms_norm, _attention))
 _RULES: dict[Any, Callable[..., Any]] = {
     torch.Tensor.backward: _backward,
     **dict.fromkeys(_named("linear"), _linear),
@@ -338,6 +372,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_named("__rmatmul__"), _rmatmul),
     **dict.fromkeys(_ADDMM, _addmm),
     **dict.fromkeys((F.embedding,), _embedding),
+    **dict.fromkeys((F.embedding_bag,), _embedding_bag),
+    **dict.fromkeys((F.scaled_dot_product_attention,), _attention),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
     **dict.fromkeys(_RMS_NORMS, _rms_norm),
     **dict.fromkeys((F.dropout,), _dropout),

@@ -72,7 +72,9 @@ class _FusedProduct(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[..., None]
     ) -> Tensor:
         kind = rows.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+        # Autocast leaves float64 alone.
+        cast = torch.is_autocast_enabled(kind) and torch.float64 not in (rows.dtype, weight.dtype)
+        dtype = torch.get_autocast_dtype(kind) if cast else rows.dtype
         with torch.autocast(kind, enabled=False):
             cast_rows, cast_weight = rows.to(dtype), weight.to(dtype)
             flat = cast_rows.reshape(-1, rows.shape[-1])
