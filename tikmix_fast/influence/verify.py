@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,10 @@ def recompute_cells(
         return values
 
     results: dict[tuple[int, int], tuple[float, float]] = {}
-    # The fused attention kernels have no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    # The fused attention kernels have no forward-mode derivative, and torch loads that of others by its own deprecated
+    # means.
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
         for index in {query for query, _ in chosen}:
             direction = {moving[name]: queries[name][index].double() for name in parameters}
             slopes = torch.func.jvp(of, (point,), (direction,))[1]
