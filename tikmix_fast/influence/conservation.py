@@ -69,12 +69,10 @@ def check_conservation(
     if worst_name:
         raise ConservationError(
             f"the captured influence of {worst_name!r} differs from its gradient by {worst:.2g} of |query| "
-            f"|gradient| (allowed: "
-            f"{tolerance:.0e}): one of its uses was not captured (a tied weight used through a reference kept "
-            f"outside its module, "
-            "say), a hook changes its gradient, or zero_grad ran inside the context. Use the parameter through its "
-            "module, "
-            f"remove the hook while measuring, or leave it out with exclude=[{worst_name!r}]"
+            f"|gradient| (allowed: {tolerance:.0e}): one of its uses was not captured (a tied weight used through a "
+            "reference kept outside its module, say), a hook changes its gradient, or zero_grad ran inside the "
+            "context. Use the parameter through its module, remove the hook while measuring, or leave it out with "
+            f"exclude=[{worst_name!r}]"
         )
 
 

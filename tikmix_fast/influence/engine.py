@@ -518,8 +518,7 @@ class InfluenceEngine:
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 raise RuntimeError(
                     f"{name!r} has a post-accumulate-grad hook: an optimizer that steps inside the backward is not "
-                    f"supported; "
-                    "remove the hook while measuring"
+                    "supported; remove the hook while measuring"
                 )
             if type(parameter).__name__ == "DTensor":
                 raise TypeError(f"{name!r} is sharded (DTensor), which this version does not support")
@@ -528,9 +527,8 @@ class InfluenceEngine:
         if self._weights is not None and weights != self._weights:
             raise RuntimeError(
                 f"weights changed since {since}: task and domain gradients must belong to the same weights. Call "
-                f"engine.refresh() "
-                "and measure the tasks again after every optimizer step (or allow_stale=True for domains, at your "
-                "own risk)"
+                "engine.refresh() and measure the tasks again after every optimizer step (or allow_stale=True for "
+                "domains, at your own risk)"
             )
 
     @staticmethod
@@ -538,8 +536,7 @@ class InfluenceEngine:
         if Weights(parameters) != before:
             raise RuntimeError(
                 f"weights changed inside {context}(...): step the optimizer outside; one that steps inside the "
-                f"backward is not "
-                "supported"
+                "backward is not supported"
             )
 
     def _check_captured(
@@ -552,9 +549,8 @@ class InfluenceEngine:
         if missed:
             raise UncapturedParameterError(
                 f"gradients reached {', '.join(map(repr, missed))} in a way that was not captured (a fused kernel, a "
-                f"recurrent layer, or a "
-                f"reference kept outside the module). Leave them out with exclude={missed!r}, and their influence "
-                f"counts as zero"
+                f"recurrent layer, or a reference kept outside the module). Leave them out with exclude={missed!r}, "
+                "and their influence counts as zero"
             )
 
     def _drop_if_not_finite(self, finite: bool, what: str, scaler: Any) -> bool:
@@ -568,7 +564,7 @@ class InfluenceEngine:
         if self._dropped_in_row >= self.max_dropped_in_row:
             raise FloatingPointError(
                 f"{what} gave gradients that are not finite, {self._dropped_in_row} times in a row: the scaler does "
-                f"not recover"
+                "not recover"
             )
         return True
 
@@ -589,16 +585,15 @@ def _check_targets(tokens: NDArray[np.float64], factor: float, seen: SeenLosses,
         source = "mask=None counts every position" if mask is None else "the mask counts"
         raise ValueError(
             f"the cross-entropy had {targets} target tokens, but {source}: {counted}. Pass mask=, True where the "
-            f"logits enter the "
-            "loss; tikmix_fast.shifted_mask(labels) makes it for models that shift labels themselves"
+            "logits enter the loss; tikmix_fast.shifted_mask(labels) makes it for models that shift labels "
+            "themselves"
         )
     if weight <= 0 or abs(weight * factor - 1) > 1e-2:
         raise ValueError(
-            f"the backward says that the sum of token losses was divided by "
-            f"{1 / weight if weight else float('inf'):.6g}, but "
-            f"reduction, normalizer and scaler say {factor:.6g}: pass normalizer= what it was divided by "
-            f"(accumulation steps "
-            "included), scaler= where a GradScaler scaled the loss, or reduction='sum'"
+            "the backward says that the sum of token losses was divided by "
+            f"{1 / weight if weight else float('inf'):.6g}, but reduction, normalizer and scaler say {factor:.6g}: "
+            "pass normalizer= what it was divided by (accumulation steps included), scaler= where a GradScaler "
+            "scaled the loss, or reduction='sum'"
         )
 
 

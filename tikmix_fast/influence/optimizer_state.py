@@ -74,9 +74,9 @@ def read_adam(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Ada
         groups = list(_saved_groups(optimizer))
     else:
         raise TypeError(
-            "optimizer must be a torch.optim.Adam or AdamW, or a state dict of one with parameter names; "
-            f"got {type(optimizer).__name__}. For other optimizers pass a Preconditioner of your own, or "
-            f"preconditioner='identity'"
+            "optimizer must be a torch.optim.Adam or AdamW, or a state dict of one with parameter names; got "
+            f"{type(optimizer).__name__}. For other optimizers pass a Preconditioner of your own, or "
+            "preconditioner='identity'"
         )
     moments: dict[str, AdamMoment] = {}
     for group, members in groups:
@@ -103,8 +103,7 @@ def _saved_groups(saved: Mapping[str, Any]) -> Iterator[_Group]:
         if not all(isinstance(name, str) for name in names):
             raise ValueError(
                 "the optimizer state is keyed by index and carries no names, so it cannot be matched to parameters "
-                "safely. "
-                "Make the optimizer from model.named_parameters() before saving, or pass the live optimizer"
+                "safely. Make the optimizer from model.named_parameters() before saving, or pass the live optimizer"
             )
         yield (
             group,
@@ -121,15 +120,13 @@ def _moment(name: str, group: Mapping[str, Any], state: Mapping[str, Any], param
     if wanted not in state or "step" not in state:
         raise ValueError(
             f"the optimizer has no {wanted!r} for {name!r}: take at least one optimizer step before measuring, load "
-            f"the "
-            "optimizer's checkpoint, or use preconditioner='identity'"
+            "the optimizer's checkpoint, or use preconditioner='identity'"
         )
     v, step = state[wanted], float(state["step"])
     if v.shape != parameter.shape:
         raise ValueError(
             f"the optimizer's {wanted!r} for {name!r} has shape {tuple(v.shape)}, the parameter "
-            f"{tuple(parameter.shape)}: "
-            "this state belongs to another model"
+            f"{tuple(parameter.shape)}: this state belongs to another model"
         )
     if step < 1:
         raise ValueError(f"the optimizer has taken no step for {name!r}: take one before measuring")

@@ -70,9 +70,8 @@ class Adam:
         """Read v, t and the groups' settings of every parameter; see `optimizer_state.read_adam` for what is raised."""
         if optimizer is None:
             raise ValueError(
-                "preconditioner='adam' needs optimizer=: the torch.optim.Adam or AdamW that trains the model, or its "
-                "state dict "
-                "with names; or use preconditioner='identity'"
+                "preconditioner='adam' needs optimizer=: the torch.optim.Adam or AdamW that trains the model, or "
+                "its state dict with names; or use preconditioner='identity'"
             )
         self._moments = read_adam(optimizer, parameters)
         self.reference_lr = max((moment.lr for moment in self._moments.values()), default=0.0)

@@ -38,9 +38,8 @@ def refuse_gathered_rows(rows: Tensor, labels: RowLabels) -> None:
         if kind.startswith(_GATHERS):
             raise RowShapeError(
                 f"rows of shape {list(rows.shape[:-1])} were gathered by an index ({kind}), so they cannot be "
-                f"matched to the "
-                "sequences of a batch that mixes domains: measure batches of one domain each, or exclude the "
-                "parameters behind"
+                "matched to the sequences of a batch that mixes domains: measure batches of one domain each, or "
+                "exclude the parameters behind"
             )
         sizes = getattr(node, "_saved_self_sym_sizes", None)
         if kind.startswith(_RESHAPES) and sizes is not None and len(sizes) > 2:

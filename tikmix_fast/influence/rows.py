@@ -121,8 +121,7 @@ class RowLabels:
         if self.single is None and length == self.batch and not self._told:
             raise RowShapeError(
                 f"the batch has as many sequences as positions (B = S = {length}), so shapes do not tell them apart: "
-                f"make the "
-                "engine with batch_dim=0 (activations are [B, S, ...]) or batch_dim=1 ([S, B, ...])"
+                "make the engine with batch_dim=0 (activations are [B, S, ...]) or batch_dim=1 ([S, B, ...])"
             )
         self.length = length
 
@@ -166,8 +165,7 @@ class RowLabels:
         shapes = "[B, S, ...], [B * S]" + ("" if per_position else " or [B]")
         raise RowShapeError(
             f"rows of shape {list(leading)} do not match the ids of shape {list(ids.shape)}: an activation's leading "
-            f"dimensions "
-            f"must be {shapes if self.batch_dim == 0 else '[S, B, ...] or [S * B]'} with B = {batch}, "
+            f"dimensions must be {shapes if self.batch_dim == 0 else '[S, B, ...] or [S * B]'} with B = {batch}, "
             + (f"S = {length}" if length is not None else "S not known (a mask of shape [B, S] tells it)")
             + "; for activations with the batch in the second dimension use batch_dim=1; rows routed to experts or "
             "gathered are "

@@ -259,8 +259,7 @@ def _backward(capture: Capture, func: Any, loss: ParameterView, *args: Any, **kw
         loss,
         func,
         "what it was looked up at, in one dimension, cannot be told from positions: pass a mask of shape [B, S], or "
-        "look it up "
-        "at [B, S] (or [B, 1])",
+        "look it up at [B, S] (or [B, 1])",
     )
 
 

@@ -83,8 +83,7 @@ def count_target_tokens(
         if remainder or (ids.ndim == 2 and total != 1):
             raise ValueError(
                 f"mask must be given: the model's last product has rows of shape {list(rows or ())}, which do not "
-                f"match the ids "
-                f"of shape {list(ids.shape)}"
+                f"match the ids of shape {list(ids.shape)}"
             )
         per_id = torch.full(ids.shape, float(total), dtype=torch.float64)
     return tokens.index_add_(0, ids.reshape(-1), per_id.reshape(-1)).numpy()
