@@ -119,6 +119,13 @@ def test_weights_set_while_drawing_give_the_stream_of_weights_set_before():
     assert drawn == uninterrupted(50_100, [(17_000, SECOND), (17_200, THIRD), (40_000, FIRST)])
 
 
+def test_named_weights_go_to_the_domains_of_their_names():
+    sampler = MixtureSampler({"web": 5, "code": 5}, {"code": 1.0, "web": 0.0})
+    sampler.set_weights({"code": 0.0, "web": 1.0}, at=4)
+    assert sampler.domains == ("web", "code")
+    assert domains_of(take(sampler, 8), [5, 5]).tolist() == [1] * 4 + [0] * 4
+
+
 def test_the_weights_hold_from_at_on():
     sampler = MixtureSampler([5, 5], [1.0, 0.0])
     sampler.set_weights([0.0, 1.0], at=4)
@@ -312,6 +319,7 @@ def test_an_endless_sampler_has_no_length():
     [
         (([], []), ValueError, "lengths must have 1 to 65536 domains; got 0"),
         (([3, -1], [0.5, 0.5]), ValueError, "lengths must be from 0"),
+        (([2**53] * 1000, [0.001] * 1000), ValueError, "lengths must sum to at most"),
         (([3, True], [0.5, 0.5]), TypeError, "lengths must be an int; got True"),
         (([3, 2.0], [0.5, 0.5]), TypeError, "lengths must be an int; got 2.0"),
         ((5, [1.0]), TypeError, "lengths must be a sequence or mapping"),
@@ -385,7 +393,10 @@ def put(*path, value):
         (put("consumed", value=-1), "consumed must be from 0"),
         (put("consumed", value=90_000), "changes.at must be from 90001"),
         (put("consumed", value=50_000), "must start the block of sample 50000"),
-        (put("block", value={"at": 5_001, "counts": [2000, 1500, 1000, 501]}), "must start the block of sample 22000"),
+        (
+            put("block", value={"at": 20_000, "counts": [2750, 15_000, 1000, 1250]}),
+            "must start the block of sample 22000",
+        ),
         (put("block", "at", value=16_000), "block.counts must be"),
         (put("block", "counts", value=[0, 0, 0, 0]), "block.counts must be 4 numbers that sum to"),
         (put("block", "counts", value=[21_000, 0, 0]), "block.counts must be"),

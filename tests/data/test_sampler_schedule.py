@@ -62,8 +62,10 @@ def test_every_prefix_is_within_one_draw_of_the_weights(weights, seed):
         2.0 ** -np.arange(64),
         np.random.default_rng(0).dirichlet(np.full(64, 0.1)),
         np.random.default_rng(1).dirichlet(np.ones(500)),
+        # Many turns that close after more than two blocks, some of them soon after: all of these must come first.
+        np.r_[1 - 335e-6, np.full(13, 25e-6), np.full(100, 1e-7)],
     ],
-    ids=["equal", "linear", "half", "powers", "sparse", "500"],
+    ids=["equal", "linear", "half", "powers", "sparse", "500", "late"],
 )
 def test_many_domains_stay_within_one_draw_over_many_blocks(weights):
     assert largest_deviation(planned(weights / weights.sum(), 5), weights) < 1

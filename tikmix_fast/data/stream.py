@@ -97,9 +97,8 @@ class Stream:
         # How often each draw's domain was drawn before it: its place among the draws of that domain.
         many = np.bincount(labels, minlength=len(self._lengths))
         place = np.empty(BLOCK, dtype=np.int64)
-        place[np.argsort(labels, kind="stable")] = np.arange(BLOCK) - np.repeat(
-            np.cumsum(many) - many - block.counts, many
-        )
+        by_domain = np.argsort(labels, kind="stable")
+        place[by_domain] = np.arange(BLOCK) - np.repeat(np.cumsum(many) - many - block.counts, many)
         wanted = slice(first - block.at, end - block.at, step)
         domain = labels[wanted]
         length = self._lengths[domain].astype(np.uint64)
