@@ -64,9 +64,8 @@ class _Reduced:
         self.radius2 = problem.uniformity**2 / len(gain)
         contrasts = helmert(len(gain))[: self.n_std]
         self.x_settled = contrasts @ settled
-        # Tasks that all free domains help alike constrain nothing, and would leave their price undetermined.
-        differs = np.ptp(gain, axis=1) > 1e-12 if problem.pareto else np.zeros(len(gain), dtype=bool)
-        self.demand, self.required = gain[differs], (problem.required - settled)[differs] - _RELAX
+        contested = problem.contested
+        self.demand, self.required = gain[contested], (problem.required - settled)[contested] - _RELAX
         self.max_kl = None
         if problem.max_kl is not None:
             self.max_kl = problem.max_kl - _partial_kl(fixed, problem.prior) + _RELAX
@@ -86,7 +85,8 @@ class _Reduced:
             below=1.0 / (k * (weights - self.lower)),
             above=1.0 / (k * (self.upper - weights)),
             slack=np.maximum(self.room(weights), 0.1 * size),
-            price=1.0 / np.maximum(1.0, size),
+            # High, as prices reach 1e5 where Pareto leaves little room, and take long to grow to that.
+            price=10.0 / np.maximum(1.0, size),
             u=u,
             ball=ball,
             total=0.0,
@@ -228,9 +228,8 @@ def solve(problem: Problem, max_iterations: int = 60) -> Solution:
     Without a std term the capped tilt is tried first: where it meets Pareto and the KL limit it is the answer. Where
     the iteration fails, about once in a thousand of deliberately bad problems, it is run again with shorter steps.
     """
-    for only in (problem.lower, problem.upper):
-        if abs(only.sum() - 1.0) <= 1e-12:
-            return Solution(only / only.sum(), True, 0.0, 0, "the bounds allow one mixture only")
+    if only := problem.only_mixture():
+        return only
     if problem.diversity > 0 and (problem.uniformity == 0 or len(problem.scaled) == 1):
         weights = problem.nearest(-problem.cost / problem.diversity)
         if not problem.violations(weights):

@@ -72,10 +72,25 @@ class Problem:
         """Scaled influence of the prior [n], which Pareto holds every task to."""
         return self.scaled @ self.prior
 
+    @property
+    def contested(self) -> NDArray[np.bool_]:
+        """Tasks [n] that Pareto constrains: all but those that every free domain helps alike."""
+        gain = self.scaled[:, self.lower < self.upper]
+        if not self.pareto or not gain.shape[1]:
+            return np.zeros(len(gain), dtype=np.bool_)
+        return np.asarray(np.ptp(gain, axis=1) > 1e-12)
+
     def objective(self, weights: Array) -> float:
         """Return the value to be minimised."""
         spread = self.uniformity * float((self.scaled @ weights).std()) if self.uniformity else 0.0
         return spread + float(self.cost @ weights) - self.diversity * entropy(weights)
+
+    def only_mixture(self) -> Solution | None:
+        """Return the one mixture that the bounds allow, if it is one."""
+        for bound in (self.lower, self.upper):
+            if abs(bound.sum() - 1.0) <= 1e-12:
+                return Solution(bound / bound.sum(), True, 0.0, 0, "the bounds allow one mixture only")
+        return None
 
     def nearest(self, logits: Array) -> Array:
         """Return the mixture within the bounds that is nearest to ``exp(logits)`` in KL divergence."""
