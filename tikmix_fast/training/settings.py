@@ -58,7 +58,7 @@ class DemoSettings:
 
     seed: int = 0
     steps: int = 1000
-    stages: int = 5
+    stages: int = 10
     batch: int = 16
     model: GPTSettings = field(default_factory=GPTSettings)
     learning_rate: float = 3e-3
@@ -66,16 +66,16 @@ class DemoSettings:
     clip: float = 1.0
     warm_up: int = 50
     preconditioner: Literal["adam", "identity"] = "adam"
-    task_batches: int = 8
-    task_rows: int = 12
-    domain_batches: int = 24
+    task_batches: int = 6
+    task_rows: int = 8
+    domain_batches: int = 12
     domain_rows: int = 2
-    task_splits: int = 4
+    task_splits: int = 3
     uniformity: float = 1.0
     influence: float = 1.0
     diversity: float = 1.0
     floor: float = 0.01
-    smoothing: float = 0.0
+    smoothing: float = 0.3
     evaluate_every: int = 100
     curve_rows: int = 32
     domain_bytes: int = 1_000_000
