@@ -1,9 +1,12 @@
 // The tile kernel, compiled once per instruction set: the including file defines TIKMIX_FAST_VECTOR_BYTES and
-// TIKMIX_FAST_MICRO_ROWS first.
+// TIKMIX_FAST_MICRO_ROWS first, and TIKMIX_FAST_ROW_PAIRS where it multiplies two bfloat16 rows at a time.
 //
 // Everything is in an anonymous namespace and nothing of the standard library is called but memcpy and memset: the
 // linker merges equal inline functions of two files, and would let a machine without AVX-512 run the AVX-512 copy.
 #include <cstring>
+#ifdef TIKMIX_FAST_ROW_PAIRS
+#include <immintrin.h>
+#endif
 
 #include "problem.h"
 
@@ -25,10 +28,10 @@ constexpr int kMicroRows = TIKMIX_FAST_MICRO_ROWS;
 constexpr int kMicroVectors = 2;
 constexpr int kMicroColumns = kMicroVectors * kLanes;
 constexpr int kTasksAtOnce = 4;
-// Rows multiplied at a time: an input panel of this depth stays in the L1 cache. Every time, sums start again at zero,
+// Packed rows multiplied at a time: an input panel of this depth stays in the L1 cache. Every time, sums start again at zero,
 // which also bounds the rounding error of a long domain.
 constexpr int64_t kDepth = 192;
-// Rows packed at a time: reads run along rows, writes along panels, and this many lines of each stay in the L1 cache.
+// Packed rows filled at a time: reads run along rows, writes along panels, and this many lines of each stay in the L1 cache.
 constexpr int64_t kPackedRows = 8;
 static_assert(kSmallestTileRows % kMicroRows == 0 && kSmallestTileColumns % kMicroColumns == 0 &&
                   kTileRows % kSmallestTileRows == 0 && kTileColumns % kSmallestTileColumns == 0,
@@ -43,13 +46,42 @@ struct Bfloat16 {
     uint16_t bits;
 };
 
-inline float to_float(float value) { return value; }
+struct Float16 {
+    uint16_t bits;
+};
 
-inline float to_float(Bfloat16 value) {
-    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
+template <class To, class From>
+inline To reinterpret(From value) {
+    static_assert(sizeof(To) == sizeof(From), "same bits");
+    To result;
+    memcpy(&result, &value, sizeof result);
     return result;
+}
+
+// Both work on one number and on a vector of them; Words are of uint32_t, Floats of float.
+template <class Floats, class Words>
+inline Floats widen_bfloat16(Words bits) {
+    return reinterpret<Floats>(bits << 16);
+}
+
+template <class Floats, class Words>
+inline Floats widen_float16(Words bits) {
+    const Words magnitude = bits & 0x7fff;
+    // The exponents' biases differ by 112. Multiplying, not adding, is exact for denormals as well.
+    const Words finite = reinterpret<Words>(reinterpret<Floats>(magnitude << 13) * 0x1p112f);
+    // The exponent of infinity and NaN, and no other, carries over.
+    const Words infinite = ((magnitude + 0x400) >> 15) * 0x7f800000;
+    return reinterpret<Floats>(finite | infinite | (bits & 0x8000) << 16);
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(Bfloat16 value) { return widen_bfloat16<float, uint32_t>(value.bits); }
+inline float to_float(Float16 value) { return widen_float16<float, uint32_t>(value.bits); }
+
+inline Bits load_bits(const void* source) {
+    HalfBits half;
+    memcpy(&half, source, sizeof half);
+    return __builtin_convertvector(half, Bits);
 }
 
 inline Vector load_vector(const float* source) {
@@ -58,68 +90,101 @@ inline Vector load_vector(const float* source) {
     return result;
 }
 
-inline Vector load_vector(const Bfloat16* source) {
-    HalfBits half;
-    memcpy(&half, source, sizeof half);
-    const Bits bits = __builtin_convertvector(half, Bits) << 16;
-    Vector result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
+inline Vector load_vector(const Bfloat16* source) { return widen_bfloat16<Vector>(load_bits(source)); }
+inline Vector load_vector(const Float16* source) { return widen_float16<Vector>(load_bits(source)); }
+
+// A packed row: how many rows of the inputs it holds, the word it holds for a column, and sum + the product of two words.
+#ifdef TIKMIX_FAST_ROW_PAIRS
+constexpr int kRowsTogether = 2;
+
+inline float to_word(const Bfloat16 (&values)[2]) {
+    return reinterpret<float>(static_cast<uint32_t>(values[0].bits) | static_cast<uint32_t>(values[1].bits) << 16);
 }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline Vector multiply_add(float a, Vector b, Vector sum) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+}
+#else
+constexpr int kRowsTogether = 1;
 
-// Copies up to kPackedRows rows of a matrix with `columns` columns to panels of kPanel columns, padded with zeros.
-template <int kPanel, class T>
-void pack_matrix(const Matrix& matrix, int64_t columns, const int64_t* rows, int64_t count, float* panel,
-                 int64_t panel_stride) {
-    const T* sources[kPackedRows];
-    for (int64_t k = 0; k < count; ++k) sources[k] = static_cast<const T*>(matrix.data) + rows[k] * matrix.row_stride;
-    const int64_t step = matrix.column_stride;
-    int64_t c = 0;
-    for (; c + kPanel <= columns; c += kPanel, panel += panel_stride) {
-        for (int64_t k = 0; k < count; ++k) {
-            const T* source = sources[k] + c * step;
-            float copy[kPanel];
-            if (step == 1) {
-                for (int i = 0; i < kPanel; ++i) copy[i] = to_float(source[i]);
-            } else {
-                for (int i = 0; i < kPanel; ++i) copy[i] = to_float(source[i * step]);
-            }
-            memcpy(panel + k * kPanel, copy, sizeof copy);
-        }
+template <class T>
+inline float to_word(const T (&values)[1]) {
+    return to_float(values[0]);
+}
+
+inline Vector multiply_add(float a, Vector b, Vector sum) { return sum + a * b; }
+#endif
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A row of a matrix, or zeros where its number is negative.
+template <class T>
+struct Row {
+    const T* data;
+    int64_t step;
+
+    static Row of(const Matrix& matrix, int64_t number) {
+        static const T zero{};
+        if (number < 0) return {&zero, 0};
+        return {static_cast<const T*>(matrix.data) + number * matrix.row_stride, matrix.column_stride};
     }
-    if (c == columns) return;
-    for (int64_t k = 0; k < count; ++k) {
-        for (int i = 0; i < kPanel; ++i) {
-            panel[k * kPanel + i] = c + i < columns ? to_float(sources[k][(c + i) * step]) : 0.0f;
+};
+
+// The words of one packed row in the panel that begins at column `first`, padded with zeros.
+template <int kPanel, class T>
+void pack_words(const Row<T>* rows, int64_t first, int64_t columns, float* panel) {
+    bool plain = first + kPanel <= columns;
+    for (int r = 0; r < kRowsTogether; ++r) plain = plain && rows[r].step == 1;
+    float words[kPanel];
+    for (int i = 0; plain && i < kPanel; ++i) {
+        T values[kRowsTogether];
+        for (int r = 0; r < kRowsTogether; ++r) values[r] = rows[r].data[first + i];
+        words[i] = to_word(values);
+    }
+    for (int i = 0; !plain && i < kPanel; ++i) {
+        T values[kRowsTogether] = {};
+        for (int r = 0; r < kRowsTogether && first + i < columns; ++r) {
+            values[r] = rows[r].data[(first + i) * rows[r].step];
+        }
+        words[i] = to_word(values);
+    }
+    memcpy(panel, words, sizeof words);
+}
+
+// Fills up to kPackedRows packed rows of the panels of a matrix with `columns` columns.
+template <int kPanel, class T>
+void pack_matrix(const Matrix& matrix, int64_t columns, const int64_t* sources, int64_t count, float* panel,
+                 int64_t panel_stride) {
+    Row<T> rows[kPackedRows * kRowsTogether];
+    for (int64_t k = 0; k < count * kRowsTogether; ++k) rows[k] = Row<T>::of(matrix, sources[k]);
+    for (int64_t c = 0; c < columns; c += kPanel, panel += panel_stride) {
+        for (int64_t k = 0; k < count; ++k) {
+            pack_words<kPanel>(rows + k * kRowsTogether, c, columns, panel + k * kPanel);
         }
     }
 }
 
 template <int kPanel>
-void pack_matrix(const Matrix& matrix, int64_t columns, const int64_t* rows, int64_t count, float* panel,
+void pack_matrix(const Matrix& matrix, int64_t columns, const int64_t* sources, int64_t count, float* panel,
                  int64_t panel_stride) {
-    if (matrix.element == Element::bfloat16) {
-        pack_matrix<kPanel, Bfloat16>(matrix, columns, rows, count, panel, panel_stride);
+    if constexpr (kRowsTogether == 2) {
+        pack_matrix<kPanel, Bfloat16>(matrix, columns, sources, count, panel, panel_stride);
+    } else if (matrix.element == Element::bfloat16) {
+        pack_matrix<kPanel, Bfloat16>(matrix, columns, sources, count, panel, panel_stride);
+    } else if (matrix.element == Element::float16) {
+        pack_matrix<kPanel, Float16>(matrix, columns, sources, count, panel, panel_stride);
     } else {
-        pack_matrix<kPanel, float>(matrix, columns, rows, count, panel, panel_stride);
+        pack_matrix<kPanel, float>(matrix, columns, sources, count, panel, panel_stride);
     }
 }
 
 void pack_rows(const Problem& problem, const Block& block, int64_t first, int64_t count) {
-    const int64_t end = first + count;
-    for (int64_t row = first; row < end; row += kPackedRows) {
-        const int64_t together = smaller(kPackedRows, end - row);
-        int64_t rows[kPackedRows];
-        for (int64_t k = 0; k < together; ++k) {
-            const int64_t position = block.start + row + k;
-            rows[k] = problem.order ? problem.order[position] : position;
-        }
-        pack_matrix<kMicroRows>(problem.grad_output, problem.height, rows, together,
-                                block.grad_output + row * kMicroRows, block.grad_output_panel_stride);
-        pack_matrix<kMicroColumns>(problem.input, problem.width, rows, together, block.input + row * kMicroColumns,
+    for (int64_t k = first; k < first + count; k += kPackedRows) {
+        const int64_t together = smaller(kPackedRows, first + count - k);
+        const int64_t* sources = block.sources + k * kRowsTogether;
+        pack_matrix<kMicroRows>(problem.grad_output, problem.height, sources, together,
+                                block.grad_output + k * kMicroRows, block.grad_output_panel_stride);
+        pack_matrix<kMicroColumns>(problem.input, problem.width, sources, together, block.input + k * kMicroColumns,
                                    block.input_panel_stride);
     }
 }
@@ -134,7 +199,7 @@ void multiply(int64_t depth, const float* a, const float* b, float* target, bool
 #pragma GCC unroll 12
         for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 2
-            for (int v = 0; v < kMicroVectors; ++v) sum[r][v] += a[r] * column[v];
+            for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = multiply_add(a[r], column[v], sum[r][v]);
         }
     }
 #pragma GCC unroll 12
@@ -221,12 +286,14 @@ void accumulate_tile(const Problem& problem, const Block& block, const Tile& til
                      double* sums) {
     if (problem.grad_weight) memset(scratch.total, 0, sizeof(float) * tile.rows * kTileColumns);
     for (int64_t j = 0; j < problem.domains; ++j) {
-        const int64_t start = larger(problem.offsets[j] - block.start, 0);
-        const int64_t end = smaller(problem.offsets[j + 1] - block.start, block.rows);
-        if (start >= end) continue;
+        const int64_t start = block.bounds[j];
+        const int64_t end = block.bounds[j + 1];
+        if (start == end) continue;
         form_gradient(block, tile, start, end, scratch.gradient);
         if (problem.queries.element == Element::bfloat16) {
             take_all_products<Bfloat16>(problem, tile, scratch.gradient, sums + j);
+        } else if (problem.queries.element == Element::float16) {
+            take_all_products<Float16>(problem, tile, scratch.gradient, sums + j);
         } else {
             take_all_products<float>(problem, tile, scratch.gradient, sums + j);
         }
