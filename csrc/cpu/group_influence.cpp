@@ -15,6 +15,8 @@ namespace {
 
 // Tiles are cut smaller until there are this many: enough work for the threads, by a rule that does not depend on them.
 constexpr int64_t kWantedTiles = 16;
+// The tiles of all tasks, of a domain and of the total stay in the L2 cache while all domains pass by.
+constexpr int64_t kTileFloats = 136 << 10;
 // Each group of neighbouring tiles has sums [n, m] of its own, so that their memory does not grow with the weights.
 constexpr int64_t kMostGroups = 256;
 // Rows are packed in blocks of about this many floats, so that memory does not grow with the number of rows either.
@@ -34,11 +36,15 @@ struct Grid {
 
     explicit Grid(const Problem& problem) {
         count(problem);
-        while (tiles < kWantedTiles && (tile_rows > kSmallestTileRows || tile_columns > kSmallestTileColumns)) {
+        while (crowded(problem) && (tile_rows > kSmallestTileRows || tile_columns > kSmallestTileColumns)) {
             const bool widest = tile_columns > kSmallestTileColumns && tile_columns >= tile_rows;
             (tile_rows <= kSmallestTileRows || widest ? tile_columns : tile_rows) /= 2;
             count(problem);
         }
+    }
+
+    bool crowded(const Problem& problem) const {
+        return tiles < kWantedTiles || (problem.tasks + 2) * tile_rows * tile_columns > kTileFloats;
     }
 
     void count(const Problem& problem) {
@@ -137,7 +143,8 @@ void group_influence(const Problem& problem, const Kernel& wanted, int threads, 
     const int64_t fitting = kPackedFloats / std::max<int64_t>(problem.height + problem.width, 1);
     const int64_t block_rows = std::min(problem.rows, std::max(fitting, kFewestBlockRows) * together);
     // Each domain may leave its last packed row part empty.
-    const int64_t packed_rows = divide_up(block_rows + (together - 1) * std::min(problem.domains, block_rows), together);
+    const int64_t packed_rows =
+        divide_up(block_rows + (together - 1) * std::min(problem.domains, block_rows), together);
     Block block{};
     block.grad_output_panel_stride = panel_stride(packed_rows, kernel.micro_rows);
     block.input_panel_stride = panel_stride(packed_rows, kernel.micro_columns);
@@ -146,8 +153,12 @@ void group_influence(const Problem& problem, const Kernel& wanted, int threads, 
     const Floats panels = allocate(grad_output_floats + input_floats);
     block.grad_output = panels.get();
     block.input = panels.get() + grad_output_floats;
-    constexpr int64_t tile_floats = kTileRows * kTileColumns;
-    const Floats scratch = allocate(2 * tile_floats * threads);
+    const int64_t tile_floats =
+        std::min(grid.tile_rows, divide_up(problem.height, kernel.micro_rows) * kernel.micro_rows) *
+        std::min(grid.tile_columns, divide_up(problem.width, kernel.micro_columns) * kernel.micro_columns);
+    const int64_t product_floats = problem.tasks * kMostLanes * (sizeof(double) / sizeof(float));
+    const int64_t scratch_floats = panel_stride(1, (2 + problem.tasks) * tile_floats + product_floats);
+    const Floats scratch = allocate(scratch_floats * threads);
 
     for (int64_t start = 0; start < problem.rows; start += block_rows) {
         const PackedRows rows(problem, start, std::min(problem.rows, start + block_rows), together);
@@ -161,8 +172,9 @@ void group_influence(const Problem& problem, const Kernel& wanted, int threads, 
                 const int64_t first = slice * kSliceRows;
                 kernel.pack_rows(problem, block, first, std::min(kSliceRows, rows.count() - first));
             }
-            float* accumulators = scratch.get() + this_thread() * 2 * tile_floats;
-            const Scratch own = {accumulators, accumulators + tile_floats};
+            float* memory = scratch.get() + this_thread() * scratch_floats;
+            const Scratch own = {memory, memory + tile_floats, memory + 2 * tile_floats,
+                                 reinterpret_cast<double*>(memory + (2 + problem.tasks) * tile_floats)};
 #pragma omp for schedule(dynamic, 1)
             for (int64_t group = 0; group < groups; ++group) {
                 for (int64_t tile = group * grid.tiles / groups; tile < (group + 1) * grid.tiles / groups; ++tile) {

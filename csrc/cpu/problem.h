@@ -52,25 +52,27 @@ struct Tile {
     int64_t columns;
 };
 
-// A tile's accumulator fits the L2 cache together with the query tiles of a few tasks.
 constexpr int64_t kTileRows = 192;
 constexpr int64_t kTileColumns = 256;
-// Small layers are cut into smaller tiles, to give every thread some.
+// Small layers are cut into smaller tiles, to give every thread some, and so are layers with many tasks.
 constexpr int64_t kSmallestTileRows = 48;
 constexpr int64_t kSmallestTileColumns = 64;
 
-// Accumulators [kTileRows, kTileColumns] of one thread, aligned to 64 bytes.
+// The memory of one thread for a tile, in micro-tiles [micro_columns / ..][micro_rows / ..], aligned to 64 bytes.
 struct Scratch {
-    float* gradient;  // of one domain
-    float* total;     // of all domains
+    float* gradient;   // of one domain
+    float* total;      // of all domains
+    float* queries;    // of all tasks, one micro-tile of each after the other
+    double* products;  // [n, lanes] of one domain
 };
+constexpr int64_t kMostLanes = 16;
 
 struct Kernel {
     const char* name;
     int64_t micro_rows;
     int64_t micro_columns;
-    int64_t rows_together;       // in a packed row
-    const Kernel* for_float32;   // takes over where an input is not bfloat16; null if this kernel takes every dtype
+    int64_t rows_together;      // in a packed row
+    const Kernel* for_float32;  // takes over where an input is not bfloat16; null if this kernel takes every dtype
     // Fills `count` packed rows of both inputs, from packed row `first` of the block on.
     void (*pack_rows)(const Problem&, const Block&, int64_t first, int64_t count);
     // Adds a tile's inner products over the rows of the block to sums [n, m], and its total gradient to grad_weight.
