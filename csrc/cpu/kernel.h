@@ -244,7 +244,7 @@ typedef Vector MicroTile[kMicroRows][kMicroVectors];
 // Adds the micro-tile's products with each of kTasks queries: lanes are summed in float32, micro-tiles in float64.
 template <int kTasks>
 inline __attribute__((always_inline)) void take_products(const MicroTile& gradient, const float* queries,
-                                                         WideVector* products) {
+                                                         double* products) {
     Vector narrow[kTasks] = {};
 #pragma GCC unroll 12
     for (int r = 0; r < kMicroRows; ++r) {
@@ -256,7 +256,12 @@ inline __attribute__((always_inline)) void take_products(const MicroTile& gradie
         }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < kTasks; ++i) products[i] += __builtin_convertvector(narrow[i], WideVector);
+    for (int i = 0; i < kTasks; ++i) {
+        WideVector wide;
+        memcpy(&wide, products + i * kLanes, sizeof wide);
+        wide += __builtin_convertvector(narrow[i], WideVector);
+        memcpy(products + i * kLanes, &wide, sizeof wide);
+    }
 }
 
 // What one micro-tile reads and writes besides the panels.
@@ -264,7 +269,7 @@ struct Places {
     float* gradient;       // sums of the earlier packed rows of the domain
     float* total;          // of all domains, or null
     const float* queries;  // [n] micro-tiles
-    WideVector* products;  // [n]
+    double* products;      // [n, lanes]
     int64_t tasks;
 };
 
@@ -298,9 +303,11 @@ void multiply(int64_t depth, const float* a, const float* b, bool first, bool la
     if (!last) return;
     int64_t i = 0;
     for (; i + kTasksAtOnce <= places.tasks; i += kTasksAtOnce) {
-        take_products<kTasksAtOnce>(sum, places.queries + i * kMicroFloats, places.products + i);
+        take_products<kTasksAtOnce>(sum, places.queries + i * kMicroFloats, places.products + i * kLanes);
     }
-    for (; i < places.tasks; ++i) take_products<1>(sum, places.queries + i * kMicroFloats, places.products + i);
+    for (; i < places.tasks; ++i) {
+        take_products<1>(sum, places.queries + i * kMicroFloats, places.products + i * kLanes);
+    }
 }
 
 // Forms the tile of the gradient of the packed rows start ... end, and adds it to the total and the products.
@@ -312,7 +319,7 @@ void accumulate_domain(const Problem& problem, const Block& block, const Tile& t
     for (int64_t k = start; k < end; k += kDepth) {
         const int64_t depth = smaller(kDepth, end - k);
         Places places = {scratch.gradient, problem.grad_weight ? scratch.total : nullptr, scratch.queries,
-                         reinterpret_cast<WideVector*>(scratch.products), problem.tasks};
+                         scratch.products, problem.tasks};
         const float* b = input + k * kMicroColumns;
         for (int64_t c = 0; c < tile.columns; c += kMicroColumns, b += block.input_panel_stride) {
             const float* a = grad_output + k * kMicroRows;
@@ -348,7 +355,7 @@ void accumulate_tile(const Problem& problem, const Block& block, const Tile& til
                  [&](auto element) { pack_queries<decltype(element)>(problem, tile, scratch.queries); });
     for (int64_t j = 0; j < problem.domains; ++j) {
         if (block.bounds[j] == block.bounds[j + 1]) continue;
-        memset(scratch.products, 0, sizeof(WideVector) * problem.tasks);
+        memset(scratch.products, 0, sizeof(double) * problem.tasks * kLanes);
         accumulate_domain(problem, block, tile, block.bounds[j], block.bounds[j + 1], scratch);
         for (int64_t i = 0; i < problem.tasks; ++i) {
             for (int lane = 0; lane < kLanes; ++lane) {

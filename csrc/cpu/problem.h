@@ -58,13 +58,14 @@ constexpr int64_t kTileColumns = 256;
 constexpr int64_t kSmallestTileRows = 48;
 constexpr int64_t kSmallestTileColumns = 64;
 
-// The memory of one thread for a tile, in micro-tiles [micro_columns / ..][micro_rows / ..], aligned to 64 bytes.
+// The memory of one thread for a tile, cut into whole micro-tiles column by column, aligned to 64 bytes.
 struct Scratch {
     float* gradient;   // of one domain
     float* total;      // of all domains
     float* queries;    // of all tasks, one micro-tile of each after the other
     double* products;  // [n, lanes] of one domain
 };
+// Floats in the widest vector of any kernel.
 constexpr int64_t kMostLanes = 16;
 
 struct Kernel {
