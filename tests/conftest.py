@@ -10,7 +10,7 @@ from tikmix_fast import ops
 from tikmix_fast.ops import cpu
 
 BACKENDS = ("reference", "cpu")
-INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 REQUIRED = tuple(filter(None, os.environ.get("TIKMIX_FAST_REQUIRE", "").split(",")))
 
 

@@ -15,6 +15,8 @@ namespace {
 
 // Tiles are cut smaller until there are this many: enough work for the threads, by a rule that does not depend on them.
 constexpr int64_t kWantedTiles = 16;
+// The tiles of all tasks, of a domain and of the total stay in the L2 cache while all domains pass by.
+constexpr int64_t kTileFloats = 136 << 10;
 // Each group of neighbouring tiles has sums [n, m] of its own, so that their memory does not grow with the weights.
 constexpr int64_t kMostGroups = 256;
 // Rows are packed in blocks of about this many floats, so that memory does not grow with the number of rows either.
@@ -34,11 +36,15 @@ struct Grid {
 
     explicit Grid(const Problem& problem) {
         count(problem);
-        while (tiles < kWantedTiles && (tile_rows > kSmallestTileRows || tile_columns > kSmallestTileColumns)) {
+        while (crowded(problem) && (tile_rows > kSmallestTileRows || tile_columns > kSmallestTileColumns)) {
             const bool widest = tile_columns > kSmallestTileColumns && tile_columns >= tile_rows;
             (tile_rows <= kSmallestTileRows || widest ? tile_columns : tile_rows) /= 2;
             count(problem);
         }
+    }
+
+    bool crowded(const Problem& problem) const {
+        return tiles < kWantedTiles || (problem.tasks + 2) * tile_rows * tile_columns > kTileFloats;
     }
 
     void count(const Problem& problem) {
@@ -74,6 +80,26 @@ int64_t panel_stride(int64_t rows, int64_t columns) {
     return divide_up(rows * columns, line) * line + apart;
 }
 
+// The packed rows of the rows start ... end: the rows that each holds, and where each domain begins and ends.
+struct PackedRows {
+    std::vector<int64_t> sources;
+    std::vector<int64_t> bounds;
+
+    PackedRows(const Problem& problem, int64_t start, int64_t end, int64_t together) {
+        for (int64_t j = 0; j < problem.domains; ++j) {
+            bounds.push_back(sources.size() / together);
+            const int64_t last = std::min(problem.offsets[j + 1], end);
+            for (int64_t position = std::max(problem.offsets[j], start); position < last; ++position) {
+                sources.push_back(problem.order ? problem.order[position] : position);
+            }
+            sources.resize(divide_up(sources.size(), together) * together, -1);
+        }
+        bounds.push_back(sources.size() / together);
+    }
+
+    int64_t count() const { return bounds.back(); }
+};
+
 int this_thread() {
 #ifdef _OPENMP
     return omp_get_thread_num();
@@ -89,6 +115,9 @@ std::vector<Kernel> usable_kernels() {
 #ifdef TIKMIX_FAST_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+#ifdef TIKMIX_FAST_AVX512_BF16
+        if (__builtin_cpu_supports("avx512bf16")) kernels.push_back(avx512_bf16_kernel);
+#endif
         kernels.push_back(avx512_kernel);
     }
 #endif
@@ -99,7 +128,10 @@ std::vector<Kernel> usable_kernels() {
     return kernels;
 }
 
-void group_influence(const Problem& problem, const Kernel& kernel, int threads, double* values) {
+void group_influence(const Problem& problem, const Kernel& wanted, int threads, double* values) {
+    const bool pairs = problem.input.element == Element::bfloat16 && problem.grad_output.element == Element::bfloat16;
+    const Kernel& kernel = pairs || !wanted.for_float32 ? wanted : *wanted.for_float32;
+    const int64_t together = kernel.rows_together;
     const Grid grid(problem);
     const int64_t cells = problem.tasks * problem.domains;
     const int64_t groups = std::min(grid.tiles, kMostGroups);
@@ -108,31 +140,41 @@ void group_influence(const Problem& problem, const Kernel& kernel, int threads, 
     threads = static_cast<int>(std::max(1.0, std::min<double>(threads, products / kFewestProductsPerThread)));
     std::vector<double> sums(groups * cells, 0.0);
 
-    Block block{};
     const int64_t fitting = kPackedFloats / std::max<int64_t>(problem.height + problem.width, 1);
-    const int64_t block_rows = std::min(problem.rows, std::max(fitting, kFewestBlockRows));
-    block.grad_output_panel_stride = panel_stride(block_rows, kernel.micro_rows);
-    block.input_panel_stride = panel_stride(block_rows, kernel.micro_columns);
+    const int64_t block_rows = std::min(problem.rows, std::max(fitting, kFewestBlockRows) * together);
+    // Each domain may leave its last packed row part empty.
+    const int64_t packed_rows =
+        divide_up(block_rows + (together - 1) * std::min(problem.domains, block_rows), together);
+    Block block{};
+    block.grad_output_panel_stride = panel_stride(packed_rows, kernel.micro_rows);
+    block.input_panel_stride = panel_stride(packed_rows, kernel.micro_columns);
     const int64_t grad_output_floats = divide_up(problem.height, kernel.micro_rows) * block.grad_output_panel_stride;
     const int64_t input_floats = divide_up(problem.width, kernel.micro_columns) * block.input_panel_stride;
     const Floats panels = allocate(grad_output_floats + input_floats);
     block.grad_output = panels.get();
     block.input = panels.get() + grad_output_floats;
-    constexpr int64_t tile_floats = kTileRows * kTileColumns;
-    const Floats scratch = allocate(2 * tile_floats * threads);
+    const int64_t tile_floats =
+        std::min(grid.tile_rows, divide_up(problem.height, kernel.micro_rows) * kernel.micro_rows) *
+        std::min(grid.tile_columns, divide_up(problem.width, kernel.micro_columns) * kernel.micro_columns);
+    const int64_t product_floats = problem.tasks * kMostLanes * (sizeof(double) / sizeof(float));
+    const int64_t scratch_floats = panel_stride(1, (2 + problem.tasks) * tile_floats + product_floats);
+    const Floats scratch = allocate(scratch_floats * threads);
 
-    for (; block.start < problem.rows; block.start += block.rows) {
-        block.rows = std::min(block_rows, problem.rows - block.start);
-        const int64_t slices = divide_up(block.rows, kSliceRows);
+    for (int64_t start = 0; start < problem.rows; start += block_rows) {
+        const PackedRows rows(problem, start, std::min(problem.rows, start + block_rows), together);
+        block.sources = rows.sources.data();
+        block.bounds = rows.bounds.data();
+        const int64_t slices = divide_up(rows.count(), kSliceRows);
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static)
             for (int64_t slice = 0; slice < slices; ++slice) {
                 const int64_t first = slice * kSliceRows;
-                kernel.pack_rows(problem, block, first, std::min(kSliceRows, block.rows - first));
+                kernel.pack_rows(problem, block, first, std::min(kSliceRows, rows.count() - first));
             }
-            float* accumulators = scratch.get() + this_thread() * 2 * tile_floats;
-            const Scratch own = {accumulators, accumulators + tile_floats};
+            float* memory = scratch.get() + this_thread() * scratch_floats;
+            const Scratch own = {memory, memory + tile_floats, memory + 2 * tile_floats,
+                                 reinterpret_cast<double*>(memory + (2 + problem.tasks) * tile_floats)};
 #pragma omp for schedule(dynamic, 1)
             for (int64_t group = 0; group < groups; ++group) {
                 for (int64_t tile = group * grid.tiles / groups; tile < (group + 1) * grid.tiles / groups; ++tile) {

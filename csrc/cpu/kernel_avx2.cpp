@@ -3,4 +3,5 @@
 #define TIKMIX_FAST_MICRO_ROWS 6
 #include "kernel.h"
 
-const tikmix_fast::Kernel tikmix_fast::avx2_kernel = {"avx2", kMicroRows, kMicroColumns, pack_rows, accumulate_tile};
+const tikmix_fast::Kernel tikmix_fast::avx2_kernel = {"avx2",  kMicroRows, kMicroColumns,  kRowsTogether,
+                                                      nullptr, pack_rows,  accumulate_tile};

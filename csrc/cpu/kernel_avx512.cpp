@@ -3,5 +3,5 @@
 #define TIKMIX_FAST_MICRO_ROWS 12
 #include "kernel.h"
 
-const tikmix_fast::Kernel tikmix_fast::avx512_kernel = {"avx512", kMicroRows, kMicroColumns, pack_rows,
-                                                        accumulate_tile};
+const tikmix_fast::Kernel tikmix_fast::avx512_kernel = {"avx512", kMicroRows, kMicroColumns,  kRowsTogether,
+                                                        nullptr,  pack_rows,  accumulate_tile};

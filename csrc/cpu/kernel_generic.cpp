@@ -7,5 +7,5 @@
 #endif
 #include "kernel.h"
 
-const tikmix_fast::Kernel tikmix_fast::generic_kernel = {"generic", kMicroRows, kMicroColumns, pack_rows,
-                                                         accumulate_tile};
+const tikmix_fast::Kernel tikmix_fast::generic_kernel = {"generic", kMicroRows, kMicroColumns,  kRowsTogether,
+                                                         nullptr,   pack_rows,  accumulate_tile};

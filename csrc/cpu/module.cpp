@@ -26,7 +26,7 @@ T* pointer(int64_t address) {
 }
 
 Matrix to_matrix(const MatrixArgument& argument) {
-    if (argument[1] != 0 && argument[1] != 1) throw std::invalid_argument("dtype code must be 0 or 1");
+    if (argument[1] < 0 || argument[1] > 2) throw std::invalid_argument("dtype code must be 0, 1 or 2");
     return {pointer<const void>(argument[0]), static_cast<Element>(argument[1]), argument[2], argument[3]};
 }
 

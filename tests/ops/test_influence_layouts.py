@@ -63,7 +63,7 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("lay_out", LAYOUTS)
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["input", "grad_output", "queries"])
 def test_strides_change_nothing(backend: str, which: int, lay_out, dtype: torch.dtype) -> None:
@@ -93,7 +93,7 @@ def test_expanded_queries(backend: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize("lay_out", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 def test_grad_weight_is_added_to_in_place_and_its_surroundings_are_not(
     backend: str, lay_out, dtype: torch.dtype
 ) -> None:
@@ -158,7 +158,7 @@ def calls(draw: st.DrawFn) -> dict[str, Tensor | None]:
     rows, height, width = sum(sizes), draw(st.integers(1, 70)), draw(st.integers(1, 80))
     tasks = draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+    dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
     def tensor(*shape: int) -> Tensor:
         return draw(st.sampled_from(LAYOUTS))(torch.randn(*shape, generator=generator).to(draw(dtypes)))

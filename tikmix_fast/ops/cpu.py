@@ -21,7 +21,7 @@ __all__ = ["group_influence", "instruction_sets", "refusal", "unavailable"]
 
 INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unavailable() -> str | None:
@@ -38,7 +38,7 @@ def refusal(arguments: Arguments) -> str | None:
         if tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}, not on the CPU"
         if tensor.dtype not in _DTYPE_CODES:
-            return f"{name} is {tensor.dtype}, neither float32 nor bfloat16"
+            return f"{name} is {tensor.dtype}, none of float32, bfloat16 and float16"
     return None
 
 
@@ -77,7 +77,7 @@ def group_influence(arguments: Arguments) -> Tensor:
     order = None if order is None else order.contiguous()
     tasks, height, width = queries.shape
     values = torch.empty(tasks, domains, dtype=torch.float64)
-    # A bfloat16 grad_weight is rounded once, at the end: the kernel adds to float32, block by block.
+    # A 16-bit grad_weight is rounded once, at the end: the kernel adds to float32, block by block.
     total = grad_weight if grad_weight is None or grad_weight.dtype == torch.float32 else grad_weight.float()
     _cpu.group_influence(
         instruction_set=_instruction_set(),
