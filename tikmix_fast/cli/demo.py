@@ -53,6 +53,7 @@ def demo(
     minutes on two cores.
     """
     import dataclasses
+    import os
 
     from rich.console import Console
 
@@ -61,6 +62,9 @@ def demo(
     console = Console(stderr=True)
     with user_mistakes():
         _make_folder(out)
+        # Read when torch loads OpenMP: threads that spin while they wait make so small a model several times slower as
+        # soon as anything else wants the cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         with console.status("loading torch"):
             import torch
 

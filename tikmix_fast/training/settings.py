@@ -70,7 +70,7 @@ class DemoSettings:
     task_rows: int = 8
     domain_batches: int = 12
     domain_rows: int = 2
-    task_splits: int = 3
+    task_splits: int = 6
     uniformity: float = 1.0
     influence: float = 1.0
     diversity: float = 1.0
