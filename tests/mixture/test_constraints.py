@@ -89,6 +89,14 @@ def test_kl_limit(solver):
     assert results[0].fun < results[1].fun < results[2].fun
 
 
+@SOLVERS
+def test_kl_limit_counts_what_is_fixed_elsewhere(solver):
+    fixed = {"noise": 0.05}
+    result = tikmix_d(MATRIX, PRIOR, solver=solver, floor=fixed, cap=fixed, max_kl=0.04)
+    assert result.as_dict()["noise"] == pytest.approx(0.05, abs=1e-12)
+    assert divergence(result.weights, P0) == pytest.approx(0.04, abs=2e-9)
+
+
 def test_kl_limit_that_is_slack_changes_nothing():
     one, other = tikmix_d(MATRIX, PRIOR), tikmix_d(MATRIX, PRIOR, max_kl=5.0)
     np.testing.assert_allclose(one.weights, other.weights, atol=1e-6)

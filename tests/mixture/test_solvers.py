@@ -91,6 +91,16 @@ def test_solvers_agree(paper, seed, n, m, diversity, max_kl):
             assert value == pytest.approx(problem.objective(theirs.weights), abs=1e-8 * max(1, abs(value)))
 
 
+def test_a_task_that_all_domains_help_alike_constrains_nothing(paper):
+    # As a constraint it stops SLSQP at a corner, from both starts and without a word.
+    problem = make([[-2, -2], [-1, 2]], [0.70342461, 0.29657539], paper, upper=0.70342461)
+    assert problem.contested.tolist() == [False, True]
+    theirs, ours = slsqp.solve(problem), interior.solve(problem)
+    assert theirs.converged
+    assert problem.objective(theirs.weights) == pytest.approx(problem.objective(ours.weights), abs=1e-9)
+    assert ours.weights[1] < 0.69
+
+
 def test_slsqp_works_where_the_comparison_needs_it(paper):
     # The comparison above skips what SLSQP cannot do; on ordinary problems it may not.
     for seed in range(10):

@@ -269,6 +269,10 @@ def test_diversity_zero_is_the_linear_program():
     assert best.fun - 1e-9 <= result.fun <= best.fun + 1e-5 * np.log(30)
     assert result.fun - best.fun <= result.gap + 1e-9
     assert result.effective_domains < 5
+    with pytest.warns(UserWarning, match="diversity was raised"):
+        larger = tikmix_d(influence, prior, uniformity=0, influence=100, diversity=0)
+    np.testing.assert_allclose(larger.weights, result.weights, atol=1e-9)
+    assert larger.gap == pytest.approx(100 * 1e-5 * np.log(30), rel=1e-3)
 
 
 def test_objective_without_any_term():
@@ -298,6 +302,13 @@ def test_unmeasured_domain_keeps_its_prior_weight(solver, paper):
     assert paper.shortfall(scaled, result.weights, prior, lower, upper) < 1e-5
     assert not np.allclose(result.weights[free], prior[free], atol=1e-3)
     np.testing.assert_allclose(result.predicted, known @ result.weights)
+
+
+@pytest.mark.parametrize("solver", ["slsqp", "interior"])
+def test_unmeasured_domain_gains_nothing_from_diversity(solver):
+    result = tikmix_d([[np.nan, 0.1, -1.0, -1.0]], [0.01, 0.33, 0.33, 0.33], solver=solver, pareto=False)
+    assert result.weights[0] == pytest.approx(0.01, abs=1e-15)
+    assert result.weights[1] > 0.4
 
 
 def test_nothing_measured_keeps_the_prior():
