@@ -1,7 +1,7 @@
 """Run the demonstration on several seeds and keep what the README shows of it.
 
-python benchmarks/demo_seeds.py                 # seeds 0, 1, 2 into benchmarks/results/
-python benchmarks/report.py                     # the README's table from benchmarks/results/demo.json
+OMP_WAIT_POLICY=PASSIVE python benchmarks/demo_seeds.py     # seeds 0, 1, 2 into benchmarks/results/
+python benchmarks/report.py                                 # the README's table from benchmarks/results/demo.json
 """
 
 from __future__ import annotations
