@@ -85,9 +85,10 @@ def test_solvers_agree(paper, seed, n, m, diversity, max_kl):
     theirs = slsqp.solve(problem)
     if theirs.converged and not problem.violations(theirs.weights):
         # Ours may use 1e-10 of Pareto, at prices that are the higher the less room Pareto leaves.
+        # SLSQP stops about 1e-7 short of a kink.
         value, room = problem.objective(ours.weights), slater(problem)
         assert value <= problem.objective(theirs.weights) + 1e-8
-        if room > 0.1:
+        if room > 0.1 and (n == 1 or (problem.scaled @ ours.weights).std() > 1e-6):
             assert value == pytest.approx(problem.objective(theirs.weights), abs=1e-8 * max(1, abs(value)))
 
 

@@ -93,9 +93,12 @@ def test_random_matrices(paper, seed, n, m, diversity):
     assert (result.weights >= 0).all()
     scaled = paper.scaled(influence)
     assert (scaled @ result.weights >= scaled @ prior - 1e-9).all()
-    if n == 1 or (scaled @ result.weights).std() > 1e-4:
-        shortfall = paper.shortfall(scaled, result.weights, prior, 0, 1, diversity=diversity)
-        assert shortfall < 1e-5 * max(1, np.abs(scaled.sum(axis=0)).max())
+    proven = quiet(influence, prior, diversity=diversity, solver="interior")
+    # Where the prior leaves little room, the 1e-10 by which Pareto is relaxed is worth thousands of times as much.
+    assert result.fun == pytest.approx(proven.fun, abs=1e-6 * max(1, abs(proven.fun)))
+    if n == 1 or (scaled @ proven.weights).std() > 1e-4:
+        shortfall = paper.shortfall(scaled, proven.weights, prior, 0, 1, diversity=diversity)
+        assert shortfall < 1e-6 * max(1, np.abs(scaled.sum(axis=0)).max())
 
 
 @settings(deadline=None, max_examples=100)
