@@ -114,6 +114,7 @@ def test_slsqp_works_where_the_comparison_needs_it(paper):
         np.testing.assert_allclose(theirs.weights, ours.weights, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Values in x were outside bounds:RuntimeWarning")  # of scipy before 1.16
 def test_kink_where_all_tasks_gain_the_same(paper):
     rng = np.random.default_rng(3)
     problem = make(rng.normal(size=(3, 20)) + 1, np.full(20, 1 / 20), paper, uniformity=10.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -77,12 +78,15 @@ def _run(problem: Problem, start: Array, max_iterations: int) -> Any:
                 "jac": lambda w: log_prior - np.log(np.maximum(w, _CLIP)) - 1.0,
             }
         )
-    return minimize(
-        objective,
-        start,
-        jac=True,
-        method="SLSQP",
-        bounds=Bounds(problem.lower, problem.upper),
-        constraints=constraints,
-        options={"ftol": 1e-12, "maxiter": max_iterations},
-    )
+    with warnings.catch_warnings():
+        # scipy before 1.16: its steps leave the bounds by rounding, and it tells.
+        warnings.filterwarnings("ignore", "Values in x were outside bounds", RuntimeWarning)
+        return minimize(
+            objective,
+            start,
+            jac=True,
+            method="SLSQP",
+            bounds=Bounds(problem.lower, problem.upper),
+            constraints=constraints,
+            options={"ftol": 1e-12, "maxiter": max_iterations},
+        )
