@@ -210,16 +210,16 @@ def test_kl_limit_with_a_prior_outside_the_bounds(solver):
             {"supply": dict.fromkeys(NAMES, 10.0), "stage_tokens": 100, "cap": {"code": 0.05}},
             r"^cap and supply must sum to at least 1 over the domains; got 0\.45; raise cap and supply$",
         ),
-        ({"cap": {"web": 0.01, "books": 0.01}}, r"pareto=True cannot hold within floor and cap: task\(s\) 'qa' would"),
+        ({"cap": {"web": 0.01, "books": 0.01}}, r"pareto=True cannot hold within cap: task\(s\) 'qa' would"),
         (
-            {"cap": {"web": 0.01, "books": 0.01}, "max_kl": 9.0},
-            r"pareto=True cannot hold within floor and cap and max_kl",
+            {"cap": {"web": 0.01, "books": 0.01}, "floor": 0.01, "max_kl": 9.0},
+            r"pareto=True cannot hold within floor and cap: task",
         ),
         (
             {"cap": {"web": 0.2}, "max_kl": 0.01, "pareto": False},
-            r"max_kl=0\.01 cannot hold within .* alone force a KL",
+            r"max_kl=0\.01 cannot hold within cap: they alone force a KL",
         ),
-        ({"cap": {"noise": 0.01}, "max_kl": 0.01}, r"max_kl=0\.01 cannot hold within .* and pareto=True: they alone"),
+        ({"cap": {"noise": 0.01}, "max_kl": 0.01}, r"max_kl=0\.01 cannot hold within cap and pareto=True: they alone"),
         ({"cap": {"web": 0.2}, "smoothing": 0.1, "pareto": False}, r"smoothing must be 0 where .* domain 'web', 0\.4"),
     ],
 )

@@ -22,7 +22,7 @@ _AGREE = 1e-8
 def solve(problem: Problem, max_iterations: int = 300) -> Solution:
     """Solve from the prior and again from the uniform mixture; the problem is convex, so both must agree.
 
-    The gap reported is the difference of the two objectives. Takes about 5 ms at 26 domains and 0.5 s at 100; do not
+    The gap reported is the difference of the two objectives. Takes about 10 ms at 26 domains and 50 ms at 64; do not
     use it for several hundred. It slows down, or stops early, where all tasks gain the same: the std has a kink there.
     """
     if only := problem.only_mixture():
