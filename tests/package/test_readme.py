@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ def test_there_are_blocks():
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.findall(r"(\w+) = ", block)[-1])
 def test_block_runs(block):
     names: dict[str, object] = {}
+    # README's random tokens may have influence that is negative on every domain, which tikmix_d warns of.
+    warnings.filterwarnings("ignore", message="task .*: the row's max is", category=UserWarning)
     exec(compile(block, str(README), "exec"), names)
     if "influence" in names:
         import torch
