@@ -409,12 +409,7 @@ class InfluenceEngine:
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured as plain JSON types, without the queries: a resumed run measures its tasks anew."""
         return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "tasks": list(self.task_names),
-            "domains": list(self.domain_names),
-            "preconditioner": self.preconditioner.name,
-            "excluded": self._excluded(),
+            **self._identity(),
             "dropped": self.dropped,
             "captured": sorted(self._captured),
             "estimator": self._estimator.state_dict(),
@@ -430,15 +425,7 @@ class InfluenceEngine:
             then.
         """
         self._require_idle()
-        expected = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "tasks": list(self.task_names),
-            "domains": list(self.domain_names),
-            "preconditioner": self.preconditioner.name,
-            "excluded": self._excluded(),
-        }
-        for name, value in expected.items():
+        for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ValueError(f"state {name!r} must be {value!r}; got {state.get(name)!r}")
         dropped, captured = state.get("dropped"), state.get("captured")
@@ -449,6 +436,17 @@ class InfluenceEngine:
         self._estimator.load_state_dict(state.get("estimator", {}))
         self.dropped, self._captured = dropped, set(captured)
         self._begin_tasks()
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what a state must share with this engine."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "tasks": list(self.task_names),
+            "domains": list(self.domain_names),
+            "preconditioner": self.preconditioner.name,
+            "excluded": self._excluded(),
+        }
 
     def _begin_tasks(self) -> None:
         self._tasks = TaskGradients(self.task_names, self.task_splits)
