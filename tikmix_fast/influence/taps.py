@@ -24,12 +24,16 @@ def spread(value: Tensor, shape: torch.Size, read: Callable[[Tensor], None]) -> 
 
 
 def fused_product(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[[Tensor, Tensor, Tensor], None]
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_out: bool,
+    read: Callable[[Tensor, Tensor, Tensor], Tensor | None],
 ) -> Tensor:
     """Return ``rows @ weight.T + bias`` of a layer whose weight gradient and influence share one pass of the kernel.
 
     ``weight`` is [O, I], or [I, O] with ``in_out``. On the way back ``read(gradient, rows, total)`` is called once and
-    must add the weight gradient to ``total``.
+    must add the weight gradient to ``total``; if it sums the gradient over all rows, [O], it returns that.
     """
     output: Tensor = _FusedProduct.apply(rows, weight, bias, in_out, read)  # type: ignore[no-untyped-call]
     return output
@@ -97,12 +101,11 @@ class _FusedProduct(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         grad_rows = grad_bias = None
         with torch.autocast(gradient.device.type, enabled=False):
-            flat = gradient.reshape(-1, gradient.shape[-1])
             if ctx.needs_input_grad[0]:
                 grad_rows = (gradient @ (weight.t() if ctx.in_out else weight)).to(ctx.rows_dtype)
-            if ctx.needs_input_grad[2]:
-                grad_bias = flat.sum(0).to(ctx.bias_dtype)
             shape, dtype = ctx.weight
             total = torch.zeros(shape, dtype=dtype, device=gradient.device)
-            ctx.read(gradient, rows, total)
+            summed = ctx.read(gradient, rows, total)
+            if ctx.needs_input_grad[2]:
+                grad_bias = (gradient.reshape(-1, gradient.shape[-1]).sum(0) if summed is None else summed).to(ctx.bias_dtype)
         return grad_rows, total, grad_bias, None, None
