@@ -52,7 +52,7 @@ def test_second_dimension(leading):
 def test_one_domain_fits_any_shape():
     for ids in (1, torch.tensor([1, 1, 1]), torch.ones(3, 4, dtype=torch.int64)):
         labels = RowLabels(ids, 3)
-        for leading in ((5,), (1, 7), (2, 3, 4), ()):
+        for leading in ((5,), (1, 7), (2, 3, 4), (), (0,)):
             assert (domains_of(labels, leading) == 1).all()
 
 

@@ -33,7 +33,9 @@ class Layout:
         wide = torch.promote_types(rows.dtype, torch.float32)
         if self.run == 1:
             return rows.to(wide)
-        return rows.reshape(-1, self.run, rows.shape[-1]).sum(1, dtype=wide)
+        runs = rows.reshape(-1, self.run, rows.shape[-1])
+        # A few hundred rows at a time are widened within the cache.
+        return torch.cat([some.to(wide).sum(1) for some in runs.split(max(1, 256 // self.run))])
 
     def sum_domains(self, runs: Tensor) -> Tensor:
         """Sum what `sum_runs` gave over the runs of each domain: float64 [m, C]."""
@@ -140,15 +142,16 @@ class RowLabels:
     def _make(self, leading: tuple[int, ...], device: torch.device) -> Layout:
         if self.single is not None:
             offsets = torch.zeros(self.n_domains + 1, dtype=torch.int64)
-            offsets[self.single + 1 :] = prod(leading)
-            return Layout(offsets.to(device), None, prod(leading), torch.tensor([self.single], device=device))
+            offsets[self.single + 1 :] = rows = prod(leading)
+            run = max(rows, 1)
+            return Layout(offsets.to(device), None, run, torch.full((rows // run,), self.single, device=device))
         rows = self._row_domains(leading)
         counts = torch.bincount(rows, minlength=self.n_domains)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         in_order = bool((rows[1:] >= rows[:-1]).all())
         order = None if in_order else torch.sort(rows, stable=True).indices.to(device)
         changes = (rows[1:] != rows[:-1]).nonzero().flatten() + 1
-        run = gcd(len(rows), *changes.tolist())
+        run = max(gcd(len(rows), *changes.tolist()), 1)
         return Layout(offsets.to(device), order, run, rows[::run].to(device))
 
     def _fits(self, leading: tuple[int, ...]) -> bool:

@@ -92,7 +92,9 @@ def _product(
         if isinstance(weight, ParameterView):
             recorder.product(weight, saved, gradient, in_out, total)
         if isinstance(bias, ParameterView):
-            return recorder.features(bias, gradient) if one_bias else recorder.spread(bias, gradient)
+            if one_bias:
+                return recorder.features(bias, gradient)
+            recorder.spread(bias, gradient)
         return None
 
     if fused:

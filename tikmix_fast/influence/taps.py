@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["fused_product", "spread", "tap"]
 
 
-def tap(output: Tensor, read: Callable[..., None], *saved: Tensor) -> Tensor:
+def tap(output: Tensor, read: Callable[..., object], *saved: Tensor) -> Tensor:
     """Return ``output`` as it is, and read its gradient on the way back: ``read(gradient, *saved)``."""
     same: Tensor = _Tap.apply(output, read, *saved)  # type: ignore[no-untyped-call]
     return same
@@ -41,7 +41,7 @@ def fused_product(
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, read: Callable[..., None], *saved: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, read: Callable[..., object], *saved: Tensor) -> Tensor:
         ctx.read = read
         ctx.save_for_backward(*saved)
         # Returning an untouched input would make the result a view that later in-place operations refuse.
@@ -73,7 +73,7 @@ class _Spread(torch.autograd.Function):
 class _FusedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[..., None]
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[..., Tensor | None]
     ) -> Tensor:
         kind = rows.device.type
         # Autocast leaves float64 alone.
@@ -99,13 +99,15 @@ class _FusedProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        grad_rows = grad_bias = None
+        grad_rows = None
         with torch.autocast(gradient.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 grad_rows = (gradient @ (weight.t() if ctx.in_out else weight)).to(ctx.rows_dtype)
             shape, dtype = ctx.weight
             total = torch.zeros(shape, dtype=dtype, device=gradient.device)
-            summed = ctx.read(gradient, rows, total)
+            grad_bias = ctx.read(gradient, rows, total)
             if ctx.needs_input_grad[2]:
-                grad_bias = (gradient.reshape(-1, gradient.shape[-1]).sum(0) if summed is None else summed).to(ctx.bias_dtype)
+                if grad_bias is None:
+                    grad_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+                grad_bias = grad_bias.to(ctx.bias_dtype)
         return grad_rows, total, grad_bias, None, None
