@@ -23,7 +23,7 @@ def domains_of(labels, leading):
             rows[order[place]] = domain
     assert layout.domains.repeat_interleave(layout.run).tolist() == rows
     values = torch.randn(len(rows), 2, dtype=torch.float64)
-    each = torch.nn.functional.one_hot(torch.tensor(rows), labels.n_domains).double()
+    each = torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64), labels.n_domains).double()
     torch.testing.assert_close(layout.sum_domains(layout.sum_runs(values)), each.T @ values)
     return torch.tensor(rows).reshape(leading)
 

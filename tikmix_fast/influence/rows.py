@@ -142,9 +142,10 @@ class RowLabels:
     def _make(self, leading: tuple[int, ...], device: torch.device) -> Layout:
         if self.single is not None:
             offsets = torch.zeros(self.n_domains + 1, dtype=torch.int64)
-            offsets[self.single + 1 :] = rows = prod(leading)
-            run = max(rows, 1)
-            return Layout(offsets.to(device), None, run, torch.full((rows // run,), self.single, device=device))
+            offsets[self.single + 1 :] = prod(leading)
+            run = max(prod(leading), 1)
+            domains = torch.full((prod(leading) // run,), self.single, device=device)
+            return Layout(offsets.to(device), None, run, domains)
         rows = self._row_domains(leading)
         counts = torch.bincount(rows, minlength=self.n_domains)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
