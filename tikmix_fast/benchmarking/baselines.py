@@ -105,6 +105,8 @@ def _plain(layer: Layer) -> Callable[[], Answer]:
 
 def _onednn_product(grad_output: Tensor, input: Tensor) -> Tensor:
     """Return ``grad_output.T @ input``: oneDNN reads both with the rows contiguous that are summed over."""
+    if not len(input):  # which oneDNN refuses
+        return input.new_zeros(grad_output.shape[1], input.shape[1])
     product: Tensor = torch.ops.mkldnn._linear_pointwise(
         grad_output.T.contiguous(), input.T.contiguous(), None, "none", [], ""
     )

@@ -72,5 +72,5 @@ def measure_mixture(
         ],
         "skipped": {}
         if "slsqp" in solvers
-        else {"slsqp": "not timed: it does not converge at such sizes, and the default does not choose it"},
+        else {"slsqp": "it does not converge at such sizes, and the default does not choose it"},
     }

@@ -64,7 +64,7 @@ class BenchSettings:
         """Return the settings that a size is usually run with."""
         if size == "full":
             return cls()
-        return cls(size, rounds=20 if size == "quick" else 3, seconds=6, weigh=False, every_instruction_set=False)
+        return cls(size, rounds=20 if size == "quick" else 3, seconds=4, weigh=False, every_instruction_set=False)
 
 
 def run_suite(
@@ -138,7 +138,9 @@ def _engine(settings: BenchSettings, tell: Tell) -> dict[str, Any]:
     for case in {"full": engine.STEPS, "quick": engine.QUICK_STEPS, "tiny": engine.TINY_STEPS}[settings.size]:
         tell(f"training step: {case.name}")
         steps.append(engine.measure_step(case, rounds=rounds, seconds=seconds))
-    measurement = engine.TINY_MEASUREMENT if settings.size == "tiny" else engine.MEASUREMENT
+    measurement = {
+        "full": engine.MEASUREMENT, "quick": engine.QUICK_MEASUREMENT, "tiny": engine.TINY_MEASUREMENT,
+    }[settings.size]  # fmt: skip
     tell(f"all influence: {measurement.name}")
     methods = engine.measurement_methods()
     fast = {name: method for name, method in methods.items() if not method.slow}

@@ -115,8 +115,8 @@ def _ops_tables(result: dict[str, Any]) -> list[TextTable]:
                 row["method"],
                 f"{row['seconds'] * 1e3:.3g}",
                 _ratio(row),
-                f"{row['flops_per_second'] / 1e9:.0f} {row['peak_share']:.0%}",
-                f"{row['bytes_per_second'] / 1e9:.3g} {row['bandwidth_share']:.0%}",
+                f"{row['flops_per_second'] / 1e9:.0f} ({row['peak_share']:.0%})",
+                f"{row['bytes_per_second'] / 1e9:.2g} ({row['bandwidth_share']:.0%})",
                 _bytes(row["scratch_bytes"]),
                 _error(row["error"]),
                 _error(row["total_error"]),
@@ -202,7 +202,9 @@ def _times(row: dict[str, Any]) -> list[str]:
 
 def _ratio(row: dict[str, Any]) -> str:
     interval = row["ratio_interval"]
-    return f"{row['ratio']:.3g}" + ("" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]")
+    if interval is None or interval[0] == interval[1]:  # too few rounds, or what the others are compared with
+        return f"{row['ratio']:.2f}"
+    return f"{row['ratio']:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def _bytes(count: int | None) -> str:

@@ -30,52 +30,65 @@ def draw_roofline(result: dict[str, Any]) -> Figure:
     Across: useful operations per byte that has to be moved at least. Up: useful operations per second. The slanted roof
     is a copy's bandwidth, the flat ones are the fastest matrix products seen, by dtype.
     """
-    rates = result["rates"]
-    figure, axes = new_figure(9.0, 5.4)
-    points = [(index, case, _points(case)) for index, case in enumerate(result["cases"])]
-    speeds = [row["flops_per_second"] for _, _, chosen in points for row in chosen.values()]
-    intensities = [case["intensity"] for _, case, _ in points]
-    ridge = min(rates["flops"].values()) / rates["bandwidth"]
-    left, right = min(ridge, *intensities) / 4, 2.5 * max(ridge, *intensities)
-    across = np.geomspace(left, right, 400)
-    for dash, (dtype, peak) in zip(_DASHES, rates["flops"].items(), strict=False):
-        axes.plot(across, np.minimum(peak, across * rates["bandwidth"]) / 1e9, dash, color="#222222", linewidth=1.4)
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    flops, bandwidth = result["rates"]["flops"], result["rates"]["bandwidth"]
+    cases = [(_MARKERS[index % len(_MARKERS)], case, _points(case)) for index, case in enumerate(result["cases"])]
+    speeds = [row["flops_per_second"] for _, _, chosen in cases for row in chosen.values()]
+    ridges = [peak / bandwidth for peak in flops.values()]
+    left = min(*ridges, *(case["intensity"] for _, case, _ in cases)) / 2
+    right = 2 * max(*ridges, *(case["intensity"] for _, case, _ in cases))
+
+    figure, axes = new_figure(8.6, 5.6)
+    for dash, (dtype, peak) in zip(_DASHES, flops.items(), strict=False):
+        axes.plot(
+            [left, peak / bandwidth, right], np.array([left * bandwidth, peak, peak]) / 1e9, dash, color="#222222",
+            linewidth=1.4, zorder=2,
+        )  # fmt: skip
         axes.annotate(
             f"{dtype}: {peak / 1e9:.0f} GF/s", (right, peak / 1e9), xytext=(-4, 3), textcoords="offset points",
             ha="right", va="bottom", fontsize=9,
         )  # fmt: skip
-    for index, case, chosen in points:
-        marker = _MARKERS[index % len(_MARKERS)]
+    middle = (left * min(ridges)) ** 0.5
+    axes.annotate(
+        f"copy: {bandwidth / 1e9:.0f} GB/s", (middle, middle * bandwidth / 1e9), xytext=(8, -4),
+        textcoords="offset points", ha="left", va="top", fontsize=9,
+    )  # fmt: skip
+    for marker, case, chosen in cases:
         heights = [row["flops_per_second"] / 1e9 for row in chosen.values()]
         axes.plot([case["intensity"]] * 2, [min(heights), max(heights)], color="#BBBBBB", linewidth=0.8, zorder=1)
         for kind, row in chosen.items():
-            _, colour, filling = _KINDS[kind]
-            axes.plot(
-                case["intensity"], row["flops_per_second"] / 1e9, marker, color=colour, fillstyle=filling, markersize=8,
-                markeredgewidth=1.6, linestyle="none", zorder=3,
-            )  # fmt: skip
-        axes.plot([], [], marker, color="#222222", fillstyle="none", linestyle="none", label=case["case"])
-    for label, colour, filling in _KINDS.values():
-        face = colour if filling == "full" else "white"
-        axes.bar([1], [np.nan], color=face, edgecolor=colour, linewidth=1.6, label=label)
+            axes.plot(case["intensity"], row["flops_per_second"] / 1e9, marker, zorder=3, **_style(kind))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
-    lowest = min(*speeds, left * rates["bandwidth"])
-    axes.set_ylim(0.7 * lowest / 1e9, 1.6 * max(*speeds, *rates["flops"].values()) / 1e9)
-    axes.annotate(
-        f"copy: {rates['bandwidth'] / 1e9:.0f} GB/s", (left * 1.1, 1.12 * left * rates["bandwidth"] / 1e9),
-        xytext=(2, 10), textcoords="offset points", fontsize=9, va="bottom",
-    )  # fmt: skip
+    axes.set_ylim(0.7 * min(*speeds, left * bandwidth) / 1e9, 1.4 * max(*speeds, *flops.values()) / 1e9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axes.set_xlabel("useful operations per byte that must be moved")
     axes.set_ylabel("useful operations per second, GF/s")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#EEEEEE", linewidth=0.8, zorder=0)
     axes.set_title("Group Influence of one layer under the measured roofs", fontsize=12, loc="left")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=8)
+
+    shapes = [
+        Line2D([], [], marker=marker, **{**_style("plain"), "color": "#222222"}, label=case["case"])
+        for marker, case, _ in cases
+    ]
+    colours = [Line2D([], [], marker="o", **_style(kind), label=label) for kind, (label, _, _) in _KINDS.items()]
+    figure.legend(handles=shapes, loc="outside lower left", frameon=False, fontsize=9)
+    figure.legend(handles=colours, loc="outside lower right", frameon=False, fontsize=9)
     return figure
+
+
+def _style(kind: str) -> dict[str, Any]:
+    _, colour, filling = _KINDS[kind]
+    return {
+        "color": colour, "fillstyle": filling, "markersize": 7, "markeredgewidth": 1.6, "linestyle": "none",
+    }  # fmt: skip
 
 
 def _points(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
