@@ -12,23 +12,21 @@ from functools import lru_cache
 
 import pytest
 
-from tikmix_fast.benchmarking.baselines import exact_methods
-from tikmix_fast.benchmarking.ops import CASES, TINY_CASES, Case, CheckedMethod, check_methods, make_layer
+from tikmix_fast.benchmarking.ops import CASES, TINY_CASES, Case, CheckedMethod, check_methods, make_layer, methods_of
 from tikmix_fast.benchmarking.suites import BenchSettings
 
-METHODS = exact_methods(every_instruction_set=True)
+PAIRS = [(case, name) for case in CASES for name in methods_of(case, every_instruction_set=True)]
 
 
 @lru_cache(maxsize=1)
 def checked(case: Case) -> tuple[dict[str, CheckedMethod], dict[str, str]]:
-    return check_methods(make_layer(case), METHODS)
+    return check_methods(make_layer(case), methods_of(case, every_instruction_set=True))
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name.replace(" ", "-") for case in CASES])
-@pytest.mark.parametrize("name", METHODS)
-def test_method(benchmark, settings: BenchSettings, index: int, name: str) -> None:
-    cases = TINY_CASES if settings.size == "tiny" else CASES
-    case = cases[index % len(cases)]
+@pytest.mark.parametrize(("case", "name"), PAIRS, ids=[f"{case.name}-{name}" for case, name in PAIRS])
+def test_method(benchmark, settings: BenchSettings, case: Case, name: str) -> None:
+    if settings.size == "tiny":
+        case = next(each for each in TINY_CASES if bool(each.projection) == bool(case.projection))
     methods, skipped = checked(case)
     if name in skipped:
         pytest.skip(skipped[name])

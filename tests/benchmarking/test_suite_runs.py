@@ -103,7 +103,7 @@ def test_sampler_memory_does_not_grow_with_the_samples() -> None:
 @pytest.mark.parametrize(
     ("files", "chosen", "tests"),
     [
-        (["bench_ops.py"], "plain or packed", 2 * 4),
+        (["bench_ops.py"], "plain or packed", 5 + 4),
         pytest.param(["bench_mixture.py", "bench_sampler.py"], "interior or draws", 3, marks=pytest.mark.slow),
         pytest.param(["bench_engine.py"], "not memory", 3, marks=pytest.mark.slow),
     ],

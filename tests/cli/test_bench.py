@@ -36,7 +36,8 @@ def test_bench_writes_numbers_settings_and_a_picture(tmp_path: Path) -> None:
     assert (settings["size"], settings["rounds"], settings["threads"]) == ("tiny", 2, 1)
     assert settings["suites"] == ["ops", "mixture"]
     result = json.loads((out / "ops.json").read_text())
-    assert [row["rounds"] for case in result["cases"] for row in case["rows"]] == [2] * 22
+    assert {row["rounds"] for case in result["cases"] for row in case["rows"]} == {2}
+    assert len(result["cases"][0]["rows"]) == 11
     for text in ("fp32 T=96 O=40 I=24 m=3 n=2", "row-wise (ghost)", "tikmix_fast, not packed", "interior"):
         assert text in shown.stdout
 

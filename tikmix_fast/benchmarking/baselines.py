@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from torch.nn import functional as F
 from tikmix_fast import ops
 from tikmix_fast.ops import cpu
 
-__all__ = ["PLAIN", "Answer", "Layer", "Method", "exact_methods"]
+__all__ = ["PLAIN", "Answer", "Layer", "Method", "exact_methods", "projected_methods"]
 
 PLAIN = "plain weight gradient"
 """What every ratio is taken to."""
 
 _PANEL = 128
+_any_version: Any = ops
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,14 @@ class Method(NamedTuple):
     refusal : callable (Layer) -> str or None
         Why it cannot be used here.
     ours : bool
+    matrices : callable (Layer) -> (Tensor [k, O], Tensor [k, I]), or None
+        The projections that it measures with; None where influence is exact.
     """
 
     prepare: Callable[[Layer], Callable[[], Answer]]
     refusal: Callable[[Layer], str | None] = lambda layer: None
     ours: bool = False
+    matrices: Callable[[Layer], tuple[Tensor, Tensor]] | None = None
 
 
 def exact_methods(*, every_instruction_set: bool = False) -> dict[str, Method]:
@@ -96,6 +101,19 @@ def exact_methods(*, every_instruction_set: bool = False) -> dict[str, Method]:
     if every_instruction_set:
         for name in cpu.instruction_sets():
             methods[f"tikmix_fast, {name}"] = Method(_forced(name), _cpu_refusal, ours=True)
+    return methods
+
+
+def projected_methods(dim: int) -> dict[str, Method]:
+    """Return the methods that project both sides to ``dim`` numbers, `PLAIN` first."""
+    methods = {PLAIN: Method(_plain)}
+    for kind in ("countsketch", "rademacher"):
+        methods[f"tikmix_fast, {kind}"] = Method(
+            partial(_ours_projected, dim, kind), _projected_refusal, ours=True, matrices=partial(_matrices, dim, kind)
+        )
+    methods["torch, dense projections"] = Method(
+        partial(_torch_projected, dim), _projected_refusal, matrices=partial(_matrices, dim, "rademacher")
+    )
     return methods
 
 
@@ -269,3 +287,38 @@ def _forced(name: str) -> Callable[[Layer], Callable[[], Answer]]:
         return run_forced
 
     return prepare
+
+
+def _projected_refusal(layer: Layer) -> str | None:
+    return None if hasattr(ops, "projected_group_influence") else "projected influence is not in this version"
+
+
+def _projection(dim: int, kind: str, layer: Layer) -> Any:
+    height, width = layer.queries.shape[1:]
+    return _any_version.LayerProjection(height, width, dim, dim, kind)
+
+
+def _matrices(dim: int, kind: str, layer: Layer) -> tuple[Tensor, Tensor]:
+    output, input = _projection(dim, kind, layer).matrices(torch.float64)
+    return output, input
+
+
+def _ours_projected(dim: int, kind: str, layer: Layer) -> Callable[[], Answer]:
+    projection = _projection(dim, kind, layer)
+    queries = projection.project(layer.queries)
+    return lambda: Answer(
+        _any_version.projected_group_influence(layer.input, layer.grad_output, layer.offsets, queries, projection),
+        None,
+    )
+
+
+def _torch_projected(dim: int, layer: Layer) -> Callable[[], Answer]:
+    output, input = (matrix.to(layer.input.dtype) for matrix in _matrices(dim, "rademacher", layer))
+    queries = _projection(dim, "rademacher", layer).project(layer.queries).flatten(1)
+
+    def run() -> Answer:
+        small_input, small_grad = layer.input @ input.T, layer.grad_output @ output.T
+        gradients = torch.stack([(small_grad[a:b].T @ small_input[a:b]).flatten() for a, b in layer.parts()])
+        return Answer(queries @ gradients.T.float(), None)
+
+    return run

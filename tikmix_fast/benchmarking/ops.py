@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tikmix_fast.benchmarking import memory
-from tikmix_fast.benchmarking.baselines import PLAIN, Answer, Layer, Method, exact_methods
+from tikmix_fast.benchmarking.baselines import PLAIN, Answer, Layer, Method, exact_methods, projected_methods
 from tikmix_fast.benchmarking.interleaved import interleave
 from tikmix_fast.benchmarking.machine import MachineRates
 from tikmix_fast.testing import (
@@ -26,7 +26,17 @@ from tikmix_fast.testing import (
     rounding_floor,
 )
 
-__all__ = ["CASES", "QUICK_CASES", "TINY_CASES", "Case", "CheckedMethod", "check_methods", "make_layer", "measure_case"]
+__all__ = [
+    "CASES",
+    "QUICK_CASES",
+    "TINY_CASES",
+    "Case",
+    "CheckedMethod",
+    "check_methods",
+    "make_layer",
+    "measure_case",
+    "methods_of",
+]
 
 _WRONG = 30.0
 """A baseline, which has no budget to keep, is taken for broken beyond this many times the eager path's error."""
@@ -44,6 +54,8 @@ class Case:
         m and n.
     dtype : str
         Name of a torch dtype, of operands and queries.
+    projection : int or None
+        k, to measure projected influence with k x k numbers of every gradient; None for exact influence.
     """
 
     rows: int
@@ -52,23 +64,33 @@ class Case:
     domains: int
     tasks: int
     dtype: str
+    projection: int | None = None
 
     @property
     def name(self) -> str:
         """A title for tables."""
         short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(self.dtype, self.dtype)
-        return f"{short} T={self.rows} O={self.height} I={self.width} m={self.domains} n={self.tasks}"
+        projected = f", projected k={self.projection}" if self.projection else ""
+        return f"{short} T={self.rows} O={self.height} I={self.width} m={self.domains} n={self.tasks}{projected}"
 
     @property
     def useful_flops(self) -> float:
-        """Operations that influence with total needs: the weight gradient and one inner product per cell."""
+        """Operations that influence with total needs: the weight gradient and one inner product per cell.
+
+        Projected influence has no total; it counts as if its projections were dense.
+        """
+        if self.projection:
+            k = self.projection
+            return 2.0 * self.rows * k * (self.height + self.width + k) + 2.0 * self.domains * self.tasks * k * k
         weights = self.height * self.width
         return 2.0 * self.rows * weights + 2.0 * self.domains * self.tasks * weights
 
     @property
     def least_bytes(self) -> float:
-        """Bytes that have to be moved: operands and queries read, the float32 total written, each once."""
+        """Bytes that have to be moved: operands and queries read, the float32 total (if any) written, each once."""
         size = getattr(torch, self.dtype).itemsize
+        if self.projection:
+            return float(size * self.rows * (self.height + self.width) + 4 * self.tasks * self.projection**2)
         weights = self.height * self.width
         return float(size * (self.rows * (self.height + self.width) + self.tasks * weights) + 4 * weights)
 
@@ -89,14 +111,26 @@ CASES = (
     Case(4096, 1024, 1024, 8, 4, "bfloat16"),
     Case(4096, 4096, 1024, 26, 9, "bfloat16"),
     Case(8192, 768, 768, 26, 9, "bfloat16"),
+    Case(4096, 1024, 1024, 8, 4, "bfloat16", 64),
 )
 """Those that the project set bars for."""
 
-QUICK_CASES = (Case(4096, 1024, 1024, 8, 4, "float32"), Case(4096, 1024, 1024, 8, 4, "bfloat16"))
+QUICK_CASES = (CASES[0], CASES[1], CASES[-1])
 """Those of ``tikmix-fast bench``."""
 
-TINY_CASES = (Case(96, 40, 24, 3, 2, "float32"), Case(96, 40, 24, 3, 2, "bfloat16"))
+TINY_CASES = (
+    Case(96, 40, 24, 3, 2, "float32"),
+    Case(96, 40, 24, 3, 2, "bfloat16"),
+    Case(96, 40, 24, 3, 2, "bfloat16", 16),
+)
 """To see that everything runs."""
+
+
+def methods_of(case: Case, *, every_instruction_set: bool = False) -> dict[str, Method]:
+    """Return the methods that compete in a case, `PLAIN` first."""
+    if case.projection:
+        return projected_methods(case.projection)
+    return exact_methods(every_instruction_set=every_instruction_set)
 
 
 def make_layer(case: Case, seed: int = 0) -> Layer:
@@ -129,13 +163,16 @@ class CheckedMethod:
         What is timed.
     error, total_error : float or None
         Of the influence, max over cells of ``|dS_ij| / (|q_i| |g_j|)``, and of the total, in the measure of
-        `gradient_error`; None where it gives none.
+        `gradient_error`; None where it gives none. That of projected influence is to the same projections in float64.
+    sampling_error : float or None
+        Of projected influence, to the exact one: root mean square over cells, in the same unit.
     ours : bool
     """
 
     run: Callable[[], Answer]
     error: float | None
     total_error: float | None
+    sampling_error: float | None
     ours: bool
 
 
@@ -155,11 +192,7 @@ def check_methods(layer: Layer, methods: dict[str, Method]) -> tuple[dict[str, C
         error of the eager torch path in the same dtype; the others by 30 times that error.
     """
     gradients = domain_gradients(layer.input, layer.grad_output, layer.offsets)
-    values = layer.queries.double().flatten(1) @ gradients.flatten(1).T
-    total = gradients.sum(0)
-    floor = rounding_floor(total.numel())
-    eager = eager_group_influence(layer.input, layer.grad_output, layer.offsets, layer.queries)
-    eager_errors = influence_error(eager[0], values, layer.queries, gradients), gradient_error(eager[1], total)
+    exact = _Truth.of(layer, gradients, None)
 
     def within_budget(name: str, ours: bool, found: WorstCell, other: WorstCell, floor: float) -> float:
         try:
@@ -179,15 +212,54 @@ def check_methods(layer: Layer, methods: dict[str, Method]) -> tuple[dict[str, C
             continue
         run = method.prepare(layer)
         answer = run()
-        error = total_error = None
+        error = total_error = sampling_error = None
         if answer.values is not None:
-            found = influence_error(answer.values, values, layer.queries, gradients)
-            error = within_budget(f"{name}: influence", method.ours, found, eager_errors[0], floor)
+            truth = exact
+            if method.matrices is not None:
+                truth = _Truth.of(layer, gradients, method.matrices(layer))
+                scale = exact.queries.flatten(1).norm(dim=1)[:, None] * gradients.flatten(1).norm(dim=1)
+                sampling_error = float(((answer.values - exact.values) / scale).square().mean().sqrt())
+            found = influence_error(answer.values, truth.values, truth.queries, truth.gradients)
+            floor = rounding_floor(truth.queries[0].numel())
+            error = within_budget(f"{name}: influence", method.ours, found, truth.eager, floor)
         if answer.total is not None:
-            found = gradient_error(answer.total, total)
-            total_error = within_budget(f"{name}: total", method.ours, found, eager_errors[1], 1e-6)
-        checked[name] = CheckedMethod(run, error, total_error, method.ours)
+            found = gradient_error(answer.total, exact.total)
+            total_error = within_budget(f"{name}: total", method.ours, found, exact.eager_total, 1e-6)
+        checked[name] = CheckedMethod(run, error, total_error, sampling_error, method.ours)
     return checked, skipped
+
+
+class _Truth(NamedTuple):
+    """What is right, by float64, and how wrong the eager torch path of the same dtype is."""
+
+    queries: Tensor
+    gradients: Tensor
+    values: Tensor
+    total: Tensor
+    eager: WorstCell
+    eager_total: WorstCell
+
+    @classmethod
+    def of(cls, layer: Layer, gradients: Tensor, matrices: tuple[Tensor, Tensor] | None) -> _Truth:
+        """Compute it from the domains' gradients [m, O, I], projected where matrices [k, O] and [k, I] are given."""
+        input, grad_output, queries = layer.input, layer.grad_output, layer.queries
+        wide = queries.double()
+        if matrices is not None:
+            output_matrix, input_matrix = matrices
+            gradients = output_matrix.double() @ gradients @ input_matrix.double().T
+            wide = output_matrix.double() @ wide @ input_matrix.double().T
+            input, grad_output = input @ input_matrix.to(input.dtype).T, grad_output @ output_matrix.to(input.dtype).T
+            queries = wide.to(input.dtype)
+        values, total = wide.flatten(1) @ gradients.flatten(1).T, gradients.sum(0)
+        eager_values, eager_total = eager_group_influence(input, grad_output, layer.offsets, queries)
+        return cls(
+            wide,
+            gradients,
+            values,
+            total,
+            influence_error(eager_values, values, wide, gradients),
+            gradient_error(eager_total, total),
+        )
 
 
 def measure_case(
@@ -227,7 +299,8 @@ def measure_case(
         If a method is wrong; see `check_methods`.
     """
     tell(f"{case.name}: checking against float64")
-    checked, skipped = check_methods(make_layer(case), exact_methods(every_instruction_set=every_instruction_set))
+    methods = methods_of(case, every_instruction_set=every_instruction_set)
+    checked, skipped = check_methods(make_layer(case), methods)
     tell(f"{case.name}: timing {len(checked)} methods")
     timings = interleave({name: method.run for name, method in checked.items()}, rounds, seconds=seconds)
     weights = _weigh(case, list(checked), tell) if weigh else {}
@@ -254,12 +327,15 @@ def measure_case(
                 "peak_bytes": weights.get(name, {}).get("peak"),
                 "error": method.error,
                 "total_error": method.total_error,
+                "sampling_error": method.sampling_error,
             }
         )
     return {
         "case": case.name,
         "dtype": case.dtype,
         "shape": {"T": case.rows, "O": case.height, "I": case.width, "m": case.domains, "n": case.tasks},
+        "projection": case.projection,
+        "main": next(iter(name for name, method in checked.items() if method.ours), None),
         "tokens_per_domain": case.rows / case.domains,
         "threads": torch.get_num_threads(),
         "intensity": case.useful_flops / case.least_bytes,
@@ -283,8 +359,8 @@ def _weigh_one(request: dict[str, Any]) -> dict[str, int]:
     """Return the peak growth of one call, the libraries warmed up on a small layer of the same kind."""
     torch.set_num_threads(request["threads"])
     case = Case(**request["case"])
-    method = exact_methods(every_instruction_set=True)[request["method"]]
-    small = Case(128, 32, 32, case.domains, case.tasks, case.dtype)
+    method = methods_of(case, every_instruction_set=True)[request["method"]]
+    small = replace(case, rows=128, height=32, width=32)
     method.prepare(make_layer(small))()
     return memory.peak_growth(method.prepare(make_layer(case)))
 

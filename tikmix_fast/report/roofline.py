@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tikmix_fast.report.benchmark_tables import main_rows
 from tikmix_fast.report.plots import new_figure
 
 if TYPE_CHECKING:
@@ -16,8 +18,8 @@ __all__ = ["draw_roofline"]
 _PLAIN = "plain weight gradient"
 # Paul Tol's "bright" scheme; shapes and fillings tell the same apart without colour.
 _KINDS = {
-    "ours": ("tikmix_fast: influence + total", "#4477AA", "full"),
-    "other": ("fastest other way to both", "#EE6677", "none"),
+    "ours": ("tikmix_fast", "#4477AA", "full"),
+    "other": ("fastest other with the same results", "#EE6677", "none"),
     "plain": ("torch, plain weight gradient", "#777777", "none"),
 }
 _MARKERS = "osD^vP*X"
@@ -34,7 +36,11 @@ def draw_roofline(result: dict[str, Any]) -> Figure:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     flops, bandwidth = result["rates"]["flops"], result["rates"]["bandwidth"]
-    cases = [(_MARKERS[index % len(_MARKERS)], case, _points(case)) for index, case in enumerate(result["cases"])]
+    cases = [
+        (marker, case, chosen)
+        for marker, case in zip(cycle(_MARKERS), result["cases"], strict=False)
+        if (chosen := _points(case))
+    ]
     speeds = [row["flops_per_second"] for _, _, chosen in cases for row in chosen.values()]
     ridges = [peak / bandwidth for peak in flops.values()]
     left = min(*ridges, *(case["intensity"] for _, case, _ in cases)) / 2
@@ -92,12 +98,9 @@ def _style(kind: str) -> dict[str, Any]:
 
 
 def _points(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the rows to draw: ours, the fastest other that gives as much, and the plain weight gradient."""
-    both = [row for row in case["rows"] if len(row["gives"]) == 2]
-    others = [row for row in both if not row["ours"]]
-    chosen = {
-        "other": min(others, key=lambda row: row["seconds"], default=None),
-        "plain": next((row for row in case["rows"] if row["method"] == _PLAIN), None),
-        "ours": next((row for row in both if row["method"] == "tikmix_fast"), None),
-    }
+    """Return the rows to draw: the fastest other that gives as much as ours, the plain weight gradient, ours."""
+    ours, other = main_rows(case)
+    # A projection is cheaper than the weight gradient: to draw both would compare different operations.
+    plain = None if case.get("projection") else next((row for row in case["rows"] if row["method"] == _PLAIN), None)
+    chosen = {"other": other, "plain": plain, "ours": ours}
     return {kind: row for kind, row in chosen.items() if row is not None}
