@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tikmix_fast import InfluenceEngine, shifted_mask
+from tikmix_fast import InfluenceEngine, ops, shifted_mask
 from tikmix_fast.influence.conservation import ConservationError
 from tikmix_fast.influence.views import UncapturedParameterError
 
@@ -142,6 +142,20 @@ def test_refresh_keeps_and_reset_forgets(kit, model):
     run_domains(kit, engine, seed=2)
     run_domains(kit, engine, seed=3)
     assert (engine.matrix().values == one.values).all()
+
+
+def test_queries_are_packed_once_a_refresh(kit, model, monkeypatch):
+    packed = []
+    original = ops.pack_queries
+    monkeypatch.setattr(ops, "pack_queries", lambda queries: packed.append(queries.shape) or original(queries))
+    engine = engine_for(model)
+    for refreshes in (1, 2):
+        run_task(kit, engine)
+        for seed in (2, 3, 4):
+            run_domains(kit, engine, seed)
+        # The head is the table transposed: its queries are carried there each time.
+        assert packed == refreshes * [(1, *model.out.weight.shape), (1, *model.qkv.weight.shape)]
+        engine.refresh()
 
 
 def test_state_round_trip(kit, model):

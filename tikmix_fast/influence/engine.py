@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -47,7 +48,8 @@ class InfluenceEngine:
     `domains`; `matrix` gives S[i, j] = <P g_i, g_j> with g the mean gradient per target token (method: arXiv
     2508.17677, Eq. 8, with the sign turned so that positive helps). The domain side is one ordinary backward pass: its
     gradients land in ``p.grad`` as usual, so it may be the training step itself. Memory: one gradient per task and
-    split; nothing that grows with the number of domains.
+    split, and from the first `domains` on those of the weights once more, packed for the kernel; nothing that grows
+    with the number of domains.
 
     Parameters
     ----------
@@ -281,7 +283,7 @@ class InfluenceEngine:
         queries = self._queries.values
         checking = self.check_every > 0 and self._passes % self.check_every == 0
         before = {name: GradientBefore(p, checking) for name, p in parameters.items()}
-        recorder = Recorder(labels, queries)
+        recorder = Recorder(labels, queries, self._queries.packed)
         capture = Capture(self.model, parameters, recorder, fused=self.grad == "fused")
         with ExitStack() as stack:
             self._enter(stack)
@@ -595,8 +597,10 @@ def _check_targets(tokens: NDArray[np.float64], factor: float, seen: SeenLosses,
         )
 
 
-def _all_finite(gradients: Any) -> bool:
-    return bool(torch.stack([torch.isfinite(_values(each)).all().cpu() for each in gradients]).all())
+def _all_finite(gradients: Collection[Tensor]) -> bool:
+    # A sum of numbers one of which is not finite is not finite; adding is faster than asking each.
+    sums = [_values(each).sum(dtype=torch.promote_types(each.dtype, torch.float32)).cpu() for each in gradients]
+    return all(map(math.isfinite, sums)) or all(bool(torch.isfinite(_values(each)).all()) for each in gradients)
 
 
 def _values(gradient: Tensor) -> Tensor:

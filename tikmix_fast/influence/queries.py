@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tikmix_fast import ops
 from tikmix_fast.influence.preconditioners import Preconditioner
 
 __all__ = ["Queries", "TaskGradients"]
@@ -26,11 +27,14 @@ class Queries:
         The task of each query.
     weights : list of float [q]
         Its share of its task's target tokens.
+    packed : dict of (str, torch.dtype) to PackedQueries
+        Filled by `Recorder` as weights are met: a second copy of what `values` holds of them, kept until the refresh.
     """
 
     values: dict[str, Tensor]
     owners: list[int]
     weights: list[float]
+    packed: dict[tuple[str, torch.dtype], ops.PackedQueries] = field(default_factory=dict)
 
     def by_task(self, n: int) -> dict[str, Tensor]:
         """Combine the splits of every task into its one query, [n, *parameter.shape] by name."""

@@ -34,6 +34,8 @@ class Layout:
         if self.run == 1:
             return rows.to(wide)
         runs = rows.reshape(-1, self.run, rows.shape[-1])
+        if rows.dtype == wide:
+            return runs.sum(1)
         # A few hundred rows at a time are widened within the cache.
         return torch.cat([some.to(wide).sum(1) for some in runs.split(max(1, 256 // self.run))])
 
