@@ -58,14 +58,20 @@ def ops_section(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             ops_summary(results).to_markdown(),
-            "Times of influence and total gradient together over that of the plain weight gradient alone, "
-            "`grad_output.T @ input`, with the 95 % interval; memory is what the process grew by during the call; the "
-            "error is max over cells of |dS_ij| / (|q_i| |g_j|) against float64.",
+            "Time of influence and total gradient together over that of the plain weight gradient alone, "
+            "`grad_output.T @ input`, with the 95 % interval; extra memory is what the process grew by at the peak of "
+            "a call, the total not counted; the error is max over cells of |dS_ij| / (|q_i| |g_j|) against float64. The "
+            f"roofs are the fastest products and copy seen in the same run: {_roofs(results['rates'])}.",
             "![Operations per second of each case under the measured roofs](benchmarks/results/roofline.png)",
             _folded("Every method, case by case", benchmark_tables(results)),
             f"{benchmark_facts(results)}.",
         ]
     )
+
+
+def _roofs(rates: dict[str, Any]) -> str:
+    products = [f"{name} {peak / 1e9:.0f} GF/s ({rates['found_by'][name]})" for name, peak in rates["flops"].items()]
+    return f"{', '.join(products)}, copy {rates['bandwidth'] / 1e9:.0f} GB/s"
 
 
 def tables_section(*results: dict[str, Any]) -> str:

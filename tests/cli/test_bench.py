@@ -50,6 +50,20 @@ def test_bench_prints_json(tmp_path: Path) -> None:
     assert found["sampler"]["settings"]["seconds"] == 0.01
 
 
+def test_memory_is_measured_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(suites, "run_suite", lambda name, settings, tell: seen.append(settings) or {"suite": name})
+    for options in ([], ["--memory"]):
+        assert run("--out", tmp_path, "--suite", "sampler", "--json", *options).exit_code == 0
+    assert [each.weigh for each in seen] == [False, True]
+
+
+def test_help() -> None:
+    shown = run("--help")
+    assert shown.exit_code == 0
+    assert "against torch's ways" in shown.stdout
+
+
 def test_a_wrong_result_is_told_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any) -> None:
         raise AssertionError("tikmix_fast: influence is wrong")

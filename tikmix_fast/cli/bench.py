@@ -30,6 +30,7 @@ def bench(
     rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of every comparison.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Of every comparison, after at least 3 rounds.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, a process per number.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure this machine: kernels against torch's ways, training steps with and without influence, mixture, sampler.
@@ -58,6 +59,8 @@ def bench(
         for name in chosen:
             if name not in SUITES:
                 raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {name!r}")
+        if memory:
+            settings = dataclasses.replace(settings, weigh=True)
         if threads:
             torch.set_num_threads(threads)
         resolved = {**dataclasses.asdict(settings), "suites": chosen, "threads": torch.get_num_threads()}

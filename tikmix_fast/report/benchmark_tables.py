@@ -77,7 +77,7 @@ def benchmark_facts(result: dict[str, Any]) -> str:
 
 def ops_summary(result: dict[str, Any]) -> TextTable:
     """Return one row per case: ours, and the fastest other method that gives as much (the total too, if exact)."""
-    header = ["case", "tikmix_fast", "fastest other", "extra memory", "its", "GF/s", "of peak", "error"]
+    header = ["case", "tikmix_fast", "fastest other", "extra memory", "of the other", "GF/s", "of peak", "error"]
     rows, slower = [], []
     for case in result["cases"]:
         ours, other = main_rows(case)
