@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tikmix_fast.ops.checks import Arguments, check_order, domain_bounds
+from tikmix_fast.ops.choice import count_costs
+from tikmix_fast.ops.row_wise import row_wise_influence
 
 try:  # after torch, so that both use the one OpenMP runtime that torch brings
     from tikmix_fast import _cpu
@@ -97,7 +100,7 @@ def pack_queries(queries: Tensor) -> Tensor | None:
     instruction_set = _instruction_set()
     queries = queries if queries.stride(-1) == 1 else queries.contiguous()
     shape, dtype = _panels(instruction_set, queries)
-    panels = torch.empty(shape, dtype=dtype)
+    panels = torch.empty(shape, dtype=dtype, device="cpu")
     _cpu.pack_queries(
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
@@ -111,11 +114,31 @@ def pack_queries(queries: Tensor) -> Tensor | None:
 
 def group_influence(arguments: Arguments) -> Tensor:
     """Compute ``tikmix_fast.ops.group_influence`` in native code."""
-    input, grad_output, offsets, queries, panels, order, grad_weight = arguments
-    rows = input.shape[0]
+    input, grad_output, offsets, queries, _, order, grad_weight = arguments
     instruction_set = _instruction_set()
-    domains = len(domain_bounds(offsets, rows)) - 1
-    check_order(order, rows)
+    bounds = domain_bounds(offsets, input.shape[0])
+    check_order(order, input.shape[0])
+    if not _is_row_wise(arguments, bounds):
+        return _fused(arguments, len(bounds) - 1, instruction_set)
+    values = row_wise_influence(input, grad_output, bounds, queries, order)
+    if grad_weight is not None:
+        everything = torch.tensor([0, len(input)], device="cpu")
+        _fused(arguments._replace(offsets=everything, queries=queries[:0], panels=None, order=None), 1, instruction_set)
+    return values
+
+
+def _is_row_wise(arguments: Arguments, bounds: list[int]) -> bool:
+    input, grad_output, queries = arguments.input, arguments.grad_output, arguments.queries
+    costs = count_costs(
+        *(len(input), *queries.shape[1:], sum(a < b for a, b in pairwise(bounds)), len(queries)),
+        with_total=arguments.grad_weight is not None,
+        pairs=input.dtype == grad_output.dtype == torch.bfloat16,
+    )
+    return costs.row_wise < costs.fused
+
+
+def _fused(arguments: Arguments, domains: int, instruction_set: str) -> Tensor:
+    input, grad_output, offsets, queries, panels, order, grad_weight = arguments
     # The kernel takes any strides of the other tensors; queries are read m times, so their columns must be contiguous.
     fits = panels is not None and (panels.shape, panels.dtype) == _panels(instruction_set, queries)
     if queries.stride(-1) != 1 and not fits:
@@ -123,13 +146,13 @@ def group_influence(arguments: Arguments) -> Tensor:
     offsets = offsets.contiguous()
     order = None if order is None else order.contiguous()
     tasks, height, width = queries.shape
-    values = torch.empty(tasks, domains, dtype=torch.float64)
+    values = torch.empty(tasks, domains, dtype=torch.float64, device="cpu")
     # A 16-bit grad_weight is rounded once, at the end: the kernel adds to float32, block by block.
     total = grad_weight if grad_weight is None or grad_weight.dtype == torch.float32 else grad_weight.float()
     _cpu.group_influence(
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
-        sizes=(rows, height, width, domains),
+        sizes=(len(input), height, width, domains),
         input=_matrix(input),
         grad_output=_matrix(grad_output),
         queries=_packed(panels) if fits and panels is not None else _plain(queries),

@@ -1,0 +1,77 @@
+"""Which way to the group influence of one layer costs least, by counting.
+
+There are three. *Fused* forms every domain's gradient tile by tile and takes its products while it is in registers.
+*Two-pass* writes every domain's gradient and multiplies them with the queries afterwards. *Row-wise* never forms a
+gradient: ``<q, dy x^T> = <dy, q x>``, one product with every query per row, summed by domain.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Costs", "count_costs"]
+
+# In rows: what a row costs in the fused main loop, 24 vector instructions for a micro-tile of 24 vectors, is 1. A row
+# of bfloat16 is cheaper than one of float32, two of them at a time, so that the same work counts for more rows.
+_DOMAIN = 3.0  # adding a micro-tile to the total: 24 loads, additions and stores; and the start of the next one
+_DOMAIN_PAIRS = 6.0
+_PRODUCT = 0.8  # 24 multiplications with a query (12 where pairs are multiplied), and the sum of the lanes
+_PRODUCT_PAIRS = 1.0
+# The same where the queries of a micro-tile, 1.5 KiB each, do not stay in the L1 cache beside the rows.
+_PRODUCT_FROM_L2 = 1.5
+_MOST_TASKS_IN_L1 = 16
+# torch's product of matrices, in float32, against our main loop; its result is read once more.
+_TORCH = 1.1
+_TORCH_PAIRS = 2.4
+# Writing a micro-tile and reading it in the second pass.
+_WRITTEN = 4.0
+
+
+class Costs(NamedTuple):
+    """What each way costs, in multiply-adds of the fused main loop."""
+
+    fused: float
+    two_pass: float
+    row_wise: float
+
+    def cheapest(self) -> str:
+        """Return the name of the least; the first of equals."""
+        return min(self._fields, key=lambda name: float(getattr(self, name)))
+
+
+def count_costs(
+    rows: int, height: int, width: int, domains: int, tasks: int, *, with_total: bool, pairs: bool
+) -> Costs:
+    """Count what ``group_influence`` costs on a CPU.
+
+    Parameters
+    ----------
+    rows, height, width : int
+        T, O and I.
+    domains, tasks : int
+        m, empty domains not counted, and n.
+    with_total : bool
+        Whether the total gradient is wanted besides; fused and two-pass have it anyway.
+    pairs : bool
+        Whether two bfloat16 rows are multiplied at a time.
+
+    Returns
+    -------
+    Costs
+        Two-pass multiplies as much as fused and writes besides, so that it never wins here; it does where a tile of
+        queries cannot stay close to the arithmetic.
+
+    Examples
+    --------
+    >>> count_costs(4096, 1024, 1024, 8, 4, with_total=True, pairs=False).cheapest()
+    'fused'
+    >>> count_costs(4096, 1024, 1024, 4096, 1, with_total=False, pairs=False).cheapest()
+    'row_wise'
+    """
+    weights = float(height * width)
+    in_l1 = _PRODUCT if tasks <= _MOST_TASKS_IN_L1 else _PRODUCT_FROM_L2
+    domain, product, by_torch = (_DOMAIN_PAIRS, _PRODUCT_PAIRS, _TORCH_PAIRS) if pairs else (_DOMAIN, in_l1, _TORCH)
+    fused = rows + domains * (domain + product * tasks)
+    two_pass = rows + domains * (domain + _WRITTEN + product * tasks)
+    row_wise = rows * (by_torch * tasks + with_total)
+    return Costs(weights * fused, weights * two_pass, weights * row_wise)
