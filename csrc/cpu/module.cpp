@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "group_influence.h"
+#include "philox.h"
+#include "sketch.h"
 
 namespace py = pybind11;
 using tikmix_fast::Element;
@@ -67,6 +69,32 @@ void group_influence(const std::string& instruction_set, int threads, const std:
     tikmix_fast::group_influence(problem, kernel, threads, pointer<double>(values));
 }
 
+void sketch_rows(const std::string& instruction_set, int threads, const std::array<int64_t, 3>& sizes,
+                 const MatrixArgument& input, int64_t codes, int64_t output) {
+    tikmix_fast::SketchProblem problem{};
+    problem.rows = sizes[0];
+    problem.columns = sizes[1];
+    problem.dim = sizes[2];
+    problem.input = to_matrix(input);
+    problem.codes = pointer<const int32_t>(codes);
+    problem.output = pointer<float>(output);
+    const py::gil_scoped_release release;
+    tikmix_fast::sketch_rows(problem, instruction_set.c_str(), threads);
+}
+
+void random_words(uint64_t seed, uint64_t stream, const std::array<int64_t, 3>& place, int64_t words) {
+    const auto low = [](uint64_t number) { return static_cast<uint32_t>(number); };
+    const auto high = [](uint64_t number) { return static_cast<uint32_t>(number >> 32); };
+    int64_t* target = pointer<int64_t>(words);
+    for (int64_t row = place[0]; row < place[0] + place[1]; ++row) {
+        for (int64_t column = 0; column < place[2]; ++column) {
+            const std::array<uint32_t, 4> drawn =
+                tikmix_fast::philox4x32({low(column), low(row), low(stream), high(stream)}, {low(seed), high(seed)});
+            for (const uint32_t word : drawn) *target++ = word;
+        }
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -78,4 +106,10 @@ PYBIND11_MODULE(_cpu, module) {
         py::arg("offsets"), py::arg("order"), py::arg("grad_weight"), py::arg("values"),
         "Write the group influence [n, m]; sizes are (T, O, I, m, n), matrices (address, dtype code, row stride, "
         "column stride), grad_weight (address or 0, row stride, column stride) of float32.");
+    module.def("sketch_rows", &sketch_rows, py::kw_only(), py::arg("instruction_set"), py::arg("threads"),
+               py::arg("sizes"), py::arg("input"), py::arg("codes"), py::arg("output"),
+               "Write the CountSketch [T, k] of the rows, float32; sizes are (T, columns, k), codes int32.");
+    module.def("random_words", &random_words, py::kw_only(), py::arg("seed"), py::arg("stream"), py::arg("place"),
+               py::arg("words"),
+               "Write Philox words [rows, columns, 4] as int64; place is (first row, rows, columns).");
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tikmix_fast.ops.checks import Arguments, check_order, domain_bounds
+from tikmix_fast.ops.projected_checks import ProjectedArguments
 
 try:  # after torch, so that both use the one OpenMP runtime that torch brings
     from tikmix_fast import _cpu
@@ -17,7 +18,7 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["group_influence", "instruction_sets", "refusal", "unavailable"]
+__all__ = ["can_sketch", "group_influence", "instruction_sets", "refusal", "sketch_rows", "unavailable", "write_random_words"]
 
 INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
 
@@ -29,10 +30,10 @@ def unavailable() -> str | None:
     return _missing
 
 
-def refusal(arguments: Arguments) -> str | None:
+def refusal(arguments: Arguments | ProjectedArguments) -> str | None:
     """Return why the native kernel cannot take this call, or None."""
     for name in ("input", "grad_output", "queries", "grad_weight"):
-        tensor: Tensor | None = getattr(arguments, name)
+        tensor: Tensor | None = getattr(arguments, name, None)
         if tensor is None:
             continue
         if tensor.device.type != "cpu":
@@ -98,3 +99,40 @@ def group_influence(arguments: Arguments) -> Tensor:
         else:
             grad_weight.copy_(total)
     return values
+
+
+def can_sketch(rows: Tensor) -> bool:
+    """Tell whether `sketch_rows` takes these rows here."""
+    return _missing is None and rows.device.type == "cpu" and rows.dtype in _DTYPE_CODES
+
+
+def sketch_rows(rows: Tensor, codes: Tensor, dim: int) -> Tensor:
+    """Take the CountSketch of every row in native code.
+
+    Parameters
+    ----------
+    rows : float32 | bfloat16 | float16 Tensor [T, columns]
+    codes : int32 Tensor [columns]
+        As in `tikmix_fast.ops.LayerProjection`.
+    dim : int
+
+    Returns
+    -------
+    float32 Tensor [T, dim]
+    """
+    codes = codes.contiguous()
+    output = torch.empty(rows.shape[0], dim)
+    _cpu.sketch_rows(
+        instruction_set=_instruction_set(),
+        threads=torch.get_num_threads(),
+        sizes=(*rows.shape, dim),
+        input=_matrix(rows),
+        codes=codes.data_ptr(),
+        output=output.data_ptr(),
+    )
+    return output
+
+
+def write_random_words(seed: int, stream: int, first_row: int, words: Tensor) -> None:
+    """Fill a contiguous int64 tensor [rows, columns, 4] as `tikmix_fast.ops.philox.random_words` says."""
+    _cpu.random_words(seed=seed, stream=stream, place=(first_row, *words.shape[:2]), words=words.data_ptr())
