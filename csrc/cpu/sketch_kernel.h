@@ -100,7 +100,7 @@ struct Floats {
 
     static const uint32_t* signs(const SketchTables& tables, int64_t column) { return tables.signs + column; }
     static void add(Bits words, Vector* sums) { sums[0] += bits_as<Vector>(words); }
-    static float sum_of(const float* sums, int column) { return sums[column]; }
+    static int place_of(int column) { return column; }
 };
 
 // Columns as pairs of bfloat16. A vector of pairs has two vectors of sums: of the even columns, and of the odd ones.
@@ -115,7 +115,7 @@ struct Pairs {
         sums[0] += bits_as<Vector>(words << 16);
         sums[1] += bits_as<Vector>(words & 0xffff0000);
     }
-    static float sum_of(const float* sums, int column) { return sums[column % 2 * kLanes + column / 2]; }
+    static int place_of(int column) { return column % 2 * kLanes + column / 2; }
 };
 
 // Some whole blocks of kRows rows; rows[r] points at the first column of first_block.
@@ -124,6 +124,7 @@ struct Strip {
     const Stored* rows[kRows];
     int64_t first_block;
     int64_t blocks;
+    int64_t ahead;  // numbers from a row to the one that is read next: hardware does not see rows as one stream
 };
 
 // Adds the strip to sums [kRows, dim], which hold vectors as Format orders them. kTogether vectors of columns share
@@ -146,7 +147,9 @@ void add_strip(const Strip<typename Format::Stored>& strip, const SketchTables& 
                 const Bits sign = load<Bits>(signs + column / Format::kSums);
 #pragma GCC unroll 4
                 for (int r = 0; r < kRows; ++r) {
-                    const Bits words = load<Bits>(strip.rows[r] + from + column);
+                    const typename Format::Stored* place = strip.rows[r] + from + column;
+                    __builtin_prefetch(place + strip.ahead);
+                    const Bits words = load<Bits>(place);
                     Format::add(permute(words ^ sign), total[r] + v * Format::kSums);
                 }
             }
@@ -220,9 +223,11 @@ void sketch(const SketchProblem& problem, const SketchTables& tables, int64_t fi
         if (kSame && input.column_stride == 1) {
             for (int r = 0; r < kRows; ++r) strip.rows[r] = reinterpret_cast<const Stored*>(rows[r]);
             strip.blocks = problem.columns / dim;
+            strip.ahead = kRows * input.row_stride;
             add_strip<Format>(strip, tables, dim, sums);
             column = strip.blocks * dim;
         }
+        strip.ahead = 0;
         while (column < problem.columns) {
             const int64_t columns = smaller(kLargestSketch, problem.columns - column);
             strip.first_block = column / dim;
@@ -238,9 +243,11 @@ void sketch(const SketchProblem& problem, const SketchTables& tables, int64_t fi
         for (int64_t r = 0; r < together; ++r) {
             float* target = problem.output + (first + done + r) * dim;
             for (int64_t group = 0; group < dim; group += Format::kColumns) {
-                for (int c = 0; c < Format::kColumns; ++c) {
-                    target[group + c] = Format::sum_of(sums + r * dim + group, c);
-                }
+                float ordered[Format::kColumns];
+                float stored[Format::kColumns];
+                memcpy(stored, sums + r * dim + group, sizeof stored);
+                for (int c = 0; c < Format::kColumns; ++c) ordered[c] = stored[Format::place_of(c)];
+                memcpy(target + group, ordered, sizeof ordered);
             }
         }
     }
