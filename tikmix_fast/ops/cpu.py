@@ -18,7 +18,15 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["can_sketch", "group_influence", "instruction_sets", "refusal", "sketch_rows", "unavailable", "write_random_words"]
+__all__ = [
+    "can_sketch",
+    "group_influence",
+    "instruction_sets",
+    "refusal",
+    "sketch_rows",
+    "unavailable",
+    "write_random_words",
+]
 
 INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
 
@@ -121,7 +129,7 @@ def sketch_rows(rows: Tensor, codes: Tensor, dim: int) -> Tensor:
     float32 Tensor [T, dim]
     """
     codes = codes.contiguous()
-    output = torch.empty(rows.shape[0], dim)
+    output = rows.new_empty(rows.shape[0], dim, dtype=torch.float32)
     _cpu.sketch_rows(
         instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),

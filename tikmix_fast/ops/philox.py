@@ -79,7 +79,7 @@ def random_words(seed: int, stream: int, rows: int, columns: int, *, first_row: 
     True
     """
     if cpu.unavailable() is None:
-        words = torch.empty(rows, columns, 4, dtype=torch.int64)
+        words = torch.empty(rows, columns, 4, dtype=torch.int64, device="cpu")
         cpu.write_random_words(seed, stream, first_row, words)
         return words
     return random_words_in_torch(seed, stream, rows, columns, first_row=first_row)
@@ -87,9 +87,9 @@ def random_words(seed: int, stream: int, rows: int, columns: int, *, first_row: 
 
 def random_words_in_torch(seed: int, stream: int, rows: int, columns: int, *, first_row: int = 0) -> Tensor:
     """Draw what `random_words` draws, in plain torch."""
-    counter = torch.empty(rows, columns, 4, dtype=torch.int64)
-    counter[..., 0] = torch.arange(columns)
-    counter[..., 1] = torch.arange(first_row, first_row + rows)[:, None]
+    counter = torch.empty(rows, columns, 4, dtype=torch.int64, device="cpu")
+    counter[..., 0] = torch.arange(columns, device="cpu")
+    counter[..., 1] = torch.arange(first_row, first_row + rows, device="cpu")[:, None]
     counter[..., 2] = stream & _WORD
     counter[..., 3] = stream >> 32
     return philox4x32(counter, (seed & _WORD, seed >> 32))

@@ -48,13 +48,13 @@ def project_rows(rows: Tensor, factor: Tensor, dim: int) -> Tensor:
     Returns
     -------
     Tensor [T, k]
-        Float32 from a CountSketch. From a dense matrix the dtype that torch promotes rows and matrix to, the sums in
-        float32 and rounded once; float64 is returned as float32 on a CPU.
+        Float32, but bfloat16 where bfloat16 rows meet a dense matrix of bfloat16 or int8: torch's product on a CPU sums
+        in float32 and rounds once.
     """
-    native = cpu_backend.can_sketch(rows)
-    if factor.dtype == torch.int32 and native:
+    if factor.dtype == torch.int32 and cpu_backend.can_sketch(rows):
         return cpu_backend.sketch_rows(rows, factor, dim)
-    # Integers up to 127 are exact in each of these dtypes.
+    # Integers up to 127 are exact in every dtype; torch's product of float16 is slower than that of float32.
     dtype = torch.promote_types(rows.dtype, factor.dtype) if factor.dtype.is_floating_point else rows.dtype
+    dtype = torch.float32 if dtype == torch.float16 else dtype
     product = rows.to(dtype) @ factor_matrix(factor, dim, dtype).T
     return product.float() if dtype == torch.float64 else product

@@ -36,10 +36,8 @@ def _normal_table() -> Tensor:
     """
     half = 1 << (_NORMAL_BITS - 1)
     quantile = NormalDist().inv_cdf
-    upper = torch.tensor(
-        [round(_NORMAL_STEPS * quantile(0.5 + (i + 0.5) / (2 * half))) for i in range(half)], dtype=torch.int8
-    )
-    return torch.cat([-upper.flip(0), upper])
+    upper = [round(_NORMAL_STEPS * quantile(0.5 + (i + 0.5) / (2 * half))) for i in range(half)]
+    return torch.tensor([-entry for entry in reversed(upper)] + upper, dtype=torch.int8, device="cpu")
 
 
 @cache
@@ -50,7 +48,7 @@ def _entry_deviation(kind: ProjectionKind) -> float:
 
 def _signs(words: Tensor, columns: int) -> Tensor:
     """Return bits of the words [rows, places, 4], lowest first, as booleans [rows, columns]."""
-    return (words[..., None] >> torch.arange(32) & 1).flatten(1)[:, :columns].bool()
+    return (words[..., None] >> torch.arange(32, device="cpu") & 1).flatten(1)[:, :columns].bool()
 
 
 def _draw_factor(kind: ProjectionKind, seed: int, stream: int, side: int, dim: int, columns: int) -> Tensor:
@@ -60,13 +58,13 @@ def _draw_factor(kind: ProjectionKind, seed: int, stream: int, side: int, dim: i
     if kind == "countsketch":
         negative = _signs(words(0, 1, _SIGNS_PER_PLACE, columns), columns)[0]
         masks = words(1, 1, 4, -(-columns // dim)).flatten() & (dim - 1)
-        column = torch.arange(columns)
+        column = torch.arange(columns, device="cpu")
         buckets = column % dim ^ masks[column // dim]
         return torch.where(negative, ~buckets, buckets).int()
     if kind == "rademacher":
         return 1 - 2 * _signs(words(0, dim, _SIGNS_PER_PLACE, columns), columns).to(torch.int8)
     drawn = words(0, dim, _NORMALS_PER_PLACE, columns)
-    indices = drawn[..., None] >> torch.tensor([0, _NORMAL_BITS]) & (1 << _NORMAL_BITS) - 1
+    indices = drawn[..., None] >> torch.tensor([0, _NORMAL_BITS], device="cpu") & (1 << _NORMAL_BITS) - 1
     return _normal_table()[indices.flatten(1)[:, :columns]]
 
 
@@ -125,9 +123,11 @@ class LayerProjection:
         errors to be independent.
     device : str
         Where the drawn tensors lie; the same as the rows to be projected.
+    scale : float
+        What a product of an entry of either factor has to be multiplied by. Not to be given, like the factors.
     output_factor, input_factor : Tensor
         As drawn: int32 [O] codes of a CountSketch (the row of a column's entry, ``~row`` where it is -1), else int8
-        [k_out, O]. Not to be given.
+        [k_out, O].
 
     Raises
     ------
@@ -154,6 +154,8 @@ class LayerProjection:
     seed: int = 0
     layer: int | str = 0
     device: str = "cpu"
+    # Kept, and not computed when used: torch.compile takes tensors and numbers, and no draw.
+    scale: float = field(init=False, repr=False, compare=False)
     output_factor: Tensor = field(init=False, repr=False, compare=False)
     input_factor: Tensor = field(init=False, repr=False, compare=False)
 
@@ -183,6 +185,7 @@ class LayerProjection:
         ):
             factor = _draw_factor(self.kind, self.seed, self._stream, side, dim, columns)
             object.__setattr__(self, name, factor.to(self.device))
+        object.__setattr__(self, "scale", self._scale(self.k_out) * self._scale(self.k_in))
 
     @property
     def _stream(self) -> int:
@@ -192,11 +195,6 @@ class LayerProjection:
 
     def _scale(self, dim: int) -> float:
         return 1.0 if self.kind == "countsketch" else 1 / (math.sqrt(dim) * _entry_deviation(self.kind))
-
-    @property
-    def scale(self) -> float:
-        """What a product of an entry of either factor has to be multiplied by."""
-        return self._scale(self.k_out) * self._scale(self.k_in)
 
     def matrices(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Write out both matrices, scaled.
