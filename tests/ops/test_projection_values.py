@@ -100,7 +100,7 @@ def test_float64_is_taken_by_the_reference(backend: str) -> None:
     call, expected, _ = case(SHAPES[1], torch.float64, "countsketch")
     torch.testing.assert_close(ops.projected_group_influence(*call), expected, rtol=1e-11, atol=1e-11)
     if backend == "cpu":
-        with pytest.raises(RuntimeError, match="input is torch.float64, none of float32"):
+        with pytest.raises(RuntimeError, match=r"input is torch\.float64, none of float32"):
             ops.projected_group_influence(*call, backend=backend)
 
 

@@ -65,18 +65,13 @@ def gaussian_variance(w: Tensor, g: Tensor, k_out: int, k_in: int) -> float:
     return float((p * (1 + 1 / k_out) + n / k_out + t + (q + s.square()) / k_out) / k_in + (q + t) / k_out)
 
 
-def draws(kind: str, w: Tensor, g: Tensor, count: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Estimates of <w, g> and their squared standard errors [count], one projection each."""
+def draws(kind: str, w: Tensor, g: Tensor, count: int, dim: int) -> Tensor:
+    """W and G under many projections [count, 2, dim, dim]."""
     both = torch.stack([w, g])
-    small = torch.stack(
-        [
-            ops.LayerProjection(*w.shape, k_out=dim, k_in=dim, kind=kind, seed=seed).project(both)
-            for seed in range(count)
-        ]
+    seeds = range(count)
+    return torch.stack(
+        [ops.LayerProjection(*w.shape, k_out=dim, k_in=dim, kind=kind, seed=seed).project(both) for seed in seeds]
     )
-    estimates = (small[:, 0] * small[:, 1]).sum((1, 2))
-    errors = torch.stack([ops.projection_stderr(pair[:1], pair[1:]) for pair in small]).flatten()
-    return estimates, errors.square()
 
 
 @pytest.mark.parametrize("rank", [None, 2], ids=["full-rank", "rank-2"])
@@ -90,13 +85,13 @@ def test_the_moments_give_the_closed_formula_for_gaussian_matrices(rank: int | N
 @pytest.mark.parametrize("rank", [None, 2], ids=["full-rank", "rank-2"])
 def test_draws_are_unbiased_and_have_the_exact_variance(kind: str, rank: int | None) -> None:
     w, g = gradients(rank)
-    count = 3000
+    count = 2000
     exact, variance = float((w * g).sum()), exact_variance(kind, w, g)
-    estimates, _ = draws(kind, w, g, count, DIM)
+    estimates = draws(kind, w, g, count, DIM).prod(1).sum((1, 2))
     assert abs(float(estimates.mean()) - exact) < 4 * (variance / count) ** 0.5
     squares = (estimates - exact).square()
     assert abs(float(squares.mean()) - variance) < 4 * float(squares.std()) / count**0.5
-    assert float(squares.std()) / count**0.5 < 0.08 * variance  # or the line above says little
+    assert float(squares.std()) / count**0.5 < 0.1 * variance  # or the line above says little
 
 
 def test_a_countsketch_is_the_most_exact_and_a_gaussian_the_least() -> None:
@@ -112,22 +107,25 @@ def test_more_rows_lower_the_variance_as_one_over_k() -> None:
     assert 0.2 < ratio < 0.25  # a quarter, and less where 1 / k^2 still counts
 
 
-# Largest ratio of the mean squared error bar to the variance; a countsketch's rows are not independent.
-@pytest.mark.parametrize(("kind", "most"), [("gaussian", 1.1), ("rademacher", 1.1), ("countsketch", 2.0)])
+# Rows of a dense matrix are independent, and the error bar is right in expectation. Rows of a countsketch are not: the
+# fewer its blocks, here 2.5, the more it is overstated.
+@pytest.mark.parametrize(
+    ("kind", "dim", "most"), [("gaussian", 32, 1.1), ("rademacher", 32, 1.1), ("countsketch", 16, 2.0)]
+)
 @pytest.mark.parametrize("rank", [None, 2], ids=["full-rank", "rank-2"])
-def test_the_error_bar_covers(kind: str, most: float, rank: int | None) -> None:
+def test_the_error_bar_covers(kind: str, dim: int, most: float, rank: int | None) -> None:
     w, g = gradients(rank, seed=1)
-    count = 1000
-    estimates, squared_errors = draws(kind, w, g, count, 32)
-    exact = float((w * g).sum())
-    variance = exact_variance(kind, w, g, 32)
+    exact, variance = float((w * g).sum()), exact_variance(kind, w, g, dim)
+    small = draws(kind, w, g, 1000, dim)
+    estimates = small.prod(1).sum((1, 2))
+    squared_errors = torch.cat([ops.projection_stderr(pair[:1], pair[1:]) for pair in small]).flatten().square()
     assert 0.9 < float(squared_errors.mean()) / variance < most
     coverage = float(((estimates - exact).square() <= 1.96**2 * squared_errors).double().mean())
     assert 0.88 < coverage < 0.995
 
 
 def test_the_error_bar_is_that_of_the_textbook_analysis_of_variance() -> None:
-    """Cell by cell, from the table of products itself, with scipy's definition of nothing: sums of squares by hand."""
+    """Cell by cell, from the table of all products."""
     generator = torch.Generator().manual_seed(0)
     small = torch.randn(3, 20, 30, generator=generator, dtype=torch.float64)
     queries = torch.randn(2, 20, 30, generator=generator, dtype=torch.float64) + small[:2]

@@ -114,7 +114,7 @@ class LayerProjection:
     kind : {"countsketch", "rademacher", "gaussian"}
         ``countsketch``: one entry of +-1 in a column; columns of a block of k never meet in a row, those of two blocks
         do with probability 1/k. The cheapest on a CPU; k must be a power of two from 16 to 1024.
-        ``rademacher``: entries +-1 / sqrt(k). ``gaussian``: a normal distribution of 251 values up to 4.31 standard
+        ``rademacher``: entries +-1 / sqrt(k). ``gaussian``: a normal distribution of 229 values up to 4.31 standard
         deviations, with variance 1/k and kurtosis 2.9990 instead of 3.
     seed : int
         In ``0 ... 2**64 - 1``.

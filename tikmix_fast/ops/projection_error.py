@@ -34,8 +34,9 @@ def projection_stderr(gradients: Tensor, queries: Tensor) -> Tensor:
 
     Notes
     -----
-    Cost ``6 m n k_out k_in`` operations. Variances of rows and of columns that come out negative count as 0. Exact in
-    expectation for dense families, whose rows are independent; a little too large for a countsketch.
+    Cost ``6 m n k_out k_in`` operations. Variances of rows and of columns that come out negative count as 0. For dense
+    families, whose rows are independent, the squared error bar is right in expectation; of a countsketch it is too
+    large, about 1.5 times the variance where O and I are 3 k, 1.2 times where they are 8 k.
 
     Examples
     --------
