@@ -37,18 +37,20 @@ void sketch_rows(const SketchProblem& problem, const char* instruction_set, int 
     std::vector<int32_t> masks(blocks);
     std::vector<uint32_t> signs(blocks * dim);
     std::vector<uint32_t> paired(blocks * dim / 2);
-    for (int64_t j = 0; j < problem.columns; ++j) {
-        const bool negative = problem.codes[j] < 0;
-        const int32_t mask = (negative ? ~problem.codes[j] : problem.codes[j]) ^ static_cast<int32_t>(j & (dim - 1));
-        int32_t& expected = masks[j / dim];
-        if (j % dim == 0) expected = mask;
-        if (mask != expected || mask < 0 || mask >= dim) {
-            throw std::invalid_argument("projection must send column j of a block of " + std::to_string(dim) +
-                                        " columns to row j ^ mask, one mask per block; got another row for column " +
-                                        std::to_string(j));
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first = b * dim;
+        for (int64_t j = first; j < std::min(first + dim, problem.columns); ++j) {
+            const bool negative = problem.codes[j] < 0;
+            const int32_t bucket = negative ? ~problem.codes[j] : problem.codes[j];
+            if (j == first) masks[b] = bucket;
+            if (bucket >= dim || bucket != ((j - first) ^ masks[b])) {
+                throw std::invalid_argument("projection must send column j of a block of " + std::to_string(dim) +
+                                            " columns to row j ^ mask, one mask per block; got row " +
+                                            std::to_string(bucket) + " for column " + std::to_string(j));
+            }
+            signs[j] = uint32_t{negative} << 31;
+            paired[j / 2] |= uint32_t{negative} << (j % 2 == 0 ? 15 : 31);
         }
-        signs[j] = uint32_t{negative} << 31;
-        paired[j / 2] |= uint32_t{negative} << (j % 2 == 0 ? 15 : 31);
     }
     const SketchTables tables = {masks.data(), signs.data(), paired.data()};
     const int64_t slices = (problem.rows + kSliceRows - 1) / kSliceRows;
