@@ -8,6 +8,7 @@ import torch
 from tikmix_fast import ops
 from tikmix_fast.ops import cpu
 from tikmix_fast.ops.philox import philox4x32, random_words, random_words_in_torch
+from tikmix_fast.ops.sketch import write_random_words
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, answer.
 KNOWN_ANSWERS = [
@@ -50,7 +51,7 @@ def test_native_words_are_those_of_torch(seed: int, stream: int, first_row: int)
     if cpu.unavailable() is not None:
         pytest.skip(cpu.unavailable())
     native = torch.empty(3, 37, 4, dtype=torch.int64)
-    cpu.write_random_words(seed, stream, first_row, native)
+    write_random_words(seed, stream, first_row, native)
     assert torch.equal(native, random_words_in_torch(seed, stream, 3, 37, first_row=first_row))
     assert len(native.unique()) == native.numel()
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops import cpu
 from tikmix_fast.ops.projection import factor_matrix
+from tikmix_fast.ops.sketch import sketch_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = ["f32", "bf16", "f16"]
@@ -51,7 +51,7 @@ def test_every_instruction_set_is_exact(instruction_set: str, dim: int, dtype: t
         rows = integers(count, columns, dtype)
         expected = (rows.double() @ factor_matrix(codes, dim, torch.float64).T).float()
         for name, laid_out in layouts(rows).items():
-            sketch = cpu.sketch_rows(laid_out, codes, dim)
+            sketch = sketch_rows(laid_out, codes, dim)
             assert sketch.dtype == torch.float32
             assert torch.equal(sketch, expected), (columns, count, name)
 
@@ -60,7 +60,7 @@ def test_every_instruction_set_is_exact(instruction_set: str, dim: int, dtype: t
 @pytest.mark.usefixtures("poisoned_memory")
 def test_empty_shapes(instruction_set: str, dtype: torch.dtype) -> None:
     for rows, columns in ((0, 0), (0, 100), (5, 0)):
-        sketch = cpu.sketch_rows(torch.zeros(rows, columns, dtype=dtype), codes_of(columns, 64), 64)
+        sketch = sketch_rows(torch.zeros(rows, columns, dtype=dtype), codes_of(columns, 64), 64)
         assert torch.equal(sketch, torch.zeros(rows, 64))
 
 
@@ -71,7 +71,7 @@ def test_every_16_bit_number_arrives(instruction_set: str, dim: int, dtype: torc
     rows = torch.cat([rows[:, :1], torch.zeros(1 << 16, 2 * dim - 1, dtype=dtype)], 1)
     codes = codes_of(2 * dim, dim, seed=1)
     bucket, sign = (int(~codes[0]), -1) if codes[0] < 0 else (int(codes[0]), 1)
-    sketch = cpu.sketch_rows(rows, codes, dim)
+    sketch = sketch_rows(rows, codes, dim)
     # Adding zeros makes a quiet NaN of a signalling one, and +0 of -0.
     assert torch.equal(sketch[:, bucket].nan_to_num(7.0), (sign * rows[:, 0].float()).nan_to_num(7.0))
     sketch[:, bucket] = 0
@@ -85,7 +85,7 @@ def test_threads_do_not_change_a_bit(instruction_set: str) -> None:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(cpu.sketch_rows(rows, codes, 64))
+            results.append(sketch_rows(rows, codes, 64))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -97,7 +97,7 @@ def test_rounding_is_that_of_float32(instruction_set: str) -> None:
         expected = rows.double() @ factor_matrix(codes, 64, torch.float64).T
         # 64 numbers of a bucket, one after the other: each partial sum is rounded once.
         bound = 64 * 2**-24 * (rows.double().abs() @ factor_matrix(codes, 64, torch.float64).abs().T)
-        assert ((cpu.sketch_rows(rows, codes, 64).double() - expected).abs() <= bound).all()
+        assert ((sketch_rows(rows, codes, 64).double() - expected).abs() <= bound).all()
 
 
 def test_codes_that_are_no_block_permuted_sketch_are_refused(instruction_set: str) -> None:
@@ -114,7 +114,7 @@ def test_codes_that_are_no_block_permuted_sketch_are_refused(instruction_set: st
         for column, code in change.items():
             codes[column] = code
         with pytest.raises(ValueError, match="projection must send column"):
-            cpu.sketch_rows(rows, codes, 32)
+            sketch_rows(rows, codes, 32)
     for dim in (8, 48, 2048):
         with pytest.raises(ValueError, match=f"power of two from 16 to 1024 rows; got {dim}"):
-            cpu.sketch_rows(rows, good, dim)
+            sketch_rows(rows, good, dim)

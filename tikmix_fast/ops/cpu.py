@@ -18,15 +18,7 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = [
-    "can_sketch",
-    "group_influence",
-    "instruction_sets",
-    "refusal",
-    "sketch_rows",
-    "unavailable",
-    "write_random_words",
-]
+__all__ = ["group_influence", "instruction_sets", "refusal", "unavailable"]
 
 INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
 
@@ -107,40 +99,3 @@ def group_influence(arguments: Arguments) -> Tensor:
         else:
             grad_weight.copy_(total)
     return values
-
-
-def can_sketch(rows: Tensor) -> bool:
-    """Tell whether `sketch_rows` takes these rows here."""
-    return _missing is None and rows.device.type == "cpu" and rows.dtype in _DTYPE_CODES
-
-
-def sketch_rows(rows: Tensor, codes: Tensor, dim: int) -> Tensor:
-    """Take the CountSketch of every row in native code.
-
-    Parameters
-    ----------
-    rows : float32 | bfloat16 | float16 Tensor [T, columns]
-    codes : int32 Tensor [columns]
-        As in `tikmix_fast.ops.LayerProjection`.
-    dim : int
-
-    Returns
-    -------
-    float32 Tensor [T, dim]
-    """
-    codes = codes.contiguous()
-    output = rows.new_empty(rows.shape[0], dim, dtype=torch.float32)
-    _cpu.sketch_rows(
-        instruction_set=_instruction_set(),
-        threads=torch.get_num_threads(),
-        sizes=(*rows.shape, dim),
-        input=_matrix(rows),
-        codes=codes.data_ptr(),
-        output=output.data_ptr(),
-    )
-    return output
-
-
-def write_random_words(seed: int, stream: int, first_row: int, words: Tensor) -> None:
-    """Fill a contiguous int64 tensor [rows, columns, 4] as `tikmix_fast.ops.philox.random_words` says."""
-    _cpu.random_words(seed=seed, stream=stream, place=(first_row, *words.shape[:2]), words=words.data_ptr())

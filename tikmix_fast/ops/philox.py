@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast.ops import cpu
+from tikmix_fast.ops.sketch import write_random_words
 
 __all__ = ["philox4x32", "random_words"]
 
@@ -80,7 +81,7 @@ def random_words(seed: int, stream: int, rows: int, columns: int, *, first_row: 
     """
     if cpu.unavailable() is None:
         words = torch.empty(rows, columns, 4, dtype=torch.int64, device="cpu")
-        cpu.write_random_words(seed, stream, first_row, words)
+        write_random_words(seed, stream, first_row, words)
         return words
     return random_words_in_torch(seed, stream, rows, columns, first_row=first_row)
 

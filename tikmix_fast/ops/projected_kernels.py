@@ -10,6 +10,7 @@ from tikmix_fast.ops import reference as reference_backend
 from tikmix_fast.ops.checks import Arguments
 from tikmix_fast.ops.projected_checks import ProjectedArguments
 from tikmix_fast.ops.projection import factor_matrix
+from tikmix_fast.ops.sketch import can_sketch, sketch_rows
 
 __all__ = ["cpu", "project_rows", "reference"]
 
@@ -51,8 +52,8 @@ def project_rows(rows: Tensor, factor: Tensor, dim: int) -> Tensor:
         Float32, but bfloat16 where bfloat16 rows meet a dense matrix of bfloat16 or int8: torch's product on a CPU sums
         in float32 and rounds once.
     """
-    if factor.dtype == torch.int32 and cpu_backend.can_sketch(rows):
-        return cpu_backend.sketch_rows(rows, factor, dim)
+    if factor.dtype == torch.int32 and can_sketch(rows):
+        return sketch_rows(rows, factor, dim)
     # Integers up to 127 are exact in every dtype; torch's product of float16 is slower than that of float32.
     dtype = torch.promote_types(rows.dtype, factor.dtype) if factor.dtype.is_floating_point else rows.dtype
     dtype = torch.float32 if dtype == torch.float16 else dtype
