@@ -3,15 +3,24 @@
 _Matrix = tuple[int, int, int, int]
 
 def instruction_sets() -> list[str]: ...
+def packed_layout(*, instruction_set: str, dtype: int) -> tuple[int, int, int]: ...
+def pack_queries(
+    *,
+    instruction_set: str,
+    threads: int,
+    height: int,
+    width: int,
+    queries: tuple[int, int, int, int, int, int],
+    panels: int,
+) -> None: ...
 def group_influence(
     *,
     instruction_set: str,
     threads: int,
-    sizes: tuple[int, int, int, int, int],
-    input: _Matrix,
-    grad_output: _Matrix,
-    queries: _Matrix,
-    query_stride: int,
+    sizes: tuple[int, int, int, int],
+    input: tuple[int, int, int, int],
+    grad_output: tuple[int, int, int, int],
+    queries: tuple[int, int, int, int, int, int],
     offsets: int,
     order: int,
     grad_weight: tuple[int, int, int],

@@ -2,102 +2,101 @@
 #include "group_influence.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "workspace.h"
+
 namespace tikmix_fast {
 namespace {
 
-// Tiles are cut smaller until there are this many: enough work for the threads, by a rule that does not depend on them.
+// Packed rows of a block: the panels of grad_output of a tile and one of the input stay in the L2 cache together.
+constexpr int64_t kBlockRows = 1024;
+// Columns of each input that are packed at a time, so that memory grows with neither the rows nor the columns.
+constexpr int64_t kPartColumns = 4096;
+// Tiles are cut narrower until there are this many: enough work for the threads, by a rule that does not depend on
+// them.
 constexpr int64_t kWantedTiles = 16;
-// The tiles of all tasks, of a domain and of the total stay in the L2 cache while all domains pass by.
-constexpr int64_t kTileFloats = 136 << 10;
-// Each group of neighbouring tiles has sums [n, m] of its own, so that their memory does not grow with the weights.
+// Each group of neighbouring tiles has sums of its own, so that their memory does not grow with the weights.
 constexpr int64_t kMostGroups = 256;
-// Rows are packed in blocks of about this many floats, so that memory does not grow with the number of rows either.
-constexpr int64_t kPackedFloats = int64_t{2} << 20;
-constexpr int64_t kFewestBlockRows = 1024;
 constexpr double kFewestProductsPerThread = 1 << 20;
 // Rows one thread packs at a time.
 constexpr int64_t kSliceRows = 64;
 
 int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-struct Grid {
-    int64_t tile_rows = kTileRows;
-    int64_t tile_columns = kTileColumns;
-    int64_t across = 0;
-    int64_t tiles = 0;
-
-    explicit Grid(const Problem& problem) {
-        count(problem);
-        while (crowded(problem) && (tile_rows > kSmallestTileRows || tile_columns > kSmallestTileColumns)) {
-            const bool widest = tile_columns > kSmallestTileColumns && tile_columns >= tile_rows;
-            (tile_rows <= kSmallestTileRows || widest ? tile_columns : tile_rows) /= 2;
-            count(problem);
-        }
-    }
-
-    bool crowded(const Problem& problem) const {
-        return tiles < kWantedTiles || (problem.tasks + 2) * tile_rows * tile_columns > kTileFloats;
-    }
-
-    void count(const Problem& problem) {
-        across = divide_up(problem.width, tile_columns);
-        tiles = divide_up(problem.height, tile_rows) * across;
-    }
-
-    Tile operator()(const Problem& problem, int64_t index) const {
-        const int64_t row = index / across * tile_rows;
-        const int64_t column = index % across * tile_columns;
-        return {row, std::min(tile_rows, problem.height - row), column, std::min(tile_columns, problem.width - column)};
-    }
-};
-
-struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-constexpr int64_t kCacheLine = 64;
-
-Floats allocate(int64_t count) {
-    void* memory = std::aligned_alloc(kCacheLine, divide_up(count * sizeof(float), kCacheLine) * kCacheLine);
-    if (!memory) throw std::bad_alloc();
-    return Floats(static_cast<float*>(memory));
-}
-
-// Floats from one panel of a block to the next: whole cache lines, and not a multiple of the page size, so that the
-// panels do not all compete for the same cache sets.
-int64_t panel_stride(int64_t rows, int64_t columns) {
+int64_t whole_lines(int64_t floats) {
     constexpr int64_t line = kCacheLine / sizeof(float);
-    constexpr int64_t apart = 5 * line;
-    return divide_up(rows * columns, line) * line + apart;
+    return divide_up(floats, line) * line;
 }
 
-// The packed rows of the rows start ... end: the rows that each holds, and where each domain begins and ends.
-struct PackedRows {
-    std::vector<int64_t> sources;
-    std::vector<int64_t> bounds;
+// Floats from one panel to the next: not a multiple of the page size, so that panels do not all compete for the same
+// cache sets.
+int64_t panel_stride(int64_t rows, int64_t columns) { return whole_lines(rows * columns) + 5 * whole_lines(1); }
 
-    PackedRows(const Problem& problem, int64_t start, int64_t end, int64_t together) {
-        for (int64_t j = 0; j < problem.domains; ++j) {
-            bounds.push_back(sources.size() / together);
-            const int64_t last = std::min(problem.offsets[j + 1], end);
-            for (int64_t position = std::max(problem.offsets[j], start); position < last; ++position) {
-                sources.push_back(problem.order ? problem.order[position] : position);
-            }
-            sources.resize(divide_up(sources.size(), together) * together, -1);
+// A part of the weights, cut into tiles.
+struct Grid {
+    Tile part;
+    int64_t tile_columns;
+    int64_t across;
+    int64_t tiles;
+
+    explicit Grid(const Tile& whole)
+        : part(whole),
+          tile_columns(std::max<int64_t>(divide_up(whole.columns, kSmallestTileColumns), 1) * kSmallestTileColumns) {
+        const int64_t down = divide_up(part.rows, kTileRows);
+        while (down * divide_up(part.columns, tile_columns) < kWantedTiles && tile_columns > kSmallestTileColumns) {
+            tile_columns = divide_up(tile_columns / 2, kSmallestTileColumns) * kSmallestTileColumns;
         }
-        bounds.push_back(sources.size() / together);
+        across = divide_up(part.columns, tile_columns);
+        tiles = down * across;
     }
 
-    int64_t count() const { return bounds.back(); }
+    Tile operator[](int64_t index) const {
+        const int64_t row = index / across * kTileRows;
+        const int64_t column = index % across * tile_columns;
+        return {part.first_row + row, std::min(kTileRows, part.rows - row), part.first_column + column,
+                std::min(tile_columns, part.columns - column)};
+    }
+};
+
+// Some of the rows, packed: the rows that each packed row holds, and the domains that they belong to.
+class PackedRows {
+  public:
+    PackedRows(const Problem& problem, int64_t together) : problem_(problem), together_(together) {}
+
+    // Takes the next rows; false if there are none. A domain is cut only where it is long.
+    bool next() {
+        sources_.clear();
+        segments_.clear();
+        while (domain_ < problem_.domains && count() < kBlockRows) {
+            const int64_t end = problem_.offsets[domain_ + 1];
+            const int64_t left = divide_up(end - position_, together_);
+            if (left > kBlockRows - count() && left <= kBlockRows && count() >= kBlockRows / 2) break;
+            const int64_t packed = std::min(left, kBlockRows - count());
+            const int64_t last = std::min(end, position_ + packed * together_);
+            if (packed > 0) segments_.push_back({domain_, count(), count() + packed});
+            for (; position_ < last; ++position_) {
+                sources_.push_back(problem_.order ? problem_.order[position_] : position_);
+            }
+            sources_.resize(divide_up(sources_.size(), together_) * together_, -1);
+            if (position_ == end) ++domain_;
+        }
+        return !segments_.empty();
+    }
+
+    int64_t count() const { return sources_.size() / together_; }
+    const int64_t* sources() const { return sources_.data(); }
+    const std::vector<Segment>& segments() const { return segments_; }
+
+  private:
+    const Problem& problem_;
+    int64_t together_;
+    int64_t domain_ = 0;
+    int64_t position_ = 0;
+    std::vector<int64_t> sources_;
+    std::vector<Segment> segments_;
 };
 
 int this_thread() {
@@ -128,65 +127,91 @@ std::vector<Kernel> usable_kernels() {
     return kernels;
 }
 
+void pack_queries(const Queries& queries, const Kernel& kernel, int64_t height, int64_t width, int threads,
+                  void* panels) {
+    const int64_t tiles = divide_up(height, kTileRows);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t row = tile * kTileRows;
+        kernel.pack_queries(queries, height, {row, std::min(kTileRows, height - row), 0, width}, panels);
+    }
+}
+
 void group_influence(const Problem& problem, const Kernel& wanted, int threads, double* values) {
     const bool pairs = problem.input.element == Element::bfloat16 && problem.grad_output.element == Element::bfloat16;
     const Kernel& kernel = pairs || !wanted.for_float32 ? wanted : *wanted.for_float32;
     const int64_t together = kernel.rows_together;
-    const Grid grid(problem);
-    const int64_t cells = problem.tasks * problem.domains;
-    const int64_t groups = std::min(grid.tiles, kMostGroups);
+    const int64_t tasks = problem.queries.tasks;
     // Waking a thread for less than this costs more than it saves.
     const double products = static_cast<double>(problem.rows) * problem.height * problem.width;
     threads = static_cast<int>(std::max(1.0, std::min<double>(threads, products / kFewestProductsPerThread)));
+
+    const int64_t block_rows = std::min(kBlockRows, divide_up(problem.rows, together) + problem.domains);
+    const int64_t part_rows = std::min(divide_up(problem.height, kTileRows), kPartColumns / kTileRows) * kTileRows;
+    const int64_t part_columns =
+        std::min(divide_up(problem.width, kSmallestTileColumns), kPartColumns / kSmallestTileColumns) *
+        kSmallestTileColumns;
+    const int64_t grad_output_stride = panel_stride(block_rows, kernel.micro_rows);
+    const int64_t grad_output_floats = part_rows / kernel.micro_rows * grad_output_stride;
+    const int64_t input_stride = panel_stride(block_rows, kernel.micro_columns);
+    const int64_t input_floats = part_columns / kernel.micro_columns * input_stride;
+    const int64_t query_floats = problem.queries.packed ? 0 : kTileRows * kernel.micro_columns * tasks;
+    const int64_t micro_floats = kernel.micro_rows * kernel.micro_columns;
+    const int64_t scratch_floats = whole_lines(query_floats + 2 * micro_floats) + whole_lines(1);
+    const Workspace workspace((grad_output_floats + input_floats + threads * scratch_floats) * sizeof(float));
+    float* const grad_output = static_cast<float*>(workspace.data());
+    float* const input = grad_output + grad_output_floats;
+
+    const int64_t cells = problem.domains * sum_stride(tasks);
+    const int64_t groups = std::min(
+        Grid({0, std::min(part_rows, problem.height), 0, std::min(part_columns, problem.width)}).tiles, kMostGroups);
     std::vector<double> sums(groups * cells, 0.0);
 
-    const int64_t fitting = kPackedFloats / std::max<int64_t>(problem.height + problem.width, 1);
-    const int64_t block_rows = std::min(problem.rows, std::max(fitting, kFewestBlockRows) * together);
-    // Each domain may leave its last packed row part empty.
-    const int64_t packed_rows =
-        divide_up(block_rows + (together - 1) * std::min(problem.domains, block_rows), together);
-    Block block{};
-    block.grad_output_panel_stride = panel_stride(packed_rows, kernel.micro_rows);
-    block.input_panel_stride = panel_stride(packed_rows, kernel.micro_columns);
-    const int64_t grad_output_floats = divide_up(problem.height, kernel.micro_rows) * block.grad_output_panel_stride;
-    const int64_t input_floats = divide_up(problem.width, kernel.micro_columns) * block.input_panel_stride;
-    const Floats panels = allocate(grad_output_floats + input_floats);
-    block.grad_output = panels.get();
-    block.input = panels.get() + grad_output_floats;
-    const int64_t tile_floats =
-        std::min(grid.tile_rows, divide_up(problem.height, kernel.micro_rows) * kernel.micro_rows) *
-        std::min(grid.tile_columns, divide_up(problem.width, kernel.micro_columns) * kernel.micro_columns);
-    const int64_t product_floats = problem.tasks * kMostLanes * (sizeof(double) / sizeof(float));
-    const int64_t scratch_floats = panel_stride(1, (2 + problem.tasks) * tile_floats + product_floats);
-    const Floats scratch = allocate(scratch_floats * threads);
-
-    for (int64_t start = 0; start < problem.rows; start += block_rows) {
-        const PackedRows rows(problem, start, std::min(problem.rows, start + block_rows), together);
-        block.sources = rows.sources.data();
-        block.bounds = rows.bounds.data();
+    PackedRows rows(problem, together);
+    while (rows.next()) {
         const int64_t slices = divide_up(rows.count(), kSliceRows);
+        for (int64_t column = 0; column < problem.width; column += part_columns) {
+            for (int64_t row = 0; row < problem.height; row += part_rows) {
+                const Tile part = {row, std::min(part_rows, problem.height - row), column,
+                                   std::min(part_columns, problem.width - column)};
+                const Block block = {rows.sources(),
+                                     rows.segments().data(),
+                                     static_cast<int64_t>(rows.segments().size()),
+                                     part,
+                                     grad_output,
+                                     grad_output_stride,
+                                     input,
+                                     input_stride};
+                const Grid grid(part);
 #pragma omp parallel num_threads(threads)
-        {
+                {
 #pragma omp for schedule(static)
-            for (int64_t slice = 0; slice < slices; ++slice) {
-                const int64_t first = slice * kSliceRows;
-                kernel.pack_rows(problem, block, first, std::min(kSliceRows, rows.count() - first));
-            }
-            float* memory = scratch.get() + this_thread() * scratch_floats;
-            const Scratch own = {memory, memory + tile_floats, memory + 2 * tile_floats,
-                                 reinterpret_cast<double*>(memory + (2 + problem.tasks) * tile_floats)};
+                    for (int64_t slice = 0; slice < slices; ++slice) {
+                        const int64_t start = slice * kSliceRows;
+                        const int64_t count = std::min(kSliceRows, rows.count() - start);
+                        if (row == 0) kernel.pack_input(problem, block, start, count);
+                        kernel.pack_grad_output(problem, block, start, count);
+                    }
+                    float* own = input + input_floats + this_thread() * scratch_floats;
+                    const Scratch scratch = {own, own + query_floats, own + query_floats + micro_floats};
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t group = 0; group < groups; ++group) {
-                for (int64_t tile = group * grid.tiles / groups; tile < (group + 1) * grid.tiles / groups; ++tile) {
-                    kernel.accumulate_tile(problem, block, grid(problem, tile), own, sums.data() + group * cells);
+                    for (int64_t group = 0; group < groups; ++group) {
+                        const int64_t last = (group + 1) * grid.tiles / groups;
+                        for (int64_t tile = group * grid.tiles / groups; tile < last; ++tile) {
+                            kernel.accumulate_tile(problem, block, grid[tile], scratch, sums.data() + group * cells);
+                        }
+                    }
                 }
             }
         }
     }
 
-    std::fill(values, values + cells, 0.0);
+    std::fill(values, values + tasks * problem.domains, 0.0);
     for (int64_t group = 0; group < groups; ++group) {
-        for (int64_t cell = 0; cell < cells; ++cell) values[cell] += sums[group * cells + cell];
+        const double* own = sums.data() + group * cells;
+        for (int64_t j = 0; j < problem.domains; ++j, own += sum_stride(tasks)) {
+            for (int64_t i = 0; i < tasks; ++i) values[i * problem.domains + j] += own[i];
+        }
     }
 }
 

@@ -3,5 +3,6 @@
 #define TIKMIX_FAST_MICRO_ROWS 12
 #include "kernel.h"
 
-const tikmix_fast::Kernel tikmix_fast::avx512_kernel = {"avx512", kMicroRows, kMicroColumns,  kRowsTogether,
-                                                        nullptr,  pack_rows,  accumulate_tile};
+const tikmix_fast::Kernel tikmix_fast::avx512_kernel = {"avx512",   kMicroRows,     kMicroColumns, kRowsTogether,
+                                                        nullptr,    packed_element, pack_queries,  pack_grad_output,
+                                                        pack_input, accumulate_tile};

@@ -5,4 +5,5 @@
 #include "kernel.h"
 
 const tikmix_fast::Kernel tikmix_fast::avx512_bf16_kernel = {
-    "avx512_bf16", kMicroRows, kMicroColumns, kRowsTogether, &tikmix_fast::avx512_kernel, pack_rows, accumulate_tile};
+    "avx512_bf16",  kMicroRows,   kMicroColumns,    kRowsTogether, &tikmix_fast::avx512_kernel,
+    packed_element, pack_queries, pack_grad_output, pack_input,    accumulate_tile};

@@ -7,5 +7,6 @@
 #endif
 #include "kernel.h"
 
-const tikmix_fast::Kernel tikmix_fast::generic_kernel = {"generic", kMicroRows, kMicroColumns,  kRowsTogether,
-                                                         nullptr,   pack_rows,  accumulate_tile};
+const tikmix_fast::Kernel tikmix_fast::generic_kernel = {"generic",  kMicroRows,     kMicroColumns, kRowsTogether,
+                                                         nullptr,    packed_element, pack_queries,  pack_grad_output,
+                                                         pack_input, accumulate_tile};

@@ -16,16 +16,25 @@ struct Matrix {
     int64_t column_stride;
 };
 
+// The task gradients. Plain: row-major matrices, one after the other. Packed: panels[column micro-tile][row micro-tile]
+// [task][micro-tile], padded with zeros, of the element that Kernel::packed_element names.
+struct Queries {
+    const void* data;
+    Element element;
+    int64_t tasks;  // n
+    bool packed;
+    int64_t stride;      // plain: from one task to the next
+    int64_t row_stride;  // plain: the columns are contiguous
+};
+
 struct Problem {
     int64_t rows;            // T
     int64_t height;          // O
     int64_t width;           // I
     int64_t domains;         // m
-    int64_t tasks;           // n
     Matrix input;            // [T, I]
     Matrix grad_output;      // [T, O]
-    Matrix queries;          // [O, I] of the first task; the columns are contiguous
-    int64_t query_stride;    // from one task to the next
+    Queries queries;         // [n, O, I]
     const int64_t* offsets;  // [m + 1]
     const int64_t* order;    // [T], or null for the identity
     float* grad_weight;      // [O, I], or null when not wanted
@@ -33,18 +42,7 @@ struct Problem {
     int64_t grad_weight_column_stride;
 };
 
-// Some consecutive rows of both inputs, cut into panels of a few columns: panel[k][c]. A packed row k is one row as
-// float32, or two rows of one domain as pairs of bfloat16; either way, one 32-bit word per column.
-struct Block {
-    const int64_t* sources;  // rows of the inputs that each packed row holds; a negative one stands for zeros
-    const int64_t* bounds;   // [m + 1] packed rows of the domains
-    float* grad_output;      // panels of micro_rows columns
-    int64_t grad_output_panel_stride;
-    float* input;  // panels of micro_columns columns
-    int64_t input_panel_stride;
-};
-
-// One rectangle of the weights.
+// A rectangle of the weights.
 struct Tile {
     int64_t first_row;
     int64_t rows;
@@ -52,21 +50,42 @@ struct Tile {
     int64_t columns;
 };
 
-constexpr int64_t kTileRows = 192;
-constexpr int64_t kTileColumns = 256;
-// Small layers are cut into smaller tiles, to give every thread some, and so are layers with many tasks.
-constexpr int64_t kSmallestTileRows = 48;
+// Consecutive packed rows of one domain.
+struct Segment {
+    int64_t domain;
+    int64_t start;
+    int64_t end;
+};
+
+// Some consecutive rows of both inputs. A packed row is one row as float32, or two rows of one domain as pairs of
+// bfloat16; either way, one 32-bit word per column.
+struct Block {
+    const int64_t* sources;  // rows of the inputs that each packed row holds; a negative one stands for zeros
+    const Segment* segments;
+    int64_t segment_count;
+    Tile part;           // the weights whose columns of grad_output and input are packed
+    float* grad_output;  // panels of micro_rows columns, panel[k][r]
+    int64_t grad_output_panel_stride;
+    float* input;  // panels of micro_columns columns, panel[k][c]
+    int64_t input_panel_stride;
+};
+
+// A multiple of every kernel's micro_rows. Panels of so many columns of grad_output, of one block, stay in the L2 cache
+// while the panels of the input pass by them.
+constexpr int64_t kTileRows = 48;
+// A multiple of every kernel's micro_columns: tiles are no narrower.
 constexpr int64_t kSmallestTileColumns = 64;
 
-// The memory of one thread for a tile, cut into whole micro-tiles column by column, aligned to 64 bytes.
+// The memory of one thread, aligned to cache lines.
 struct Scratch {
-    float* gradient;   // of one domain
-    float* total;      // of all domains
-    float* queries;    // of all tasks, one micro-tile of each after the other
-    double* products;  // [n, lanes] of one domain
+    float* queries;  // a column of micro-tiles of a tile, as in packed queries
+    float* total;    // a micro-tile of the sum over the block's segments
+    float* partial;  // a micro-tile of a long segment
 };
-// Floats in the widest vector of any kernel.
-constexpr int64_t kMostLanes = 16;
+
+// Sums [m, n] of a tile have rows of this stride: kernels add whole vectors of tasks.
+constexpr int64_t kTasksAtOnce = 4;
+inline int64_t sum_stride(int64_t tasks) { return tasks + kTasksAtOnce - 1; }
 
 struct Kernel {
     const char* name;
@@ -74,9 +93,14 @@ struct Kernel {
     int64_t micro_columns;
     int64_t rows_together;      // in a packed row
     const Kernel* for_float32;  // takes over where an input is not bfloat16; null if this kernel takes every dtype
-    // Fills `count` packed rows of both inputs, from packed row `first` of the block on.
-    void (*pack_rows)(const Problem&, const Block&, int64_t first, int64_t count);
-    // Adds a tile's inner products over the rows of the block to sums [n, m], and its total gradient to grad_weight.
+    // The element of packed queries, by the element of the plain ones.
+    Element (*packed_element)(Element);
+    // Writes the packed queries of one tile; `panels` are those of all tiles.
+    void (*pack_queries)(const Queries&, int64_t height, const Tile&, void* panels);
+    // Both fill `count` packed rows, from packed row `first` of the block on.
+    void (*pack_grad_output)(const Problem&, const Block&, int64_t first, int64_t count);
+    void (*pack_input)(const Problem&, const Block&, int64_t first, int64_t count);
+    // Adds a tile's inner products over the rows of the block to sums [m, n], and its total gradient to grad_weight.
     void (*accumulate_tile)(const Problem&, const Block&, const Tile&, const Scratch&, double* sums);
 };
 

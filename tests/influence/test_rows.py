@@ -21,7 +21,10 @@ def domains_of(labels, leading):
     for domain in range(labels.n_domains):
         for place in range(offsets[domain], offsets[domain + 1]):
             rows[order[place]] = domain
-    assert layout.domains == rows[0] if isinstance(layout.domains, int) else layout.domains.tolist() == rows
+    assert layout.domains.repeat_interleave(layout.run).tolist() == rows
+    values = torch.randn(len(rows), 2, dtype=torch.float64)
+    each = torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64), labels.n_domains).double()
+    torch.testing.assert_close(layout.sum_domains(layout.sum_runs(values)), each.T @ values)
     return torch.tensor(rows).reshape(leading)
 
 
@@ -49,8 +52,23 @@ def test_second_dimension(leading):
 def test_one_domain_fits_any_shape():
     for ids in (1, torch.tensor([1, 1, 1]), torch.ones(3, 4, dtype=torch.int64)):
         labels = RowLabels(ids, 3)
-        for leading in ((5,), (1, 7), (2, 3, 4), ()):
+        for leading in ((5,), (1, 7), (2, 3, 4), (), (0,)):
             assert (domains_of(labels, leading) == 1).all()
+
+
+def test_runs_are_as_long_as_the_rows_allow():
+    assert RowLabels(IDS, 3).layout((3, 4), CPU).run == 4
+    assert RowLabels(torch.tensor([0, 0, 2, 2]), 3).layout((4, 5), CPU).run == 10
+    assert RowLabels(POSITIONS, 3).layout((3, 4), CPU).run == 1
+    assert RowLabels(1, 3).layout((3, 4), CPU).run == 12
+    assert RowLabels(torch.tensor([0, 1]), 2, batch_dim=1).layout((3, 2), CPU).run == 1
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])])
+def test_sums_of_half_precision_are_wider(ids):
+    layout = RowLabels(ids.repeat_interleave(512), 2).layout((2048,), CPU)
+    rows = torch.full((2048, 1), 1.0078125, dtype=torch.bfloat16)
+    assert layout.sum_domains(layout.sum_runs(rows)).tolist() == [[1032.0], [1032.0]]
 
 
 def test_sorted_rows_need_no_order():

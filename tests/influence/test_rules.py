@@ -74,6 +74,7 @@ FORMS = {
     "layer_norm": lambda p, x: F.layer_norm(x, (C,), p.b, p.b * 2),
     "layer_norm, weight only": lambda p, x: F.layer_norm(x, (C,), weight=p.b, eps=1e-3),
     "layer_norm, bias only": lambda p, x: F.layer_norm(x, [C], None, p.b),
+    "addmm to rows": lambda p, x: torch.addmm(x.flatten(0, 1), x.flatten(0, 1), p.w).view_as(x),
     "layer_norm over two": lambda p, x: F.layer_norm(x[:, None], (S, C), p.places[0])[:, 0],
     "rms_norm": lambda p, x: F.rms_norm(x, (C,), p.b),
     "rms_norm, eps": lambda p, x: F.rms_norm(x, (C,), p.b + 1, eps=1e-2),

@@ -176,7 +176,10 @@ def calls(draw: st.DrawFn) -> dict[str, Tensor | None]:
 @settings(deadline=None, max_examples=150)
 @given(call=calls())
 def test_any_layout_is_within_the_rounding_error_bound_of_float32(call: dict[str, Tensor | None]) -> None:
-    """The bound is the textbook one for sums of T products, so it holds for any data and shape."""
+    """The bound is the textbook one for sums of T products, so it holds for any data and shape.
+
+    Where everything is bfloat16, the gradient may besides be rounded to it before it meets the queries.
+    """
     input, grad_output, offsets, queries = (call[name] for name in ("input", "grad_output", "offsets", "queries"))
     order, grad_weight = call["order"], call["grad_weight"]
     before = None if grad_weight is None else grad_weight.double()
@@ -193,6 +196,9 @@ def test_any_layout_is_within_the_rounding_error_bound_of_float32(call: dict[str
         )
         exact = torch.einsum("noi,moi->nm", queries.double(), gradients)
         bound = depth * unit * torch.einsum("noi,moi->nm", queries.double().abs(), sizes)
+        if {input.dtype, grad_output.dtype, queries.dtype} == {torch.bfloat16}:
+            half_unit = torch.finfo(torch.bfloat16).eps / 2
+            bound += half_unit * torch.einsum("noi,moi->nm", queries.double().abs(), gradients.abs())
         assert ((values - exact).abs() <= bound + 1e-30).all()
         if out is not None:
             rounding = torch.finfo(out.dtype).eps * (before + gradients.sum(0)).abs()

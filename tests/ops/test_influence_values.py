@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -115,11 +116,33 @@ def test_every_tail_of_every_instruction_set(instruction_set: str, width: int, d
     for height in (1, 5, 6, 7, 11, 12, 13, 25):
         case = Case(9, height, width, [4, 5], 5, dtype)
         grad_weight = torch.zeros(height, width)
+        # The same numbers as float32, so that gradients are not rounded to bfloat16.
         values = ops.group_influence(
-            case.input, case.grad_output, case.offsets, case.queries, grad_weight=grad_weight, backend="cpu"
+            case.input, case.grad_output, case.offsets, case.queries.float(), grad_weight=grad_weight, backend="cpu"
         )
-        torch.testing.assert_close(values, case.values, rtol=1e-5, atol=1e-5)
+        # The textbook bound for sums in float32 of 9 rows, then of the lanes of a micro-tile.
+        products = domain_gradients(case.input.abs(), case.grad_output.abs(), case.offsets)
+        bound = 70 * torch.finfo(torch.float32).eps * torch.einsum("noi,moi->nm", case.queries.double().abs(), products)
+        assert ((values - case.values).abs() <= bound).all()
         torch.testing.assert_close(grad_weight.double(), case.total, rtol=1e-5, atol=1e-5)
+
+        values = ops.group_influence(case.input, case.grad_output, case.offsets, case.queries, backend="cpu")
+        rounding = torch.finfo(torch.bfloat16).eps / 2 if dtype == torch.bfloat16 else 0.0
+        sizes = torch.einsum("noi,moi->nm", case.queries.double().abs(), case.gradients.abs())
+        assert ((values - case.values).abs() <= bound + rounding * sizes).all()
+
+
+def test_calls_from_several_threads_do_not_share_memory() -> None:
+    cases = [Case(300, 70 + 13 * i, 90, [100, 200], 3, torch.float32) for i in range(4)]
+
+    def call(case: Case) -> Tensor:
+        return ops.group_influence(case.input, case.grad_output, case.offsets, case.queries, backend="cpu")
+
+    alone = [call(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            together = list(pool.map(call, cases))
+            assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,7 +216,7 @@ def test_a_nan_reaches_its_own_domain_and_the_total_only(backend: str, poison: f
     case.input[199, 11] = poison  # the last row of an odd domain
     grad_weight = torch.zeros(70, 90)
     values = ops.group_influence(
-        case.input, case.grad_output, case.offsets, case.queries, grad_weight=grad_weight, backend=backend
+        case.input, case.grad_output, case.offsets, case.queries.float(), grad_weight=grad_weight, backend=backend
     )
     assert not values[:, 1].isfinite().any()
     torch.testing.assert_close(values[:, [0, 2]], case.values[:, [0, 2]], rtol=1e-4, atol=1e-3)

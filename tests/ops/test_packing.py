@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tikmix_fast import ops
+from tikmix_fast.ops import cpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -22,6 +23,49 @@ def test_packed_queries_give_the_same_values(backend: str, dtype: torch.dtype) -
         ops.group_influence(input, grad_output, offsets, packed, backend=backend),
         ops.group_influence(input, grad_output, offsets, queries.contiguous(), backend=backend),
     )
+
+
+SHAPES = [(1, 1, 1), (3, 12, 32), (2, 49, 65), (5, 100, 130), (9, 7, 40), (0, 5, 6), (4, 0, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def test_every_instruction_set_reads_its_packed_queries(
+    instruction_set: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    tasks, height, width = shape
+    generator = torch.Generator().manual_seed(4)
+    queries = torch.randn(shape, generator=generator).to(dtype)
+    packed = ops.pack_queries(queries)
+    assert packed.panels is not None
+    for rows_dtype in (torch.float32, torch.bfloat16):
+        input, grad_output = (torch.randn(30, size, generator=generator).to(rows_dtype) for size in (width, height))
+        offsets = torch.tensor([0, 11, 11, 30])
+        values = ops.group_influence(input, grad_output, offsets, packed, backend="cpu")
+        assert values.shape == (tasks, 3)
+        assert torch.equal(values, ops.group_influence(input, grad_output, offsets, queries, backend="cpu"))
+
+
+def test_a_handle_packed_for_another_instruction_set_is_still_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    input, grad_output, offsets = torch.randn(9, 40), torch.randn(9, 30), torch.tensor([0, 4, 9])
+    queries = torch.randn(3, 30, 40)
+    names = cpu.instruction_sets()
+    handles = []
+    for name in names:
+        monkeypatch.setenv(cpu.INSTRUCTION_SET_VARIABLE, name)
+        handles.append(ops.pack_queries(queries))
+    for name in names:
+        monkeypatch.setenv(cpu.INSTRUCTION_SET_VARIABLE, name)
+        expected = ops.group_influence(input, grad_output, offsets, queries)
+        for handle in handles:
+            assert torch.equal(ops.group_influence(input, grad_output, offsets, handle), expected)
+
+
+def test_panels_of_another_shape_are_not_read() -> None:
+    queries, other = torch.randn(3, 30, 40), torch.randn(3, 10, 10)
+    handle = dataclasses.replace(ops.pack_queries(queries), panels=ops.pack_queries(other).panels)
+    call = torch.randn(9, 40), torch.randn(9, 30), torch.tensor([0, 4, 9])
+    assert torch.equal(ops.group_influence(*call, handle), ops.group_influence(*call, queries))
 
 
 def test_packing_drops_the_graph() -> None:

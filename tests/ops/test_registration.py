@@ -24,13 +24,13 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tenso
 @pytest.mark.parametrize("grad_weight", [None, torch.zeros(4, 5)], ids=["none", "grad-weight"])
 def test_opcheck(backend: str, dtype: torch.dtype, order: Tensor | None, grad_weight: Tensor | None) -> None:
     grad_weight = None if grad_weight is None else grad_weight.to(dtype)
-    torch.library.opcheck(OP, (*arguments(dtype), order, grad_weight, backend))
+    torch.library.opcheck(OP, (*arguments(dtype), None, order, grad_weight, backend))
 
 
 def test_the_schema_is_the_contract() -> None:
     assert str(OP._schema) == (
         "tikmix_fast::group_influence(Tensor input, Tensor grad_output, Tensor offsets, Tensor queries, "
-        "Tensor? order, Tensor(a!)? grad_weight, str? backend) -> Tensor"
+        "Tensor? panels, Tensor? order, Tensor(a!)? grad_weight, str? backend) -> Tensor"
     )
 
 

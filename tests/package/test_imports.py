@@ -25,6 +25,7 @@ LAYERS = {
     "mixture": 3,
     "training": 4,
     "report": 5,
+    "benchmarking": 5,
     "cli": 6,
     "__main__": 7,
 }

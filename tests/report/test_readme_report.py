@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -62,3 +63,37 @@ def test_only_what_lies_between_the_marks_is_rewritten(report: ModuleType) -> No
 def test_a_readme_without_marks_is_refused(report: ModuleType, text: str) -> None:
     with pytest.raises(ValueError, match="must hold <!-- demo:begin -->"):
         report.rewrite(text, "demo", "new")
+
+
+def test_every_section_has_its_marks_and_a_sentence_without_results(
+    report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (PATH.parents[1] / "README.md").read_text(encoding="utf-8")
+    for name in report.SECTIONS:
+        assert "new" in report.rewrite(text, name, "new")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.section("mixture").startswith("No results yet: `python benchmarks/run.py` makes mixture.json and ")
+    report.draw_pictures()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sections_hold_tables_of_the_results(
+    report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tikmix_fast.benchmarking.suites import BenchSettings, run_suite
+
+    folder = tmp_path / report.RESULTS
+    folder.mkdir(parents=True)
+    for suite in ("ops", "mixture", "sampler"):
+        settings = BenchSettings("tiny", rounds=1, weigh=False, every_instruction_set=False)
+        (folder / f"{suite}.json").write_text(json.dumps(run_suite(suite, settings)))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    ops = report.section("ops")
+    assert ops.count("| **tikmix_fast** |") == 2
+    assert "<details><summary>Every method, case by case</summary>\n\n**fp32 T=96 O=40 I=24 m=3 n=2: " in ops
+    assert "benchmarks/results/roofline.png" in ops
+    mixture = report.section("mixture")
+    assert "**TiKMiX-D**" in mixture
+    assert "**Sampler, memory**" in mixture
+    report.draw_pictures()
+    assert (folder / "roofline.png").stat().st_size > 1000

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tikmix_fast._version import __version__
+from tikmix_fast.cli.bench import bench
 from tikmix_fast.cli.demo import demo
 from tikmix_fast.cli.env import env
 from tikmix_fast.cli.mix import mix
@@ -38,4 +39,5 @@ def _common(
 
 app.command()(demo)
 app.command()(mix)
+app.command()(bench)
 app.command()(env)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tikmix_fast.cli.folders import make_folder
 from tikmix_fast.cli.mistakes import user_mistakes
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def demo(
 
     console = Console(stderr=True)
     with user_mistakes():
-        _make_folder(out)
+        make_folder(out)
         # Read when torch loads OpenMP: threads that spin while they wait make so small a model several times slower as
         # soon as anything else wants the cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -96,18 +97,6 @@ def demo(
         _print_json(results, out)
     else:
         _print_tables(results, out)
-
-
-def _make_folder(out: Path) -> None:
-    """Make the folder and try to write into it: to learn that it cannot be written must not take minutes."""
-    import tempfile
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise OSError(f"out must be a folder that can be written to; got {str(out)!r} ({error.strerror})") from None
 
 
 def _check_backend() -> None:

@@ -79,27 +79,30 @@ class Recorder:
             gradient = gradient.reshape(1, 1)
         elif gradient.ndim == 1:
             gradient = gradient[None] if self.labels.single is not None else gradient[:, None]
+        if view.plain.shape[:-1].numel() == 1:
+            self.features(view, gradient)
+            return
         layout = self.labels.layout(gradient.shape[:-1], gradient.device)
-        flat = gradient.reshape(-1, gradient.shape[-1])
         for name, queries in view.queries(self.queries):
             # Align on the right, as broadcasting does.
             aligned = queries.reshape(len(queries), *(1,) * (gradient.ndim - queries.ndim + 1), *queries.shape[1:])
-            if all(size == 1 for size in aligned.shape[1:-1]):
-                features = aligned.reshape(len(queries), -1).expand(-1, flat.shape[-1])
-                self._add_rows(name, _wide(flat) @ _wide(features).t(), layout)
-            else:
-                dots = [(_wide(gradient) * _wide(query)).sum(-1).reshape(-1) for query in aligned]
-                self._add_rows(name, torch.stack(dots, dim=1), layout)
+            dots = torch.einsum("...c,q...c->...q", _wide(gradient), _wide(aligned))
+            self._add_rows(name, dots.reshape(-1, len(queries)), layout)
 
-    def features(self, view: ParameterView, per_row: Tensor) -> None:
-        """Record a parameter of one norm: ``per_row`` [..., C] is its gradient from every row."""
-        if not self.queries:
-            return
+    def features(self, view: ParameterView, per_row: Tensor) -> Tensor:
+        """Record a parameter with one value per feature, or for all: ``per_row`` [..., C] is its gradient by row.
+
+        Returns the sum of ``per_row`` over all rows, [C].
+        """
         self._note(per_row)
         layout = self.labels.layout(per_row.shape[:-1], per_row.device)
-        flat = _wide(per_row.reshape(-1, per_row.shape[-1]))
-        for name, queries in view.queries(self.queries):
-            self._add_rows(name, flat @ _wide(queries.reshape(len(queries), -1)).t(), layout)
+        runs = layout.sum_runs(per_row.reshape(-1, per_row.shape[-1]))
+        if self.queries:
+            of_domains = layout.sum_domains(runs)
+            for name, queries in view.queries(self.queries):
+                features = queries.reshape(len(queries), -1).expand(-1, runs.shape[-1])
+                self._add(name, features.double() @ of_domains.t())
+        return runs.sum(0)
 
     def lookup(self, view: ParameterView, ids: Tensor, padding: int | None, gradient: Tensor) -> None:
         """Record an embedding looked up at ``ids`` [...] from the gradient [..., C] of the looked-up rows."""
@@ -111,21 +114,19 @@ class Recorder:
         if padding is not None:
             flat = flat * (flat_ids != padding)[:, None]
         ((name, queries),) = view.queries(self.queries)
-        dots = [torch.linalg.vecdot(F.embedding(flat_ids, _wide(query)), flat) for query in queries]
-        self._add_rows(name, torch.stack(dots, dim=1), layout)
+        # Rows by the hundred, so that what is looked up stays in cache until it is multiplied.
+        dots = [
+            torch.stack([torch.linalg.vecdot(F.embedding(some_ids, _wide(query)), rows) for query in queries], dim=1)
+            for some_ids, rows in zip(flat_ids.split(256), flat.split(256), strict=True)
+        ]
+        self._add_rows(name, torch.cat(dots), layout)
 
     def _note(self, gradient: Tensor) -> None:
         self.saw_half = self.saw_half or gradient.dtype in (torch.bfloat16, torch.float16)
 
     def _add_rows(self, name: str, dots: Tensor, layout: Layout) -> None:
         """Sum ``dots`` [T, q] over the rows of each domain."""
-        dots = dots.double()
-        sums = dots.new_zeros(dots.shape[1], self.labels.n_domains)
-        if isinstance(layout.domains, int):
-            sums[:, layout.domains] = dots.sum(0)
-        else:
-            sums.index_add_(1, layout.domains, dots.t())
-        self._add(name, sums)
+        self._add(name, layout.sum_domains(layout.sum_runs(dots.double())).t())
 
     def _add(self, name: str, sums: Tensor) -> None:
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -19,13 +19,27 @@ class RowShapeError(ValueError):
 class Layout:
     """The rows of one activation, sorted by domain.
 
-    ``offsets`` int64 [m + 1] and ``order`` int64 [T] or None are what `tikmix_fast.ops.group_influence` takes.
-    ``domains`` int64 [T] is the domain of each row, or one int where all rows belong to the same domain.
+    ``offsets`` int64 [m + 1] and ``order`` int64 [T] or None are what `tikmix_fast.ops.group_influence` takes. In the
+    activation's own order the rows come in runs of ``run`` rows of one domain, ``domains`` int64 [T / run].
     """
 
     offsets: Tensor
     order: Tensor | None
-    domains: Tensor | int
+    run: int
+    domains: Tensor
+
+    def sum_runs(self, rows: Tensor) -> Tensor:
+        """Sum ``rows`` [T, C] over each run: [T / run, C], at least float32."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        if self.run == 1:
+            return rows.to(wide)
+        runs = rows.reshape(-1, self.run, rows.shape[-1])
+        # A few hundred rows at a time are widened within the cache.
+        return torch.cat([some.to(wide).sum(1) for some in runs.split(max(1, 256 // self.run))])
+
+    def sum_domains(self, runs: Tensor) -> Tensor:
+        """Sum what `sum_runs` gave over the runs of each domain: float64 [m, C]."""
+        return runs.new_zeros(len(self.offsets) - 1, runs.shape[-1]).index_add_(0, self.domains, runs).double()
 
 
 class RowLabels:
@@ -129,13 +143,17 @@ class RowLabels:
         if self.single is not None:
             offsets = torch.zeros(self.n_domains + 1, dtype=torch.int64)
             offsets[self.single + 1 :] = prod(leading)
-            return Layout(offsets.to(device), None, self.single)
+            run = max(prod(leading), 1)
+            domains = torch.full((prod(leading) // run,), self.single, device=device)
+            return Layout(offsets.to(device), None, run, domains)
         rows = self._row_domains(leading)
         counts = torch.bincount(rows, minlength=self.n_domains)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         in_order = bool((rows[1:] >= rows[:-1]).all())
         order = None if in_order else torch.sort(rows, stable=True).indices.to(device)
-        return Layout(offsets.to(device), order, rows.to(device))
+        changes = (rows[1:] != rows[:-1]).nonzero().flatten() + 1
+        run = max(gcd(len(rows), *changes.tolist()), 1)
+        return Layout(offsets.to(device), order, run, rows[::run].to(device))
 
     def _fits(self, leading: tuple[int, ...]) -> bool:
         try:

@@ -85,13 +85,17 @@ def _product(
     refuse_gathered_rows(rows, recorder.labels)
     # Where dtypes do not fit together, torch's own product says so.
     fits = rows.dtype == plain(weight).dtype or torch.is_autocast_enabled(rows.device.type)
-    fused = isinstance(weight, ParameterView) and weight.is_parameter and capture.fused and fits
+    one_bias = bias is None or plain(bias).ndim == 1
+    fused = isinstance(weight, ParameterView) and weight.is_parameter and capture.fused and fits and one_bias
 
-    def read(gradient: Tensor, saved: Tensor, total: Tensor | None = None) -> None:
+    def read(gradient: Tensor, saved: Tensor, total: Tensor | None = None) -> Tensor | None:
         if isinstance(weight, ParameterView):
             recorder.product(weight, saved, gradient, in_out, total)
         if isinstance(bias, ParameterView):
+            if one_bias:
+                return recorder.features(bias, gradient)
             recorder.spread(bias, gradient)
+        return None
 
     if fused:
         return fused_product(rows, weight.plain, plain(bias), in_out, read)
@@ -199,7 +203,7 @@ def _norm(
         leading = gradient.shape[: gradient.ndim - len(shape)]
         gradient = gradient.float() if gradient.dtype in (torch.bfloat16, torch.float16) else gradient
         if isinstance(weight, ParameterView):
-            per_row = gradient * normalise(saved.to(gradient.dtype))
+            per_row = normalise(saved.to(gradient.dtype)).mul_(gradient)
             recorder.features(weight, per_row.reshape(*leading, -1))
         if isinstance(bias, ParameterView):
             recorder.features(bias, gradient.reshape(*leading, -1))

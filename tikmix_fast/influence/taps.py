@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["fused_product", "spread", "tap"]
 
 
-def tap(output: Tensor, read: Callable[..., None], *saved: Tensor) -> Tensor:
+def tap(output: Tensor, read: Callable[..., object], *saved: Tensor) -> Tensor:
     """Return ``output`` as it is, and read its gradient on the way back: ``read(gradient, *saved)``."""
     same: Tensor = _Tap.apply(output, read, *saved)  # type: ignore[no-untyped-call]
     return same
@@ -24,12 +24,16 @@ def spread(value: Tensor, shape: torch.Size, read: Callable[[Tensor], None]) -> 
 
 
 def fused_product(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[[Tensor, Tensor, Tensor], None]
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_out: bool,
+    read: Callable[[Tensor, Tensor, Tensor], Tensor | None],
 ) -> Tensor:
     """Return ``rows @ weight.T + bias`` of a layer whose weight gradient and influence share one pass of the kernel.
 
     ``weight`` is [O, I], or [I, O] with ``in_out``. On the way back ``read(gradient, rows, total)`` is called once and
-    must add the weight gradient to ``total``.
+    must add the weight gradient to ``total``; if it sums the gradient over all rows, [O], it returns that.
     """
     output: Tensor = _FusedProduct.apply(rows, weight, bias, in_out, read)  # type: ignore[no-untyped-call]
     return output
@@ -37,7 +41,7 @@ def fused_product(
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, read: Callable[..., None], *saved: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, read: Callable[..., object], *saved: Tensor) -> Tensor:
         ctx.read = read
         ctx.save_for_backward(*saved)
         # Returning an untouched input would make the result a view that later in-place operations refuse.
@@ -69,7 +73,7 @@ class _Spread(torch.autograd.Function):
 class _FusedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[..., None]
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool, read: Callable[..., Tensor | None]
     ) -> Tensor:
         kind = rows.device.type
         # Autocast leaves float64 alone.
@@ -95,14 +99,15 @@ class _FusedProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        grad_rows = grad_bias = None
+        grad_rows = None
         with torch.autocast(gradient.device.type, enabled=False):
-            flat = gradient.reshape(-1, gradient.shape[-1])
             if ctx.needs_input_grad[0]:
                 grad_rows = (gradient @ (weight.t() if ctx.in_out else weight)).to(ctx.rows_dtype)
-            if ctx.needs_input_grad[2]:
-                grad_bias = flat.sum(0).to(ctx.bias_dtype)
             shape, dtype = ctx.weight
             total = torch.zeros(shape, dtype=dtype, device=gradient.device)
-            ctx.read(gradient, rows, total)
+            grad_bias = ctx.read(gradient, rows, total)
+            if ctx.needs_input_grad[2]:
+                if grad_bias is None:
+                    grad_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+                grad_bias = grad_bias.to(ctx.bias_dtype)
         return grad_rows, total, grad_bias, None, None

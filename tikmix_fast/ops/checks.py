@@ -18,6 +18,7 @@ class Arguments(NamedTuple):
     grad_output: Tensor
     offsets: Tensor
     queries: Tensor
+    panels: Tensor | None
     order: Tensor | None
     grad_weight: Tensor | None
 
@@ -55,7 +56,7 @@ def check_arguments(arguments: Arguments) -> None:
     TypeError
         If a tensor that holds numbers is not floating point.
     """
-    input, grad_output, offsets, queries, order, grad_weight = arguments
+    input, grad_output, offsets, queries, _, order, grad_weight = arguments
     _require_shape("input", input, ("T", "I"))
     rows, width = input.shape
     _require_shape("grad_output", grad_output, (rows, "O"))

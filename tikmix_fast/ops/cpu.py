@@ -18,11 +18,12 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["group_influence", "instruction_sets", "refusal", "unavailable"]
+__all__ = ["group_influence", "instruction_sets", "pack_queries", "refusal", "unavailable"]
 
 INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
 def unavailable() -> str | None:
@@ -65,14 +66,60 @@ def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], row_stride, column_stride
 
 
+def _plain(queries: Tensor) -> tuple[int, int, int, int, int, int]:
+    return (
+        queries.data_ptr(),
+        _DTYPE_CODES[queries.dtype],
+        queries.shape[0],
+        0,
+        queries.stride(0),
+        queries.stride(1),
+    )
+
+
+def _packed(panels: Tensor) -> tuple[int, int, int, int, int, int]:
+    return panels.data_ptr(), _DTYPE_CODES[panels.dtype], panels.shape[2], 1, 0, 0
+
+
+def _panels(instruction_set: str, queries: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """Return shape and dtype of packed queries."""
+    tasks, height, width = queries.shape
+    rows, columns, code = _cpu.packed_layout(instruction_set=instruction_set, dtype=_DTYPE_CODES[queries.dtype])
+    return torch.Size((-(-width // columns), -(-height // rows), tasks, rows, columns)), _DTYPES[code]
+
+
+def pack_queries(queries: Tensor) -> Tensor | None:
+    """Return the queries [n, O, I] in the order in which the kernel reads them, or None if it cannot take them.
+
+    The shape, [column micro-tiles, row micro-tiles, n, micro-tile rows, micro-tile columns], tells the layout.
+    """
+    if _missing or queries.device.type != "cpu" or queries.dtype not in _DTYPE_CODES:
+        return None
+    instruction_set = _instruction_set()
+    queries = queries if queries.stride(-1) == 1 else queries.contiguous()
+    shape, dtype = _panels(instruction_set, queries)
+    panels = torch.empty(shape, dtype=dtype)
+    _cpu.pack_queries(
+        instruction_set=instruction_set,
+        threads=torch.get_num_threads(),
+        height=queries.shape[1],
+        width=queries.shape[2],
+        queries=_plain(queries),
+        panels=panels.data_ptr(),
+    )
+    return panels
+
+
 def group_influence(arguments: Arguments) -> Tensor:
     """Compute ``tikmix_fast.ops.group_influence`` in native code."""
-    input, grad_output, offsets, queries, order, grad_weight = arguments
+    input, grad_output, offsets, queries, panels, order, grad_weight = arguments
     rows = input.shape[0]
+    instruction_set = _instruction_set()
     domains = len(domain_bounds(offsets, rows)) - 1
     check_order(order, rows)
     # The kernel takes any strides of the other tensors; queries are read m times, so their columns must be contiguous.
-    if queries.stride(-1) != 1:
+    fits = panels is not None and (panels.shape, panels.dtype) == _panels(instruction_set, queries)
+    if queries.stride(-1) != 1 and not fits:
         queries = queries.contiguous()
     offsets = offsets.contiguous()
     order = None if order is None else order.contiguous()
@@ -81,13 +128,12 @@ def group_influence(arguments: Arguments) -> Tensor:
     # A 16-bit grad_weight is rounded once, at the end: the kernel adds to float32, block by block.
     total = grad_weight if grad_weight is None or grad_weight.dtype == torch.float32 else grad_weight.float()
     _cpu.group_influence(
-        instruction_set=_instruction_set(),
+        instruction_set=instruction_set,
         threads=torch.get_num_threads(),
-        sizes=(rows, height, width, domains, tasks),
+        sizes=(rows, height, width, domains),
         input=_matrix(input),
         grad_output=_matrix(grad_output),
-        queries=_matrix(queries),
-        query_stride=queries.stride(0),
+        queries=_packed(panels) if fits and panels is not None else _plain(queries),
         offsets=offsets.data_ptr(),
         order=0 if order is None else order.data_ptr(),
         grad_weight=(0, 0, 0) if total is None else (total.data_ptr(), total.stride(0), total.stride(1)),

@@ -147,12 +147,13 @@ def run_group_influence(
     grad_output: Tensor,
     offsets: Tensor,
     queries: Tensor,
+    panels: Tensor | None,
     order: Tensor | None,
     grad_weight: Tensor | None,
     backend: str | None,
 ) -> Tensor:
     """Check the arguments of ``group_influence`` and run it; this is the kernel that the schema calls."""
-    arguments = Arguments(input, grad_output, offsets, queries, order, grad_weight)
+    arguments = Arguments(input, grad_output, offsets, queries, panels, order, grad_weight)
     check_arguments(arguments)
     check_grad_weight_memory(arguments)
     return _BACKENDS[_choose(backend, arguments)].group_influence(arguments)

@@ -63,7 +63,9 @@ def group_influence(
     Notes
     -----
     Costs the weight gradient's ``2 T O I`` operations plus ``2 m n O I``; memory beyond the arguments does not grow
-    with the number of domains, except for the result and up to 256 partial sums of its shape.
+    with the number of domains, except for the result and up to 256 partial sums of its shape. The CPU kernel keeps up
+    to 32 MiB of workspace between calls. Where inputs and queries are all bfloat16, the products are taken of gradients
+    rounded to bfloat16, as torch would; otherwise gradients stay float32.
 
     Examples
     --------
@@ -74,6 +76,6 @@ def group_influence(
     >>> ops.group_influence(input, grad_output, offsets, queries)
     tensor([[ 3., -7.]], dtype=torch.float64)
     """
-    rows = queries.tensor if isinstance(queries, PackedQueries) else queries
-    values: Tensor = group_influence_op(input, grad_output, offsets, rows, order, grad_weight, backend)
+    plain, panels = (queries.tensor, queries.panels) if isinstance(queries, PackedQueries) else (queries, None)
+    values: Tensor = group_influence_op(input, grad_output, offsets, plain, panels, order, grad_weight, backend)
     return values

@@ -7,20 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tikmix_fast.ops import cpu
+
 __all__ = ["PackedQueries", "pack_queries"]
 
 
 @dataclass(frozen=True)
 class PackedQueries:
-    """The task gradients of one layer in the layout the kernels read fastest; made by `pack_queries`.
+    """The task gradients of one layer, and a copy in the order in which the kernel reads them; see `pack_queries`.
 
     Attributes
     ----------
     tensor : float32 | bfloat16 [n, O, I]
-        The queries, contiguous.
+        The queries.
+    panels : Tensor or None
+        The copy, whose shape tells its layout; None where no kernel reads another order than that of ``tensor``.
     """
 
     tensor: Tensor
+    panels: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tensor.dim() != 3:
@@ -38,8 +43,8 @@ def pack_queries(queries: Tensor) -> PackedQueries:
     Parameters
     ----------
     queries : float32 | bfloat16 | float16 | float64 Tensor [n, O, I]
-        The preconditioned task gradients of one layer. The handle keeps its own copy unless they are contiguous
-        already.
+        The preconditioned task gradients of one layer. They must not change afterwards: the handle holds them and, on
+        a CPU, a copy for the instruction set in use; a call that runs on another kernel reads the tensor itself.
 
     Returns
     -------
@@ -59,4 +64,7 @@ def pack_queries(queries: Tensor) -> PackedQueries:
     """
     if not queries.dtype.is_floating_point:
         raise TypeError(f"queries must be a floating-point tensor; got {queries.dtype}")
-    return PackedQueries(queries.detach().contiguous())
+    queries = queries.detach().contiguous()
+    # The copy is made by address, which a tracer cannot follow.
+    copies = queries.dim() == 3 and not torch.compiler.is_compiling()
+    return PackedQueries(queries, cpu.pack_queries(queries) if copies else None)

@@ -25,7 +25,7 @@ def refusal(arguments: Arguments | ProjectedArguments) -> str | None:
 
 def group_influence(arguments: Arguments) -> Tensor:
     """Compute ``tikmix_fast.ops.group_influence`` one domain at a time, everything in float64."""
-    input, grad_output, offsets, queries, order, grad_weight = arguments
+    input, grad_output, offsets, queries, _, order, grad_weight = arguments
     bounds = domain_bounds(offsets, input.shape[0])
     check_order(order, input.shape[0])
     values = torch.zeros(queries.shape[0], len(bounds) - 1, dtype=torch.float64, device=input.device)

@@ -13,7 +13,7 @@ __all__ = ["group_influence_op"]
 # Kept at module level: a Library that is collected while its op is still held crashes the process.
 _LIBRARY = torch.library.Library("tikmix_fast", "DEF")
 _LIBRARY.define(
-    "group_influence(Tensor input, Tensor grad_output, Tensor offsets, Tensor queries, Tensor? order, "
+    "group_influence(Tensor input, Tensor grad_output, Tensor offsets, Tensor queries, Tensor? panels, Tensor? order, "
     "Tensor(a!)? grad_weight, str? backend) -> Tensor"
 )
 group_influence_op = torch.ops.tikmix_fast.group_influence.default
@@ -24,11 +24,12 @@ def _group_influence_fake(
     grad_output: Tensor,
     offsets: Tensor,
     queries: Tensor,
+    panels: Tensor | None,
     order: Tensor | None,
     grad_weight: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    check_arguments(Arguments(input, grad_output, offsets, queries, order, grad_weight))
+    check_arguments(Arguments(input, grad_output, offsets, queries, panels, order, grad_weight))
     return input.new_empty((queries.shape[0], offsets.shape[0] - 1), dtype=torch.float64)
 
 
@@ -37,6 +38,7 @@ def _group_influence_autograd(
     grad_output: Tensor,
     offsets: Tensor,
     queries: Tensor,
+    panels: Tensor | None,
     order: Tensor | None,
     grad_weight: Tensor | None,
     backend: str | None,
@@ -50,7 +52,7 @@ def _group_influence_autograd(
                     f"call it under torch.no_grad() or pass {name}.detach()"
                 )
     with torch._C._AutoDispatchBelowAutograd():
-        values: Tensor = group_influence_op(input, grad_output, offsets, queries, order, grad_weight, backend)
+        values: Tensor = group_influence_op(input, grad_output, offsets, queries, panels, order, grad_weight, backend)
     return values
 
 

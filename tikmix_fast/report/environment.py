@@ -16,7 +16,7 @@ from tikmix_fast._version import __version__
 __all__ = ["describe_environment"]
 
 _PACKAGES = ("torch", "numpy", "scipy", "lightgbm", "triton", "matplotlib", "typer", "rich", "safetensors")
-_VARIABLES = ("TIKMIX_FAST_BACKEND", "TIKMIX_FAST_CPU_ISA", "OMP_NUM_THREADS")
+_VARIABLES = ("TIKMIX_FAST_BACKEND", "TIKMIX_FAST_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -113,6 +113,8 @@ def _commit() -> str | None:
         # Inside an installed package, git would answer for whatever repository the environment lies in.
         if not git("ls-files", Path(__file__).name):
             return None
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+        # Results that a run writes beside older ones change nothing of what made them.
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_influence", "draw_losses", "draw_mixture", "save_figure"]
+__all__ = ["draw_influence", "draw_losses", "draw_mixture", "new_figure", "save_figure"]
 
 # Paul Tol's "muted" scheme and its pale grey, which is kept for the last domain.
 _COLOURS = ("#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#44AA99", "#AA4499", "#999933", "#882255")
@@ -36,7 +36,7 @@ def draw_influence(matrix: InfluenceMatrix, title: str = "") -> Figure:
     scale = np.nanmax(np.abs(matrix.values), axis=1, keepdims=True)
     scale[~(scale > 0)] = 1.0
     values, errors, certain = matrix.values / scale, matrix.stderr / scale, matrix.significant()
-    figure, axes = _figure(1.6 + 0.95 * m, 1.5 + 0.62 * n)
+    figure, axes = new_figure(1.6 + 0.95 * m, 1.5 + 0.62 * n)
     image = axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     for i in range(n):
         for j in range(m):
@@ -73,7 +73,7 @@ def draw_mixture(result: DemoResult) -> Figure:
     edges = [*starts, result.settings.steps]
     weights = np.array([[mixture[name] for name in domains] for _, mixture in result.tikmix.weights])
     tops = weights.cumsum(axis=1)
-    figure, axes = _figure(7.5, 4.2)
+    figure, axes = new_figure(7.5, 4.2)
     for j, name in enumerate(domains):
         axes.bar(
             starts, weights[:, j], width=np.diff(edges), bottom=tops[:, j] - weights[:, j], align="edge",
@@ -106,7 +106,7 @@ def draw_losses(result: DemoResult) -> Figure:
     """Draw the loss of every task over training in both arms, steered tasks first."""
     groups = [("steered for", result.steered), ("held out", result.held_out)]
     columns = max(len(tasks) for _, tasks in groups)
-    figure, axes = _figure(2.3 * columns, 4.8, rows=2, columns=columns)
+    figure, axes = new_figure(2.3 * columns, 4.8, rows=2, columns=columns)
     for row, (title, tasks) in zip(axes, groups, strict=True):
         for index, panel in enumerate(row):
             if index >= len(tasks):
@@ -130,6 +130,18 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     return files.write_bytes(path, content.getvalue())
 
 
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """Return a figure of this size in inches with its axes: one, or an array [rows, columns] of them."""
+    # Not pyplot: it keeps figures, and picks a backend that may need a screen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, axes if rows * columns > 1 else axes[0, 0]
+
+
 def _draw_loss(panel: Axes, result: DemoResult, task: str) -> None:
     for arm, name, colour, style in (
         (result.uniform, "uniform", _THEIRS, "--"),
@@ -145,17 +157,6 @@ def _draw_loss(panel: Axes, result: DemoResult, task: str) -> None:
     panel.axvline(result.settings.boundaries[0], color="#cccccc", linewidth=0.8, zorder=0)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    # Not pyplot: it keeps figures, and picks a backend that may need a screen.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes if rows * columns > 1 else axes[0, 0]
 
 
 def _colour(index: int, count: int) -> str:

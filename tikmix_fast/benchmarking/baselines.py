@@ -1,0 +1,271 @@
+"""Every way to compute the influence of one layer that we know of, ours among them, behind one signature."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tikmix_fast import ops
+from tikmix_fast.ops import cpu
+
+__all__ = ["PLAIN", "Answer", "Layer", "Method", "exact_methods"]
+
+PLAIN = "plain weight gradient"
+"""What every ratio is taken to."""
+
+_PANEL = 128
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The operands of one layer's backward pass.
+
+    Attributes
+    ----------
+    input : Tensor [T, I]
+    grad_output : Tensor [T, O]
+    offsets : int64 Tensor [m + 1]
+    queries : Tensor [n, O, I]
+        Of the dtype of ``input``, as every baseline needs them.
+    """
+
+    input: Tensor
+    grad_output: Tensor
+    offsets: Tensor
+    queries: Tensor
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """Iterate over (first row, end) of every domain."""
+        return pairwise(self.offsets.tolist())
+
+
+class Answer(NamedTuple):
+    """What a method gives: influence [n, m] and the total weight gradient [O, I]; None where it gives none."""
+
+    values: Tensor | None
+    total: Tensor | None
+
+
+class Method(NamedTuple):
+    """One way to compute it.
+
+    Attributes
+    ----------
+    prepare : callable (Layer) -> callable () -> Answer
+        Does once what a training run does once per refresh (packing queries, allocating the total), and returns what
+        is timed.
+    refusal : callable (Layer) -> str or None
+        Why it cannot be used here.
+    ours : bool
+    """
+
+    prepare: Callable[[Layer], Callable[[], Answer]]
+    refusal: Callable[[Layer], str | None] = lambda layer: None
+    ours: bool = False
+
+
+def exact_methods(*, every_instruction_set: bool = False) -> dict[str, Method]:
+    """Return the exact methods by name, `PLAIN` first.
+
+    Parameters
+    ----------
+    every_instruction_set : bool
+        Also our kernel with each instruction set forced.
+    """
+    methods = {
+        PLAIN: Method(_plain),
+        "oneDNN weight gradient": Method(_onednn, _onednn_refusal),
+        "torch, domain by domain": Method(_per_domain),
+        "torch, stacked + GEMM": Method(_stacked),
+        "oneDNN, stacked + GEMM": Method(_stacked_onednn, _onednn_refusal),
+        "grouped_mm + GEMM": Method(_grouped, _grouped_refusal),
+        "panels of 128, two passes": Method(_panelled),
+        "row-wise (ghost)": Method(_row_wise),
+        "tikmix_fast": Method(_ours, _cpu_refusal, ours=True),
+        "tikmix_fast, not packed": Method(_ours_unpacked, _cpu_refusal, ours=True),
+        "tikmix_fast, influence only": Method(_ours_without_total, _cpu_refusal, ours=True),
+    }
+    if every_instruction_set:
+        for name in cpu.instruction_sets():
+            methods[f"tikmix_fast, {name}"] = Method(_forced(name), _cpu_refusal, ours=True)
+    return methods
+
+
+def _plain(layer: Layer) -> Callable[[], Answer]:
+    return lambda: Answer(None, layer.grad_output.T @ layer.input)
+
+
+def _onednn_product(grad_output: Tensor, input: Tensor) -> Tensor:
+    """Return ``grad_output.T @ input``: oneDNN reads both with the rows contiguous that are summed over."""
+    if not len(input):  # which oneDNN refuses
+        return input.new_zeros(grad_output.shape[1], input.shape[1])
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(
+        grad_output.T.contiguous(), input.T.contiguous(), None, "none", [], ""
+    )
+    return product
+
+
+def _onednn(layer: Layer) -> Callable[[], Answer]:
+    return lambda: Answer(None, _onednn_product(layer.grad_output, layer.input))
+
+
+def _onednn_refusal(layer: Layer) -> str | None:
+    try:
+        _onednn_product(layer.grad_output[:4], layer.input[:4])
+    except (RuntimeError, AttributeError) as error:
+        return f"oneDNN's linear op does not run here: {str(error).splitlines()[0]}"
+    return None
+
+
+def _per_domain(layer: Layer) -> Callable[[], Answer]:
+    flat = layer.queries.flatten(1)
+
+    def run() -> Answer:
+        total = torch.zeros_like(layer.queries[0])
+        columns = []
+        for start, end in layer.parts():
+            gradient = layer.grad_output[start:end].T @ layer.input[start:end]
+            columns.append(flat @ gradient.flatten())
+            total += gradient
+        return Answer(torch.stack(columns, 1), total)
+
+    return run
+
+
+def _two_passes(queries: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Return influence and total from the gradients of all domains, [m, O, I]."""
+    return queries.flatten(1) @ gradients.flatten(1).T, gradients.sum(0)
+
+
+def _stacked(layer: Layer) -> Callable[[], Answer]:
+    def run() -> Answer:
+        gradients = torch.empty(len(layer.offsets) - 1, *layer.queries.shape[1:], dtype=layer.input.dtype)
+        for gradient, (start, end) in zip(gradients, layer.parts(), strict=True):
+            torch.mm(layer.grad_output[start:end].T, layer.input[start:end], out=gradient)
+        return Answer(*_two_passes(layer.queries, gradients))
+
+    return run
+
+
+def _stacked_onednn(layer: Layer) -> Callable[[], Answer]:
+    def run() -> Answer:
+        products = [_onednn_product(layer.grad_output[a:b], layer.input[a:b]) for a, b in layer.parts()]
+        return Answer(*_two_passes(layer.queries, torch.stack(products)))
+
+    return run
+
+
+def _grouped(layer: Layer) -> Callable[[], Answer]:
+    ends = layer.offsets[1:].int()
+    return lambda: Answer(*_two_passes(layer.queries, F.grouped_mm(layer.grad_output.T, layer.input, offs=ends)))
+
+
+def _grouped_refusal(layer: Layer) -> str | None:
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    try:
+        F.grouped_mm(layer.grad_output[:8].T, layer.input[:8], offs=torch.tensor([8], dtype=torch.int32))
+    except (RuntimeError, ValueError) as error:  # rows must be multiples of 16 bytes
+        return f"grouped_mm refuses this layer: {str(error).splitlines()[0]}"
+    return None
+
+
+def _panelled(layer: Layer) -> Callable[[], Answer]:
+    tasks, height, width = layer.queries.shape
+    domains = len(layer.offsets) - 1
+
+    def run() -> Answer:
+        values = torch.zeros(tasks, domains)
+        total = torch.empty(height, width, dtype=layer.input.dtype)
+        scratch = torch.empty(domains, min(_PANEL, height), width, dtype=layer.input.dtype)
+        for top in range(0, height, _PANEL):
+            rows = slice(top, min(top + _PANEL, height))
+            gradients = scratch[:, : rows.stop - top]
+            for gradient, (start, end) in zip(gradients, layer.parts(), strict=True):
+                torch.mm(layer.grad_output[start:end, rows].T, layer.input[start:end], out=gradient)
+            influence, total[rows] = _two_passes(layer.queries[:, rows], gradients)
+            values += influence
+        return Answer(values, total)
+
+    return run
+
+
+def _row_wise(layer: Layer) -> Callable[[], Answer]:
+    domains = len(layer.offsets) - 1
+    of_row = torch.repeat_interleave(torch.arange(domains), layer.offsets.diff())
+
+    def run() -> Answer:
+        rows = torch.stack([((layer.input @ query.T) * layer.grad_output).sum(1).float() for query in layer.queries])
+        values = torch.zeros(len(layer.queries), domains).index_add_(1, of_row, rows)
+        return Answer(values, layer.grad_output.T @ layer.input)
+
+    return run
+
+
+def _cpu_refusal(layer: Layer) -> str | None:
+    return ops.available_backends()["cpu"]
+
+
+def _total_of(layer: Layer) -> Tensor:
+    """Return zeros to add the total to, float32 as an optimizer's main gradient is."""
+    return torch.zeros(layer.queries.shape[1:])
+
+
+def _ours(layer: Layer) -> Callable[[], Answer]:
+    queries, total = ops.pack_queries(layer.queries), _total_of(layer)
+
+    def run() -> Answer:
+        values = ops.group_influence(layer.input, layer.grad_output, layer.offsets, queries, grad_weight=total)
+        return Answer(values, total)
+
+    return run
+
+
+def _ours_unpacked(layer: Layer) -> Callable[[], Answer]:
+    total = _total_of(layer)
+
+    def run() -> Answer:
+        values = ops.group_influence(layer.input, layer.grad_output, layer.offsets, layer.queries, grad_weight=total)
+        return Answer(values, total)
+
+    return run
+
+
+def _ours_without_total(layer: Layer) -> Callable[[], Answer]:
+    queries = ops.pack_queries(layer.queries)
+    return lambda: Answer(ops.group_influence(layer.input, layer.grad_output, layer.offsets, queries), None)
+
+
+@contextmanager
+def _instruction_set(name: str) -> Iterator[None]:
+    before = os.environ.get(cpu.INSTRUCTION_SET_VARIABLE)
+    os.environ[cpu.INSTRUCTION_SET_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[cpu.INSTRUCTION_SET_VARIABLE]
+        else:
+            os.environ[cpu.INSTRUCTION_SET_VARIABLE] = before
+
+
+def _forced(name: str) -> Callable[[Layer], Callable[[], Answer]]:
+    def prepare(layer: Layer) -> Callable[[], Answer]:
+        with _instruction_set(name):
+            run = _ours(layer)
+
+        def run_forced() -> Answer:
+            with _instruction_set(name):
+                return run()
+
+        return run_forced
+
+    return prepare

@@ -1,0 +1,293 @@
+"""The kernels against every baseline: checked against float64 first, then timed in turn, then weighed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tikmix_fast.benchmarking import memory
+from tikmix_fast.benchmarking.baselines import PLAIN, Answer, Layer, Method, exact_methods
+from tikmix_fast.benchmarking.interleaved import interleave
+from tikmix_fast.benchmarking.machine import MachineRates
+from tikmix_fast.testing import (
+    WorstCell,
+    check_budget,
+    domain_gradients,
+    eager_group_influence,
+    gradient_error,
+    influence_error,
+    rounding_floor,
+)
+
+__all__ = ["CASES", "QUICK_CASES", "TINY_CASES", "Case", "CheckedMethod", "check_methods", "make_layer", "measure_case"]
+
+_WRONG = 30.0
+"""A baseline, which has no budget to keep, is taken for broken beyond this many times the eager path's error."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and one batch.
+
+    Attributes
+    ----------
+    rows, height, width : int
+        T, O and I.
+    domains, tasks : int
+        m and n.
+    dtype : str
+        Name of a torch dtype, of operands and queries.
+    """
+
+    rows: int
+    height: int
+    width: int
+    domains: int
+    tasks: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """A title for tables."""
+        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(self.dtype, self.dtype)
+        return f"{short} T={self.rows} O={self.height} I={self.width} m={self.domains} n={self.tasks}"
+
+    @property
+    def useful_flops(self) -> float:
+        """Operations that influence with total needs: the weight gradient and one inner product per cell."""
+        weights = self.height * self.width
+        return 2.0 * self.rows * weights + 2.0 * self.domains * self.tasks * weights
+
+    @property
+    def least_bytes(self) -> float:
+        """Bytes that have to be moved: operands and queries read, the float32 total written, each once."""
+        size = getattr(torch, self.dtype).itemsize
+        weights = self.height * self.width
+        return float(size * (self.rows * (self.height + self.width) + self.tasks * weights) + 4 * weights)
+
+    @property
+    def plain_flops(self) -> float:
+        """Operations of the plain weight gradient."""
+        return 2.0 * self.rows * self.height * self.width
+
+    @property
+    def plain_bytes(self) -> float:
+        """Bytes that the plain weight gradient has to move."""
+        size = getattr(torch, self.dtype).itemsize
+        return float(size * (self.rows * (self.height + self.width) + self.height * self.width))
+
+
+CASES = (
+    Case(4096, 1024, 1024, 8, 4, "float32"),
+    Case(4096, 1024, 1024, 8, 4, "bfloat16"),
+    Case(4096, 4096, 1024, 26, 9, "bfloat16"),
+    Case(8192, 768, 768, 26, 9, "bfloat16"),
+)
+"""Those that the project set bars for."""
+
+QUICK_CASES = (Case(4096, 1024, 1024, 8, 4, "float32"), Case(4096, 1024, 1024, 8, 4, "bfloat16"))
+"""Those of ``tikmix-fast bench``."""
+
+TINY_CASES = (Case(96, 40, 24, 3, 2, "float32"), Case(96, 40, 24, 3, 2, "bfloat16"))
+"""To see that everything runs."""
+
+
+def make_layer(case: Case, seed: int = 0) -> Layer:
+    """Draw operands and queries (standard normal), and domains of uneven size."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    random = np.random.default_rng(seed)
+    shares = random.dirichlet(np.full(case.domains, 2.0))
+    sizes = random.multinomial(case.rows, shares)
+    offsets = torch.tensor(np.concatenate([[0], np.cumsum(sizes)]))
+    return Layer(
+        normal(case.rows, case.width),
+        normal(case.rows, case.height),
+        offsets,
+        normal(case.tasks, case.height, case.width),
+    )
+
+
+@dataclass(frozen=True)
+class CheckedMethod:
+    """A method whose answer was found right.
+
+    Attributes
+    ----------
+    run : callable
+        What is timed.
+    error, total_error : float or None
+        Of the influence, max over cells of ``|dS_ij| / (|q_i| |g_j|)``, and of the total, in the measure of
+        `gradient_error`; None where it gives none.
+    ours : bool
+    """
+
+    run: Callable[[], Answer]
+    error: float | None
+    total_error: float | None
+    ours: bool
+
+
+def check_methods(layer: Layer, methods: dict[str, Method]) -> tuple[dict[str, CheckedMethod], dict[str, str]]:
+    """Prepare every method that can run and compare its answer with float64.
+
+    Returns
+    -------
+    checked : dict of str to CheckedMethod
+    skipped : dict of str to str
+        The others, with the reason.
+
+    Raises
+    ------
+    AssertionError
+        If an answer is wrong, with the method's name: ours by the budget of `tikmix_fast.testing`, which is twice the
+        error of the eager torch path in the same dtype; the others by 30 times that error.
+    """
+    gradients = domain_gradients(layer.input, layer.grad_output, layer.offsets)
+    values = layer.queries.double().flatten(1) @ gradients.flatten(1).T
+    total = gradients.sum(0)
+    floor = rounding_floor(total.numel())
+    eager = eager_group_influence(layer.input, layer.grad_output, layer.offsets, layer.queries)
+    eager_errors = influence_error(eager[0], values, layer.queries, gradients), gradient_error(eager[1], total)
+
+    def within_budget(name: str, ours: bool, found: WorstCell, other: WorstCell, floor: float) -> float:
+        try:
+            if ours:
+                check_budget(found, other, floor)
+            elif not found.error <= _WRONG * other.error + floor:
+                raise AssertionError(f"{found}, where the eager path has {other}")
+        except AssertionError as error:
+            raise AssertionError(f"{name} is wrong: {error}") from None
+        return found.error
+
+    checked, skipped = {}, {}
+    for name, method in methods.items():
+        reason = method.refusal(layer)
+        if reason is not None:
+            skipped[name] = reason
+            continue
+        run = method.prepare(layer)
+        answer = run()
+        error = total_error = None
+        if answer.values is not None:
+            found = influence_error(answer.values, values, layer.queries, gradients)
+            error = within_budget(f"{name}: influence", method.ours, found, eager_errors[0], floor)
+        if answer.total is not None:
+            found = gradient_error(answer.total, total)
+            total_error = within_budget(f"{name}: total", method.ours, found, eager_errors[1], 1e-6)
+        checked[name] = CheckedMethod(run, error, total_error, method.ours)
+    return checked, skipped
+
+
+def measure_case(
+    case: Case,
+    rates: MachineRates,
+    *,
+    rounds: int = 20,
+    seconds: float | None = None,
+    weigh: bool = True,
+    every_instruction_set: bool = False,
+    tell: Callable[[str], object] = lambda what: None,
+) -> dict[str, Any]:
+    """Check, time and weigh every method on one case.
+
+    Parameters
+    ----------
+    case : Case
+    rates : MachineRates
+        Of this machine, for the shares.
+    rounds, seconds
+        As in `interleave`.
+    weigh : bool
+        Whether to measure memory, in a fresh process per method.
+    every_instruction_set : bool
+        Also our kernel with each instruction set forced.
+    tell : callable (str) -> object
+        Called with what is being done.
+
+    Returns
+    -------
+    dict
+        Plain JSON types: the case, ``rows`` (one per method) and ``skipped`` (method to reason).
+
+    Raises
+    ------
+    AssertionError
+        If a method is wrong; see `check_methods`.
+    """
+    tell(f"{case.name}: checking against float64")
+    checked, skipped = check_methods(make_layer(case), exact_methods(every_instruction_set=every_instruction_set))
+    tell(f"{case.name}: timing {len(checked)} methods")
+    timings = interleave({name: method.run for name, method in checked.items()}, rounds, seconds=seconds)
+    weights = _weigh(case, list(checked), tell) if weigh else {}
+    rows = []
+    for name, method in checked.items():
+        summary = timings.summary(name, PLAIN)
+        flops = case.plain_flops if method.error is None else case.useful_flops
+        least = case.plain_bytes if method.error is None else case.least_bytes
+        rows.append(
+            {
+                "method": name,
+                "ours": method.ours,
+                "gives": [
+                    what
+                    for what, error in (("influence", method.error), ("total", method.total_error))
+                    if error is not None
+                ],
+                **summary,
+                "flops_per_second": flops / summary["seconds"],
+                "peak_share": flops / summary["seconds"] / rates.flops[case.dtype],
+                "bytes_per_second": least / summary["seconds"],
+                "bandwidth_share": least / summary["seconds"] / rates.bandwidth,
+                "scratch_bytes": weights.get(name, {}).get("growth"),
+                "peak_bytes": weights.get(name, {}).get("peak"),
+                "error": method.error,
+                "total_error": method.total_error,
+            }
+        )
+    return {
+        "case": case.name,
+        "dtype": case.dtype,
+        "shape": {"T": case.rows, "O": case.height, "I": case.width, "m": case.domains, "n": case.tasks},
+        "tokens_per_domain": case.rows / case.domains,
+        "threads": torch.get_num_threads(),
+        "intensity": case.useful_flops / case.least_bytes,
+        "rows": rows,
+        "skipped": skipped,
+    }
+
+
+def _weigh(case: Case, names: Sequence[str], tell: Callable[[str], object]) -> dict[str, dict[str, Any]]:
+    if memory.why_not() is not None:
+        return {}
+    found = {}
+    for name in names:
+        tell(f"{case.name}: memory of {name}")
+        request = {"case": vars(case), "method": name, "threads": torch.get_num_threads()}
+        found[name] = memory.in_fresh_process(__name__, request)
+    return found
+
+
+def _weigh_one(request: dict[str, Any]) -> dict[str, int]:
+    """Return the peak growth of one call, the libraries warmed up on a small layer of the same kind."""
+    torch.set_num_threads(request["threads"])
+    case = Case(**request["case"])
+    method = exact_methods(every_instruction_set=True)[request["method"]]
+    small = Case(128, 32, 32, case.domains, case.tasks, case.dtype)
+    method.prepare(make_layer(small))()
+    return memory.peak_growth(method.prepare(make_layer(case)))
+
+
+if __name__ == "__main__":
+    print(json.dumps(_weigh_one(json.load(sys.stdin))))

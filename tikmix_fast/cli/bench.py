@@ -1,0 +1,104 @@
+"""``tikmix-fast bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tikmix_fast.cli.folders import make_folder
+from tikmix_fast.cli.mistakes import user_mistakes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tikmix_fast.benchmarking.suites import BenchSettings
+
+__all__ = ["bench"]
+
+
+def bench(
+    suite: Annotated[
+        list[str] | None, typer.Option(help="ops, engine, mixture or sampler; may be given again. Default: all.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("tikmix-bench"),
+    size: Annotated[
+        Literal["quick", "full", "tiny"],
+        typer.Option(help="quick (a minute), full (the committed results), or tiny (shows that it runs)."),
+    ] = "quick",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of every comparison.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Of every comparison, after at least 3 rounds.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure this machine: kernels against torch's ways, training steps with and without influence, mixture, sampler.
+
+    Every result is compared with float64 before anything is timed, and all methods of a comparison take turns.
+    """
+    import dataclasses
+
+    from rich.console import Console
+
+    from tikmix_fast import files
+
+    console = Console(stderr=True)
+    with user_mistakes():
+        make_folder(out)
+        with console.status("loading torch"):
+            import torch
+
+            from tikmix_fast.benchmarking.suites import SUITES, BenchSettings
+        settings = BenchSettings.of(size)
+        if rounds is not None:
+            settings = dataclasses.replace(settings, rounds=rounds)
+        if seconds is not None:
+            settings = dataclasses.replace(settings, seconds=seconds)
+        chosen = list(dict.fromkeys(suite or SUITES))
+        for name in chosen:
+            if name not in SUITES:
+                raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {name!r}")
+        if threads:
+            torch.set_num_threads(threads)
+        resolved = {**dataclasses.asdict(settings), "suites": chosen, "threads": torch.get_num_threads()}
+        files.write_json(out / "settings.json", resolved)
+    results = [_run(name, settings, out, console) for name in chosen]
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({result["suite"]: result for result in results}, indent=1))
+    else:
+        _print_tables(results, out)
+
+
+def _run(name: str, settings: BenchSettings, out: Path, console: Console) -> dict[str, Any]:
+    from tikmix_fast import files
+    from tikmix_fast.benchmarking.suites import run_suite
+
+    with console.status(name) as status:
+        try:
+            result = run_suite(name, settings, lambda what: status.update(f"{name}: {what}"))
+        except AssertionError as error:  # what was to be timed computes wrong numbers here
+            typer.echo(f"wrong result: {error}", err=True)
+            raise typer.Exit(1) from None
+    files.write_json(out / f"{name}.json", result)
+    if name == "ops":
+        from tikmix_fast.report.plots import save_figure
+        from tikmix_fast.report.roofline import draw_roofline
+
+        save_figure(draw_roofline(result), out / "roofline.png")
+    return result
+
+
+def _print_tables(results: list[dict[str, Any]], out: Path) -> None:
+    from rich.console import Console
+
+    from tikmix_fast.report.benchmark_tables import benchmark_facts, benchmark_tables
+
+    console = Console(highlight=False)
+    for result in results:
+        for table in benchmark_tables(result):
+            console.print(table.to_rich())
+            console.print()
+    console.print(benchmark_facts(results[0]), soft_wrap=True)
+    console.print(f"numbers: {out}/*.json", soft_wrap=True)

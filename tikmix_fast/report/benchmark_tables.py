@@ -1,0 +1,218 @@
+"""What benchmarks measured as tables: the same cells for a terminal and for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["TextTable", "benchmark_facts", "benchmark_tables", "ops_summary"]
+
+_EXACT = "tikmix_fast"
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of finished cells.
+
+    Attributes
+    ----------
+    title : str
+    header : sequence of str
+    rows : sequence of sequence of str
+        The first column is text, the others are numbers.
+    notes : sequence of str
+        What was left out, with the reason.
+    bold : frozenset of int
+        The rows that are this package's own.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    bold: frozenset[int] = frozenset()
+
+    def to_markdown(self) -> str:
+        """Return the table without its title, and the notes below."""
+        lines = [f"| {' | '.join(self.header)} |", f"|---|{'---:|' * (len(self.header) - 1)}"]
+        for index, row in enumerate(self.rows):
+            first = f"**{row[0]}**" if index in self.bold else row[0]
+            lines.append(f"| {' | '.join([first, *row[1:]])} |")
+        if self.notes:
+            lines += ["", *(f"{note}." for note in self.notes)]
+        return "\n".join(lines)
+
+    def to_rich(self) -> Table:
+        """Return the table for a terminal."""
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        notes = escape("; ".join(self.notes)) or None
+        table = Table(title=escape(self.title), caption=notes, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+        for index, name in enumerate(self.header):
+            table.add_column(escape(name), justify="right" if index else "left")
+        for index, row in enumerate(self.rows):
+            table.add_row(*map(escape, row), style="bold" if index in self.bold else None)
+        return table
+
+
+def benchmark_tables(result: dict[str, Any]) -> list[TextTable]:
+    """Return every table of one suite's result, as `tikmix_fast.benchmarking.suites.run_suite` returns it."""
+    make = {"ops": _ops_tables, "engine": _engine_tables, "mixture": _mixture_tables, "sampler": _sampler_tables}
+    return make[result["suite"]](result)
+
+
+def benchmark_facts(result: dict[str, Any]) -> str:
+    """Return in one line what a result was measured on."""
+    machine, packages = result["environment"]["machine"], result["environment"]["packages"]
+    commit = (result["environment"]["commit"] or "unknown").split()
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, torch {packages['torch']}, commit "
+        f"{' '.join([commit[0][:10], *commit[1:]])}, {result['date']}"
+    )
+
+
+def ops_summary(result: dict[str, Any]) -> TextTable:
+    """Return one row per case: ours, and the fastest other method that gives both influence and the total."""
+    header = ["case", "tikmix_fast", "fastest other", "extra memory", "its", "GF/s", "of peak", "error"]
+    rows, slower = [], []
+    for case in result["cases"]:
+        exact = [row for row in case["rows"] if len(row["gives"]) == 2]
+        ours = next((row for row in exact if row["method"] == _EXACT), None)
+        if ours is None:
+            rows.append([case["case"], "not available here", *["-"] * (len(header) - 2)])
+            continue
+        other = min((row for row in exact if not row["ours"]), key=lambda row: row["ratio"])
+        if other["ratio"] < ours["ratio"]:
+            slower.append(case["case"])
+        rows.append(
+            [
+                case["case"],
+                _ratio(ours),
+                f"{other['ratio']:.2f} {other['method']}",
+                _bytes(ours["scratch_bytes"]),
+                _bytes(other["scratch_bytes"]),
+                f"{ours['flops_per_second'] / 1e9:.0f}",
+                f"{ours['peak_share']:.0%}",
+                _error(ours["error"]),
+            ]
+        )
+    notes = [f"Slower than the fastest other: {'; '.join(slower)}"] if slower else []
+    return TextTable("Influence and total gradient of one layer", header, rows, notes)
+
+
+def _ops_tables(result: dict[str, Any]) -> list[TextTable]:
+    header = ["method", "ms", "x plain [95 %]", "GF/s", "GB/s", "scratch", "error", "of total"]
+    tables = []
+    for case in result["cases"]:
+        rows = [
+            [
+                row["method"],
+                f"{row['seconds'] * 1e3:.3g}",
+                _ratio(row),
+                f"{row['flops_per_second'] / 1e9:.0f} ({row['peak_share']:.0%})",
+                f"{row['bytes_per_second'] / 1e9:.2g} ({row['bandwidth_share']:.0%})",
+                _bytes(row["scratch_bytes"]),
+                _error(row["error"]),
+                _error(row["total_error"]),
+            ]
+            for row in case["rows"]
+        ]
+        title = f"{case['case']}: {case['tokens_per_domain']:.0f} tokens per domain, {case['threads']} threads"
+        tables.append(TextTable(title, header, rows, _skipped(case), _ours(case["rows"])))
+    return tables
+
+
+def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
+    tables = [
+        TextTable(
+            f"{case['case']}: error {_error(case['error'])}, autograd's own {_error(case['eager_error'])}",
+            ["training step", "s", "x without [95 %]", "CPU s"],
+            [[row["method"], *_times(row)] for row in case["rows"]],
+            _skipped(case),
+            _ours(case["rows"]),
+        )
+        for case in result["steps"]
+    ]
+    tables += [
+        TextTable(
+            case["case"],
+            ["all influence", "s", "x floor [95 %]", "CPU s", "parameters", "error"],
+            [[row["method"], *_times(row), row["covers"], _error(row["error"])] for row in case["rows"]],
+            _skipped(case),
+            _ours(case["rows"]),
+        )
+        for case in result["measurements"]
+    ]
+    memory = result["memory"]
+    if memory.get("rows") or memory.get("skipped"):
+        tables.append(
+            TextTable(
+                f"Peak memory above model and data: {memory['case']}",
+                ["domains", "method", "growth", "above the floor"],
+                [
+                    [str(row["domains"]), row["method"], _bytes(row["growth_bytes"]), _bytes(row["above_floor_bytes"])]
+                    for row in memory["rows"]
+                ],
+                _skipped(memory),
+            )
+        )
+    return tables
+
+
+def _mixture_tables(result: dict[str, Any]) -> list[TextTable]:
+    rows = [
+        [f"{case['case']}, {row['method']}", f"{row['seconds'] * 1e3:.3g}", f"{row['objective_above_best']:.0e}"]
+        for case in result["cases"]
+        for row in case["rows"]
+    ]
+    notes = [f"{case['case']}: {note}" for case in result["cases"] for note in _skipped(case)]
+    return [TextTable("TiKMiX-D", ["domains, tasks, solver", "ms", "objective above the best"], rows, notes)]
+
+
+def _sampler_tables(result: dict[str, Any]) -> list[TextTable]:
+    tables = []
+    for case in result["cases"]:
+        rows = [[row["method"], f"{row['draws_per_second']:.2e}"] for row in case["rows"]]
+        tables.append(TextTable(f"Sampler, {case['case']}", ["draws", "per second"], rows))
+        rows = [
+            [f"{row['domains']} domains, {row['samples']:.0e} samples", _bytes(row["peak_bytes"])]
+            for row in case["memory"]
+        ]
+        tables.append(TextTable("Sampler, memory", ["a sampler that draws", "peak"], rows))
+    return tables
+
+
+def _ours(rows: Sequence[dict[str, Any]]) -> frozenset[int]:
+    return frozenset(index for index, row in enumerate(rows) if row["ours"])
+
+
+def _skipped(case: dict[str, Any]) -> list[str]:
+    return [f"{name} left out: {reason}" for name, reason in case.get("skipped", {}).items()]
+
+
+def _times(row: dict[str, Any]) -> list[str]:
+    return [f"{row['seconds']:.3g}", _ratio(row), f"{row['cpu_seconds']:.3g}"]
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    interval = row["ratio_interval"]
+    if interval is None or interval[0] == interval[1]:  # too few rounds, or what the others are compared with
+        return f"{row['ratio']:.2f}"
+    return f"{row['ratio']:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _bytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.3g} MiB"
+
+
+def _error(error: float | None) -> str:
+    if error is None:
+        return "-"
+    digits, _, exponent = f"{error:.0e}".partition("e")
+    return "0" if error == 0 else f"{digits}e{int(exponent)}"
