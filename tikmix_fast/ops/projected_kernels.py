@@ -21,7 +21,7 @@ def reference(arguments: ProjectedArguments) -> Tensor:
     small_input = input.double() @ factor_matrix(input_factor, queries.shape[2], torch.float64).T  # [T, k_in]
     small_grad = grad_output.double() @ factor_matrix(output_factor, queries.shape[1], torch.float64).T  # [T, k_out]
     return scale * reference_backend.group_influence(
-        Arguments(small_input, small_grad, offsets, queries, order, grad_weight=None)
+        Arguments(small_input, small_grad, offsets, queries, panels=None, order=order, grad_weight=None)
     )
 
 
@@ -31,7 +31,7 @@ def cpu(arguments: ProjectedArguments) -> Tensor:
     small_input = project_rows(input, input_factor, queries.shape[2])
     small_grad = project_rows(grad_output, output_factor, queries.shape[1])
     return scale * cpu_backend.group_influence(
-        Arguments(small_input, small_grad, offsets, queries, order, grad_weight=None)
+        Arguments(small_input, small_grad, offsets, queries, panels=None, order=order, grad_weight=None)
     )
 
 
