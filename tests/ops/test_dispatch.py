@@ -135,9 +135,13 @@ def test_available_backends_gives_a_reason_for_each_it_cannot_use() -> None:
 
 def test_the_public_names() -> None:
     assert set(ops.__all__) == {
+        "LayerProjection",
         "PackedQueries",
         "available_backends",
         "group_influence",
         "pack_queries",
+        "projected_domain_gradients",
+        "projected_group_influence",
+        "projection_stderr",
         "use_backend",
     }

@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 
 from tikmix_fast.ops.checks import Arguments, check_order, domain_bounds
 from tikmix_fast.ops.choice import count_costs
+from tikmix_fast.ops.projected_checks import ProjectedArguments
 from tikmix_fast.ops.row_wise import row_wise_influence
 
 try:  # after torch, so that both use the one OpenMP runtime that torch brings
@@ -33,10 +34,10 @@ def unavailable() -> str | None:
     return _missing
 
 
-def refusal(arguments: Arguments) -> str | None:
+def refusal(arguments: Arguments | ProjectedArguments) -> str | None:
     """Return why the native kernel cannot take this call, or None."""
     for name in ("input", "grad_output", "queries", "grad_weight"):
-        tensor: Tensor | None = getattr(arguments, name)
+        tensor: Tensor | None = getattr(arguments, name, None)
         if tensor is None:
             continue
         if tensor.device.type != "cpu":

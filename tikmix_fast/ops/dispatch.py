@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops import cpu, cuda, reference
+from tikmix_fast.ops import cpu, cuda, projected_kernels, reference
 from tikmix_fast.ops.checks import Arguments, check_arguments, check_grad_weight_memory
+from tikmix_fast.ops.projected_checks import ProjectedArguments, check_projected_arguments
 
-__all__ = ["available_backends", "run_group_influence", "use_backend"]
+__all__ = ["available_backends", "run_group_influence", "run_projected_group_influence", "use_backend"]
 
 ENVIRONMENT_VARIABLE = "TIKMIX_FAST_BACKEND"
 
@@ -23,13 +24,16 @@ _log = logging.getLogger("tikmix_fast.ops")
 
 class _Backend(NamedTuple):
     unavailable: Callable[[], str | None]  # why it cannot run on this machine
-    refusal: Callable[[Arguments], str | None]  # why it cannot take this call
+    refusal: Callable[[Arguments | ProjectedArguments], str | None]  # why it cannot take this call
     group_influence: Callable[[Arguments], Tensor]
+    projected_group_influence: Callable[[ProjectedArguments], Tensor]
 
 
 _BACKENDS = {
-    "reference": _Backend(reference.unavailable, reference.refusal, reference.group_influence),
-    "cpu": _Backend(cpu.unavailable, cpu.refusal, cpu.group_influence),
+    "reference": _Backend(
+        reference.unavailable, reference.refusal, reference.group_influence, projected_kernels.reference
+    ),
+    "cpu": _Backend(cpu.unavailable, cpu.refusal, cpu.group_influence, projected_kernels.cpu),
 }
 # Names with a reason and no kernel, so that a request for one is answered.
 _WITHOUT_KERNEL: dict[str, Callable[[], str]] = {
@@ -115,11 +119,11 @@ def _requested(argument: str | None) -> tuple[str, str] | None:
     return (variable, ENVIRONMENT_VARIABLE) if variable else None
 
 
-def _why_not(name: str, arguments: Arguments) -> str | None:
+def _why_not(name: str, arguments: Arguments | ProjectedArguments) -> str | None:
     return _unavailable(name) or _BACKENDS[name].refusal(arguments)
 
 
-def _choose(argument: str | None, arguments: Arguments) -> str:
+def _choose(argument: str | None, arguments: Arguments | ProjectedArguments) -> str:
     request = _requested(argument)
     if request is not None:
         name, source = request
@@ -153,3 +157,20 @@ def run_group_influence(
     check_arguments(arguments)
     check_grad_weight_memory(arguments)
     return _BACKENDS[_choose(backend, arguments)].group_influence(arguments)
+
+
+def run_projected_group_influence(
+    input: Tensor,
+    grad_output: Tensor,
+    offsets: Tensor,
+    queries: Tensor,
+    output_factor: Tensor,
+    input_factor: Tensor,
+    scale: float,
+    order: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Check the arguments of ``projected_group_influence`` and run it; this is the kernel that the schema calls."""
+    arguments = ProjectedArguments(input, grad_output, offsets, queries, output_factor, input_factor, scale, order)
+    check_projected_arguments(arguments)
+    return _BACKENDS[_choose(backend, arguments)].projected_group_influence(arguments)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast.ops.checks import Arguments, check_order, domain_bounds
+from tikmix_fast.ops.projected_checks import ProjectedArguments
 
 __all__ = ["group_influence", "refusal", "unavailable"]
 
@@ -17,7 +18,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refusal(arguments: Arguments) -> str | None:
+def refusal(arguments: Arguments | ProjectedArguments) -> str | None:
     """Return None: every floating dtype, device and layout is taken."""
     return None
 
