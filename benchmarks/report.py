@@ -60,8 +60,8 @@ def ops_section(results: dict[str, Any]) -> str:
             ops_summary(results).to_markdown(),
             "Time of influence and total gradient together over that of the plain weight gradient alone, "
             "`grad_output.T @ input`, with the 95 % interval; extra memory is what the process grew by at the peak of "
-            "a call, the total not counted; the error is max over cells of |dS_ij| / (|q_i| |g_j|) against float64. The "
-            f"roofs are the fastest products and copy seen in the same run: {_roofs(results['rates'])}.",
+            "a call, the total not counted; the error is max over cells of |dS_ij| / (|q_i| |g_j|) against float64. "
+            f"The roofs are the fastest products and copy seen in the same run: {_roofs(results['rates'])}.",
             "![Operations per second of each case under the measured roofs](benchmarks/results/roofline.png)",
             _folded("Every method, case by case", benchmark_tables(results)),
             f"{benchmark_facts(results)}.",

@@ -86,7 +86,7 @@ _STEP = StepCase(6, 6, 384, 8192, 16, 256, 8, 4, "float32")
 STEPS = (_STEP, replace(_STEP, dtype="bfloat16"))
 """Those that the project set bars for."""
 
-QUICK_STEPS = (replace(_STEP, sequences=8),)
+QUICK_STEPS = (replace(_STEP, sequences=4),)
 """Those of ``tikmix-fast bench``."""
 
 TINY_STEPS = tuple(StepCase(1, 2, 16, 32, 4, 8, 2, 2, dtype) for dtype in ("float32", "bfloat16"))
@@ -283,7 +283,7 @@ class MeasurementCase:
 MEASUREMENT = MeasurementCase()
 """That of the comparison with neighbouring libraries."""
 
-QUICK_MEASUREMENT = replace(MEASUREMENT, domain_sequences=64)
+QUICK_MEASUREMENT = replace(MEASUREMENT, domain_sequences=32)
 """That of ``tikmix-fast bench``."""
 
 TINY_MEASUREMENT = MeasurementCase(1, 2, 16, 32, 8, domain_sequences=64, task_sequences=4, batch=4)

@@ -356,7 +356,7 @@ def _weigh(case: Case, names: Sequence[str], tell: Callable[[str], object]) -> d
 
 
 def _weigh_one(request: dict[str, Any]) -> dict[str, int]:
-    """Return the peak growth of one call beyond the total, the libraries warmed up on a small layer of the same kind."""
+    """Return the peak growth of one call beyond the total, the libraries warmed up on a small layer."""
     torch.set_num_threads(request["threads"])
     case = Case(**request["case"])
     method = methods_of(case, every_instruction_set=True)[request["method"]]
