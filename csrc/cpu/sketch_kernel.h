@@ -3,36 +3,19 @@
 //
 // Everything is in an anonymous namespace and nothing of the standard library is called but memcpy and memset, for the
 // reason given in kernel.h.
-#include <cstring>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "sketch.h"
+#include "vectors.h"
 
 namespace {
 
-using tikmix_fast::Element;
 using tikmix_fast::kLargestSketch;
 using tikmix_fast::Matrix;
 using tikmix_fast::SketchProblem;
 using tikmix_fast::SketchTables;
 
-constexpr int kLanes = TIKMIX_FAST_VECTOR_BYTES / sizeof(float);
 // Rows that share the loads of signs and masks, and vectors of sums of each that stay in registers.
 constexpr int kRows = TIKMIX_FAST_SKETCH_ROWS;
 constexpr int kVectors = 4;
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-
-template <class To, class From>
-inline To bits_as(From value) {
-    static_assert(sizeof(To) == sizeof(From), "same bits");
-    To result;
-    memcpy(&result, &value, sizeof result);
-    return result;
-}
 
 template <class V>
 inline V load(const void* source) {
@@ -170,26 +153,12 @@ void add_strip(const Strip<typename Format::Stored>& strip, const SketchTables& 
     }
 }
 
-inline void convert(float value, float* target) { *target = value; }
 inline void convert(uint16_t value, uint16_t* target) { *target = value; }
 
-struct Bfloat16 {
-    uint16_t bits;
-};
-inline void convert(Bfloat16 value, float* target) { *target = bits_as<float>(uint32_t{value.bits} << 16); }
-
-struct Float16 {
-    uint16_t bits;
-};
-inline void convert(Float16 value, float* target) {
-    const uint32_t magnitude = value.bits & 0x7fffu;
-    // As in kernel.h: the exponents' biases differ by 112, and infinity and NaN keep theirs.
-    const uint32_t finite = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
-    const uint32_t infinite = ((magnitude + 0x400) >> 15) * 0x7f800000;
-    *target = bits_as<float>(finite | infinite | (value.bits & 0x8000u) << 16);
+template <class Source>
+inline void convert(Source value, float* target) {
+    *target = to_float(value);
 }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class Stored, class Source>
 void copy_columns(const Source* source, int64_t step, int64_t count, Stored* target) {

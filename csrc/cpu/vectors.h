@@ -1,6 +1,6 @@
 // Vectors of float32 of the instruction set, and the elements that become them.
 #include <cstring>
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
