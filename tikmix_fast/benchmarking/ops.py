@@ -282,7 +282,7 @@ def measure_case(
     rounds, seconds
         As in `interleave`.
     weigh : bool
-        Whether to measure memory, in a fresh process per method.
+        Whether to measure memory, in a fresh process per method (instruction sets that are forced left out).
     every_instruction_set : bool
         Also our kernel with each instruction set forced.
     tell : callable (str) -> object
@@ -303,7 +303,7 @@ def measure_case(
     checked, skipped = check_methods(make_layer(case), methods)
     tell(f"{case.name}: timing {len(checked)} methods")
     timings = interleave({name: method.run for name, method in checked.items()}, rounds, seconds=seconds)
-    weights = _weigh(case, list(checked), tell) if weigh else {}
+    weights = _weigh(case, [name for name in methods_of(case) if name in checked], tell) if weigh else {}
     rows = []
     for name, method in checked.items():
         summary = timings.summary(name, PLAIN)
@@ -359,7 +359,7 @@ def _weigh_one(request: dict[str, Any]) -> dict[str, int]:
     """Return the peak growth of one call beyond the total, the libraries warmed up on a small layer."""
     torch.set_num_threads(request["threads"])
     case = Case(**request["case"])
-    method = methods_of(case, every_instruction_set=True)[request["method"]]
+    method = methods_of(case)[request["method"]]
     small = replace(case, rows=128, height=32, width=32)
     method.prepare(make_layer(small))()
     run = method.prepare(make_layer(case))

@@ -37,7 +37,7 @@ class BenchSettings:
     weigh : bool
         Measure peak memory, in a fresh process for every number.
     every_instruction_set : bool
-        Time our kernel also with each instruction set forced.
+        Time our kernel also with each instruction set forced, in the cases of less than 10 GFLOP.
 
     Raises
     ------
@@ -124,7 +124,8 @@ def _ops(settings: BenchSettings, tell: Tell) -> dict[str, Any]:
             rounds=settings.rounds,
             seconds=settings.seconds,
             weigh=settings.weigh,
-            every_instruction_set=settings.every_instruction_set,
+            # Without vector instructions, larger cases take seconds per call.
+            every_instruction_set=settings.every_instruction_set and case.plain_flops < 1e10,
             tell=tell,
         )
         for case in cases

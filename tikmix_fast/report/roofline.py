@@ -74,7 +74,7 @@ def draw_roofline(result: dict[str, Any]) -> Figure:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-    axes.set_xlabel("useful operations per byte that must be moved")
+    axes.set_xlabel("useful operations (projections count as dense) per byte that must be moved")
     axes.set_ylabel("useful operations per second, GF/s")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#EEEEEE", linewidth=0.8, zorder=0)
