@@ -26,14 +26,18 @@ constexpr double kFewestProductsPerThread = 1 << 20;
 constexpr int64_t kSliceRows = 64;
 
 int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
-int64_t whole_lines(int64_t floats) {
-    constexpr int64_t line = kCacheLine / sizeof(float);
-    return divide_up(floats, line) * line;
-}
 
-// Floats from one panel to the next: not a multiple of the page size, so that panels do not all compete for the same
-// cache sets.
-int64_t panel_stride(int64_t rows, int64_t columns) { return whole_lines(rows * columns) + 5 * whole_lines(1); }
+// Floats between the parts of a workspace: the distance of two panels is no multiple of the page size, so that panels
+// do not all compete for the same cache sets.
+constexpr int64_t kLine = kCacheLine / sizeof(float);
+constexpr int64_t kGap = 5 * kLine;
+int64_t whole_lines_and_gap(int64_t floats) { return divide_up(floats, kLine) * kLine + kGap; }
+
+// Cuts memory into `count` parts, each with its gap, and returns where they end.
+float* cut(float* memory, int64_t count, int64_t stride) {
+    for (int64_t part = 1; part <= count; ++part) leave_empty(memory + part * stride - kGap, kGap);
+    return memory + count * stride;
+}
 
 // A part of the weights, cut into tiles.
 struct Grid {
@@ -129,7 +133,7 @@ std::vector<Kernel> usable_kernels() {
 
 void pack_queries(const Queries& queries, const Kernel& kernel, int64_t height, int64_t width, int threads,
                   void* panels) {
-    const int64_t tiles = divide_up(height, kTileRows);
+    const int64_t tiles = queries.tasks == 0 ? 0 : divide_up(height, kTileRows);  // without tasks there is no memory
 #pragma omp parallel for num_threads(threads)
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = tile * kTileRows;
@@ -151,16 +155,20 @@ void group_influence(const Problem& problem, const Kernel& wanted, int threads, 
     const int64_t part_columns =
         std::min(divide_up(problem.width, kSmallestTileColumns), kPartColumns / kSmallestTileColumns) *
         kSmallestTileColumns;
-    const int64_t grad_output_stride = panel_stride(block_rows, kernel.micro_rows);
-    const int64_t grad_output_floats = part_rows / kernel.micro_rows * grad_output_stride;
-    const int64_t input_stride = panel_stride(block_rows, kernel.micro_columns);
-    const int64_t input_floats = part_columns / kernel.micro_columns * input_stride;
+    const int64_t grad_output_panels = part_rows / kernel.micro_rows;
+    const int64_t grad_output_stride = whole_lines_and_gap(block_rows * kernel.micro_rows);
+    const int64_t input_panels = part_columns / kernel.micro_columns;
+    const int64_t input_stride = whole_lines_and_gap(block_rows * kernel.micro_columns);
     const int64_t query_floats = problem.queries.packed ? 0 : kTileRows * kernel.micro_columns * tasks;
     const int64_t micro_floats = kernel.micro_rows * kernel.micro_columns;
-    const int64_t scratch_floats = whole_lines(query_floats + 2 * micro_floats) + whole_lines(1);
-    const Workspace workspace((grad_output_floats + input_floats + threads * scratch_floats) * sizeof(float));
+    const int64_t scratch_stride = whole_lines_and_gap(query_floats + 2 * micro_floats);
+    const Workspace workspace(
+        (grad_output_panels * grad_output_stride + input_panels * input_stride + threads * scratch_stride) *
+        sizeof(float));
     float* const grad_output = static_cast<float*>(workspace.data());
-    float* const input = grad_output + grad_output_floats;
+    float* const input = cut(grad_output, grad_output_panels, grad_output_stride);
+    float* const scratch_parts = cut(input, input_panels, input_stride);
+    cut(scratch_parts, threads, scratch_stride);
 
     const int64_t cells = problem.domains * sum_stride(tasks);
     const int64_t groups = std::min(
@@ -192,7 +200,7 @@ void group_influence(const Problem& problem, const Kernel& wanted, int threads, 
                         if (row == 0) kernel.pack_input(problem, block, start, count);
                         kernel.pack_grad_output(problem, block, start, count);
                     }
-                    float* own = input + input_floats + this_thread() * scratch_floats;
+                    float* own = scratch_parts + this_thread() * scratch_stride;
                     const Scratch scratch = {own, own + query_floats, own + query_floats + micro_floats};
 #pragma omp for schedule(dynamic, 1)
                     for (int64_t group = 0; group < groups; ++group) {

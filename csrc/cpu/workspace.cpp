@@ -14,10 +14,16 @@
 namespace tikmix_fast {
 namespace {
 
+#ifdef TIKMIX_FAST_SANITIZE
+// Memory ends where it was asked to end and is never used twice, so that a sanitizer sees every overrun.
+constexpr int64_t kWholePage = kCacheLine;
+constexpr size_t kMostKept = 0;
+#else
 // Small pages would cost more address translations than the translation cache holds.
-constexpr int64_t kHugePage = int64_t{2} << 20;
+constexpr int64_t kWholePage = int64_t{2} << 20;
 // One call at a time is what there is nearly always; more memory than this is not kept.
 constexpr size_t kMostKept = 2;
+#endif
 constexpr int64_t kMostBytesKept = int64_t{64} << 20;
 
 std::mutex mutex;
@@ -29,7 +35,7 @@ std::vector<std::pair<void*, int64_t>>& kept() {
 
 }  // namespace
 
-Workspace::Workspace(int64_t bytes) : data_(nullptr), bytes_((bytes + kHugePage - 1) / kHugePage * kHugePage) {
+Workspace::Workspace(int64_t bytes) : data_(nullptr), bytes_((bytes + kWholePage - 1) / kWholePage * kWholePage) {
     {
         const std::lock_guard<std::mutex> lock(mutex);
         auto& memory = kept();
@@ -41,7 +47,7 @@ Workspace::Workspace(int64_t bytes) : data_(nullptr), bytes_((bytes + kHugePage 
             }
         }
     }
-    data_ = std::aligned_alloc(kHugePage, bytes_);
+    data_ = std::aligned_alloc(kWholePage, bytes_);
     if (!data_) throw std::bad_alloc();
 #if defined(__linux__)
     madvise(data_, bytes_, MADV_HUGEPAGE);
