@@ -72,9 +72,10 @@ class Recorder:
         ``total``, if given, gets the weight gradient added in the same pass.
         """
         self._note(gradient)
-        dtype = torch.promote_types(rows.dtype, gradient.dtype)
+        # Under autocast the product itself saw the rows in the dtype of its output.
+        dtype = gradient.dtype
         flat_rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
-        flat_gradient = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
+        flat_gradient = gradient.reshape(-1, gradient.shape[-1])
         left, right = (flat_rows, flat_gradient) if in_out else (flat_gradient, flat_rows)
         if total is not None and (not self.queries or total.dtype not in (torch.float32, torch.bfloat16)):
             # The kernel adds to float32 and bfloat16 only; a float64 model is for checking, not for speed.
