@@ -21,7 +21,16 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["fused", "group_influence", "instruction_sets", "pack_queries", "refusal", "row_wise", "unavailable"]
+__all__ = [
+    "empty_panels",
+    "fused",
+    "group_influence",
+    "instruction_sets",
+    "pack_queries",
+    "refusal",
+    "row_wise",
+    "unavailable",
+]
 
 INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
 
@@ -91,17 +100,29 @@ def _panels(instruction_set: str, queries: Tensor) -> tuple[torch.Size, torch.dt
     return torch.Size((-(-width // columns), -(-height // rows), tasks, rows, columns)), _DTYPES[code]
 
 
-def pack_queries(queries: Tensor) -> Tensor | None:
-    """Return the queries [n, O, I] in the order in which the kernel reads them, or None if it cannot take them.
+def _are_panels(panels: Tensor, instruction_set: str, queries: Tensor) -> bool:
+    alike = (panels.shape, panels.dtype) == _panels(instruction_set, queries)
+    return alike and panels.device.type == "cpu" and panels.is_contiguous()
+
+
+def empty_panels(queries: Tensor) -> Tensor:
+    """Return memory for `pack_queries`, of no element if the kernel does not take these queries."""
+    if _missing or queries.device.type != "cpu" or queries.dtype not in _DTYPE_CODES:
+        return queries.new_empty(0)
+    shape, dtype = _panels(_instruction_set(), queries)
+    return queries.new_empty(shape, dtype=dtype)
+
+
+def pack_queries(queries: Tensor) -> Tensor:
+    """Return the queries [n, O, I] in the order in which the kernel reads them, or nothing if it does not take them.
 
     The shape, [column micro-tiles, row micro-tiles, n, micro-tile rows, micro-tile columns], tells the layout.
     """
-    if _missing or queries.device.type != "cpu" or queries.dtype not in _DTYPE_CODES:
-        return None
+    panels = empty_panels(queries)
+    if panels.dim() == 1:
+        return panels
     instruction_set = _instruction_set()
     queries = queries if queries.stride(-1) == 1 else queries.contiguous()
-    shape, dtype = _panels(instruction_set, queries)
-    panels = torch.empty(shape, dtype=dtype, device="cpu")
     _cpu.pack_queries(
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
@@ -124,7 +145,7 @@ def group_influence(arguments: Arguments) -> Tensor:
     tasks, height, width = arguments.queries.shape
     with_total = arguments.grad_weight is not None
     costs = count_costs(bounds[-1], height, width, domains, tasks, with_total=with_total, pairs=pairs)
-    return row_wise(arguments, bounds) if costs.row_wise < costs.fused else fused(arguments, len(bounds) - 1)
+    return row_wise(arguments, bounds) if costs.cheapest() == "row_wise" else fused(arguments, len(bounds) - 1)
 
 
 def row_wise(arguments: Arguments, bounds: list[int]) -> Tensor:
@@ -133,7 +154,7 @@ def row_wise(arguments: Arguments, bounds: list[int]) -> Tensor:
     values = row_wise_influence(input, grad_output, bounds, queries, order)
     if grad_weight is not None:
         everything = torch.tensor([0, len(input)], device="cpu")
-        fused(arguments._replace(offsets=everything, queries=queries[:0], panels=None, order=None), 1)
+        fused(arguments._replace(offsets=everything, queries=queries[:0], panels=None), 1)
     return values
 
 
@@ -142,7 +163,7 @@ def fused(arguments: Arguments, domains: int) -> Tensor:
     input, grad_output, offsets, queries, panels, order, grad_weight = arguments
     instruction_set = _instruction_set()
     # The kernel takes any strides of the other tensors; queries are read m times, so their columns must be contiguous.
-    fits = panels is not None and (panels.shape, panels.dtype) == _panels(instruction_set, queries)
+    fits = panels is not None and _are_panels(panels, instruction_set, queries)
     if queries.stride(-1) != 1 and not fits:
         queries = queries.contiguous()
     offsets = offsets.contiguous()
