@@ -74,6 +74,13 @@ def _roofs(rates: dict[str, Any]) -> str:
     return f"{', '.join(products)}, copy {rates['bandwidth'] / 1e9:.0f} GB/s"
 
 
+def choice_section(results: dict[str, Any]) -> str:
+    """Return the ways to group influence on a grid of shapes, folded."""
+    tables = benchmark_tables(results)
+    tables[-1].notes.append(f"CPU time; {benchmark_facts(results)}")
+    return _folded("Which way is taken, by counting, and what each takes", tables)
+
+
 def tables_section(*results: dict[str, Any]) -> str:
     """Return every table of the results, each under its title."""
     parts = [f"**{table.title}**\n\n{table.to_markdown()}" for each in results for table in benchmark_tables(each)]
@@ -89,6 +96,7 @@ RESULTS = "benchmarks/results"
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("demo.json",), demo_table),
     "ops": (("ops.json",), ops_section),
+    "choice": (("choice.json",), choice_section),
     "engine": (("engine.json",), tables_section),
     "mixture": (("mixture.json", "sampler.json"), tables_section),
 }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tikmix_fast.influence.engine import InfluenceEngine
     from tikmix_fast.influence.masks import shifted_mask
     from tikmix_fast.influence.matrix import InfluenceMatrix
+    from tikmix_fast.influence.projection import Projection
     from tikmix_fast.mixture.result import MixtureResult
     from tikmix_fast.mixture.tikmix_d import tikmix_d
 
@@ -29,6 +30,7 @@ __all__ = [
     "InfluenceMatrix",
     "MixtureResult",
     "MixtureSampler",
+    "Projection",
     "__version__",
     "ops",
     "shifted_mask",
@@ -40,6 +42,7 @@ _HOME = {
     "InfluenceMatrix": "tikmix_fast.influence.matrix",
     "MixtureResult": "tikmix_fast.mixture.result",
     "MixtureSampler": "tikmix_fast.data.sampler",
+    "Projection": "tikmix_fast.influence.projection",
     "shifted_mask": "tikmix_fast.influence.masks",
     "tikmix_d": "tikmix_fast.mixture.tikmix_d",
 }

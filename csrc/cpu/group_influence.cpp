@@ -19,8 +19,10 @@ constexpr int64_t kPartColumns = 4096;
 // Tiles are cut narrower until there are this many: enough work for the threads, by a rule that does not depend on
 // them.
 constexpr int64_t kWantedTiles = 16;
-// Each group of neighbouring tiles has sums of its own, so that their memory does not grow with the weights.
+// Each group of neighbouring tiles has sums of its own, so that their memory does not grow with the weights, and little
+// with the domains and tasks.
 constexpr int64_t kMostGroups = 256;
+constexpr int64_t kMostSums = int64_t{4} << 20;
 constexpr double kFewestProductsPerThread = 1 << 20;
 // Rows one thread packs at a time.
 constexpr int64_t kSliceRows = 64;
@@ -80,7 +82,8 @@ class PackedRows {
             if (left > kBlockRows - count() && left <= kBlockRows && count() >= kBlockRows / 2) break;
             const int64_t packed = std::min(left, kBlockRows - count());
             const int64_t last = std::min(end, position_ + packed * together_);
-            if (packed > 0) segments_.push_back({domain_, count(), count() + packed});
+            const bool whole = position_ == problem_.offsets[domain_] && last == end;
+            if (packed > 0) segments_.push_back({domain_, count(), count() + packed, whole});
             for (; position_ < last; ++position_) {
                 sources_.push_back(problem_.order ? problem_.order[position_] : position_);
             }
@@ -171,8 +174,9 @@ void group_influence(const Problem& problem, const Kernel& wanted, int threads, 
     cut(scratch_parts, threads, scratch_stride);
 
     const int64_t cells = problem.domains * sum_stride(tasks);
-    const int64_t groups = std::min(
-        Grid({0, std::min(part_rows, problem.height), 0, std::min(part_columns, problem.width)}).tiles, kMostGroups);
+    const Grid largest({0, std::min(part_rows, problem.height), 0, std::min(part_columns, problem.width)});
+    const int64_t affordable = std::max(kWantedTiles, kMostSums / std::max<int64_t>(cells, 1));
+    const int64_t groups = std::min({largest.tiles, kMostGroups, affordable});
     std::vector<double> sums(groups * cells, 0.0);
 
     PackedRows rows(problem, together);

@@ -19,7 +19,7 @@ constexpr int64_t kCacheLine = 64;
 #ifdef TIKMIX_FAST_ROW_PAIRS
 constexpr int64_t kLongestSum = 1024;
 #else
-constexpr int64_t kLongestSum = 256;
+constexpr int64_t kLongestSum = 128;
 #endif
 
 typedef Vector MicroTile[kMicroRows][kMicroVectors];
@@ -32,9 +32,9 @@ inline void add_products(const Quad (&products)[kTasksAtOnce], double* sums) {
     memcpy(sums, &wide, sizeof wide);
 }
 
-// What the products of a micro-tile are taken with: the micro-tile itself for queries in `Panel`.
+// A micro-tile of a gradient as it is multiplied with queries.
 template <class Panel>
-struct Factor {
+struct ExactFactor {
     const MicroTile& gradient;
 
     // Adds the products with kTasks queries: lanes are summed in float32, micro-tiles in float64.
@@ -63,12 +63,11 @@ inline Vector multiply_add(float a, Vector b, Vector sum) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
 }
 
-// bfloat16 queries meet a micro-tile that is rounded to bfloat16, as torch would round the gradient.
-template <>
-struct Factor<Bfloat16> {
+// Rounded to bfloat16, as torch would round the gradient.
+struct RoundedFactor {
     __m512bh gradient[kMicroRows];
 
-    explicit Factor(const MicroTile& exact) {
+    explicit RoundedFactor(const MicroTile& exact) {
 #pragma GCC unroll 12
         for (int r = 0; r < kMicroRows; ++r) {
             gradient[r] = _mm512_cvtne2ps_pbh((__m512)exact[r][1], (__m512)exact[r][0]);
@@ -97,8 +96,8 @@ inline Vector multiply_add(float a, Vector b, Vector sum) { return sum + a * b; 
 #endif
 
 // Adds the products with all queries to sums [n]. An odd number of tasks is cut evenly: 9 into 3, 3 and 3.
-template <class Panel>
-inline void add_all_products(const Factor<Panel>& factor, const Panel* queries, int64_t tasks, double* sums) {
+template <class Factor, class Panel>
+inline void add_all_products(const Factor& factor, const Panel* queries, int64_t tasks, double* sums) {
     for (int64_t groups = divide_up(tasks, kTasksAtOnce); groups > 0; --groups) {
         const int64_t together = divide_up(tasks, groups);
         if (together == 4) {
@@ -115,6 +114,24 @@ inline void add_all_products(const Factor<Panel>& factor, const Panel* queries, 
         tasks -= together;
     }
 }
+
+template <class Panel>
+inline void take_products(const MicroTile& gradient, const Segment&, const Panel* queries, int64_t tasks,
+                          double* sums) {
+    add_all_products(ExactFactor<Panel>{gradient}, queries, tasks, sums);
+}
+
+#ifdef TIKMIX_FAST_ROW_PAIRS
+// Parts of a long domain may cancel, so that each may be much larger than what rounding the whole would be measured by.
+inline void take_products(const MicroTile& gradient, const Segment& segment, const Bfloat16* queries, int64_t tasks,
+                          double* sums) {
+    if (segment.whole) {
+        add_all_products(RoundedFactor(gradient), queries, tasks, sums);
+    } else {
+        add_all_products(ExactFactor<Bfloat16>{gradient}, queries, tasks, sums);
+    }
+}
+#endif
 
 // Memory that is asked for while the processor multiplies, a cache line per packed row.
 struct Ahead {
@@ -176,7 +193,7 @@ void accumulate_micro_tile(const Block& block, const float* a, const float* b, c
                 }
             }
             if (with_total) put(gradient, s > 0, scratch.total);
-            add_all_products(Factor<Panel>{gradient}, queries, tasks, sums + segment.domain * sum_stride(tasks));
+            take_products(gradient, segment, queries, tasks, sums + segment.domain * sum_stride(tasks));
         }
     }
 }

@@ -189,7 +189,7 @@ inline void copy_number(const T* source, float* target) {
 template <class Panel, class T>
 void pack_query_column(const Queries& queries, const Tile& tile, Panel* panels) {
     const int64_t micro_tiles = divide_up(tile.rows, kMicroRows);
-    if (micro_tiles * kMicroRows != tile.rows || tile.columns != kMicroColumns) {
+    if (queries.tasks > 0 && (micro_tiles * kMicroRows != tile.rows || tile.columns != kMicroColumns)) {
         memset(panels, 0, sizeof(Panel) * micro_tiles * queries.tasks * kMicroFloats);
     }
     for (int64_t i = 0; i < queries.tasks; ++i) {

@@ -55,6 +55,7 @@ struct Segment {
     int64_t domain;
     int64_t start;
     int64_t end;
+    bool whole;  // all of them
 };
 
 // Some consecutive rows of both inputs. A packed row is one row as float32, or two rows of one domain as pairs of
@@ -85,7 +86,7 @@ struct Scratch {
 
 // Sums [m, n] of a tile have rows of this stride: kernels add whole vectors of tasks.
 constexpr int64_t kTasksAtOnce = 4;
-inline int64_t sum_stride(int64_t tasks) { return tasks + kTasksAtOnce - 1; }
+static inline int64_t sum_stride(int64_t tasks) { return tasks + kTasksAtOnce - 1; }
 
 struct Kernel {
     const char* name;

@@ -29,7 +29,11 @@ constexpr int64_t kMostBytesKept = int64_t{64} << 20;
 std::mutex mutex;
 std::vector<std::pair<void*, int64_t>>& kept() {
     // Never destroyed: a thread may still give memory back while the process ends.
-    static auto* memory = new std::vector<std::pair<void*, int64_t>>;
+    static auto* memory = [] {
+        auto* made = new std::vector<std::pair<void*, int64_t>>;
+        made->reserve(kMostKept + 1);  // giving back must not throw
+        return made;
+    }();
     return *memory;
 }
 

@@ -131,7 +131,7 @@ def test_a_run_makes_every_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def run_suite(name, settings, tell):
         ran.append(name)
-        if name == "engine" and len(ran) < 5:
+        if name == "engine" and len(ran) < 6:
             raise AssertionError("wrong")
         return {"suite": name, "settings": vars(settings), "environment": module.describe_environment()}
 
@@ -141,12 +141,12 @@ def test_a_run_makes_every_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path), "--size", "tiny"])
     with pytest.raises(SystemExit, match="failed: engine"):
         module.main()
-    assert ran == ["ops", "engine", "mixture", "sampler"]
+    assert ran == ["ops", "choice", "engine", "mixture", "sampler"]
     module.main()  # only what is not there yet
-    assert ran[4:] == ["engine"]
+    assert ran[5:] == ["engine"]
     clean["commit"] = "4567"
     module.main()
-    assert ran[5:] == ["ops", "engine", "mixture", "sampler"]
+    assert ran[6:] == ["ops", "choice", "engine", "mixture", "sampler"]
     clean["commit"] = "4567 with changes"
     module.main()
-    assert len(ran) == 13
+    assert len(ran) == 16

@@ -310,7 +310,6 @@ def test_not_finite(kit, model):
         ({"domains": ["x", "x"]}, "unique"),
         ({"tasks": ["a", ""]}, "tasks"),
         ({"preconditioner": "newton"}, r"adam.*newton"),
-        ({"projection": 64}, "exact influence only"),
         ({"reduction": "max"}, r"mean.*max"),
         ({"grad": "no"}, "fused"),
         ({"exclude": ["nothing.*"]}, "matches no trainable parameter"),

@@ -306,3 +306,45 @@ def test_an_unknown_instruction_set_is_refused(name: str, monkeypatch: pytest.Mo
         ValueError, match=rf"TIKMIX_FAST_CPU_ISA must be one of .*generic on this machine; got '{name}'"
     ):
         ops.group_influence(ones, ones, torch.tensor([0, 1]), torch.ones(1, 1, 1), backend="cpu")
+
+
+def test_parts_of_a_long_domain_that_cancel(instruction_set: str) -> None:
+    """The second half takes back nearly all of the first, and lies in other blocks of packed rows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def half(width: int) -> Tensor:
+        return torch.randn(4096, width, generator=generator)
+
+    input, grad_output = half(64), half(32)
+    input = torch.cat([input, input + 0.05 * half(64)]).bfloat16()
+    grad_output = torch.cat([grad_output, -grad_output]).bfloat16()
+    queries = torch.randn(16, 32, 64, generator=generator).bfloat16()
+    offsets = torch.tensor([0, 8192])
+    gradients = domain_gradients(input, grad_output, offsets)
+    right = torch.einsum("noi,moi->nm", queries.double(), gradients)
+    eager, _ = eager_group_influence(input, grad_output, offsets, queries)
+    values = ops.group_influence(input, grad_output, offsets, queries, backend="cpu")
+    # Over 16 queries, so that neither is judged by one lucky cell.
+    assert (values - right).norm() <= 2 * (eager - right).norm()
+
+
+@pytest.mark.parametrize("offsets", [torch.arange(65), torch.tensor([0, 64])], ids=["row-wise", "fused"])
+def test_a_row_that_order_names_twice_counts_twice(backend: str, offsets: Tensor) -> None:
+    """The way that is chosen does not change what the total means."""
+    order = torch.randint(0, 64, (64,), generator=torch.Generator().manual_seed(1))
+    input, grad_output = torch.randn(64, 20), torch.randn(64, 30)
+    grad_weight = torch.zeros(30, 20)
+    values = ops.group_influence(
+        input, grad_output, offsets, torch.ones(1, 30, 20), order=order, grad_weight=grad_weight, backend=backend
+    )
+    torch.testing.assert_close(grad_weight, grad_output[order].T @ input[order], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(values.sum(), grad_weight.double().sum(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 64, [30, 34]], ids=["row-wise", "fused"])
+def test_autocast_changes_nothing(backend: str, sizes: list[int]) -> None:
+    case = Case(64, 96, 128, sizes, 2, torch.float32)
+    values = ops.group_influence(case.input, case.grad_output, case.offsets, case.queries, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = ops.group_influence(case.input, case.grad_output, case.offsets, case.queries, backend=backend)
+    assert torch.equal(values, again)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tikmix_fast import ops
 from tikmix_fast.ops import cpu
@@ -61,11 +62,40 @@ def test_a_handle_packed_for_another_instruction_set_is_still_right(monkeypatch:
             assert torch.equal(ops.group_influence(input, grad_output, offsets, handle), expected)
 
 
-def test_panels_of_another_shape_are_not_read() -> None:
-    queries, other = torch.randn(3, 30, 40), torch.randn(3, 10, 10)
-    handle = dataclasses.replace(ops.pack_queries(queries), panels=ops.pack_queries(other).panels)
+def test_what_are_no_panels_is_not_read() -> None:
+    queries = torch.randn(3, 30, 40)
+    packed = ops.pack_queries(queries)
+    assert packed.panels is not None
+    others = [
+        ops.pack_queries(torch.randn(3, 10, 10)).panels,
+        packed.panels.double(),
+        packed.panels.transpose(3, 4).contiguous().transpose(3, 4),
+    ]
     call = torch.randn(9, 40), torch.randn(9, 30), torch.tensor([0, 4, 9])
-    assert torch.equal(ops.group_influence(*call, handle), ops.group_influence(*call, queries))
+    for panels in others:
+        handle = dataclasses.replace(packed, panels=panels)
+        assert torch.equal(ops.group_influence(*call, handle), ops.group_influence(*call, queries))
+    with pytest.raises(ValueError, match="panels must be on the device of tensor, cpu; got meta"):
+        dataclasses.replace(packed, panels=packed.panels.to("meta"))
+
+
+def test_packing_sees_values_and_not_bytes() -> None:
+    call = torch.randn(9, 40), torch.randn(9, 30), torch.tensor([0, 4, 9])
+    queries = torch.randn(3, 30, 40)
+    expected = ops.group_influence(*call, queries)
+    assert torch.equal(ops.group_influence(*call, ops.pack_queries(torch._neg_view(queries))), -expected)
+    zeros = ops.pack_queries(torch._efficientzerotensor(3, 30, 40))
+    assert (ops.group_influence(*call, zeros) == 0).all()
+
+
+def test_packing_is_traced() -> None:
+    with FakeTensorMode():
+        packed = ops.pack_queries(torch.randn(2, 13, 33))
+        assert packed.panels is not None
+        shape = packed.panels.shape
+    assert ops.pack_queries(torch.randn(2, 13, 33)).panels.shape == shape
+    for queries in (torch.randn(2, 13, 33), torch.randn(2, 13, 33).mT, torch.randn(2, 3, 4, dtype=torch.float64)):
+        torch.library.opcheck(torch.ops.tikmix_fast.pack_queries.default, (queries,))
 
 
 def test_packing_drops_the_graph() -> None:
@@ -81,5 +111,7 @@ def test_the_handle_is_frozen() -> None:
 def test_bad_queries_are_refused() -> None:
     with pytest.raises(ValueError, match=r"queries must have shape \(n, O, I\); got \(2, 3\)"):
         ops.pack_queries(torch.ones(2, 3))
-    with pytest.raises(TypeError, match="queries must be a floating-point tensor"):
+    with pytest.raises(TypeError, match="queries must be a floating-point tensor; got <class 'list'>"):
+        ops.pack_queries([[[1.0]]])
+    with pytest.raises(TypeError, match=r"queries must be a floating-point tensor; got torch\.int32"):
         ops.pack_queries(torch.ones(1, 2, 3, dtype=torch.int32))

@@ -173,3 +173,32 @@ def test_domain_gradients_of_a_pair_and_of_float64() -> None:
     torch.testing.assert_close(computed.double(), gradients, rtol=1e-4, atol=1e-4)
     computed = ops.projected_domain_gradients(input, grad_output, offsets, projection.matrices(torch.float64))
     torch.testing.assert_close(computed.double(), gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_nothing(kind: str) -> None:
+    (input, grad_output, offsets, queries, projection), _, _ = case(SHAPES[2], torch.float32, kind)
+    whole = torch.randn(3, 130, 70)
+
+    def everything() -> tuple[Tensor, ...]:
+        return (
+            ops.projected_group_influence(input, grad_output, offsets, queries, projection),
+            ops.projected_domain_gradients(input, grad_output, offsets, projection),
+            projection.project(whole),
+        )
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = everything()
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_projections_that_are_none_are_refused() -> None:
+    (input, grad_output, offsets, queries, projection), _, _ = case(SHAPES[1], torch.float32, "rademacher")
+    for wrong in (projection.matrices()[0], (*projection.matrices(), 1.0)):
+        with pytest.raises(TypeError, match="projection must be a LayerProjection or a pair of tensors; got"):
+            ops.projected_group_influence(input, grad_output, offsets, queries, wrong)
+    with pytest.raises(TypeError, match=r"k_out must be an int; got 32\.0"):
+        ops.LayerProjection(5, 5, k_out=32.0)
+    with pytest.raises(TypeError, match=r"layer must be an int or a name; got 1\.5"):
+        ops.LayerProjection(5, 5, layer=1.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tikmix_fast import ops
 
@@ -139,3 +140,12 @@ def test_runs_inside_an_autograd_function(backend: str) -> None:
     Linear.apply(input.clone().requires_grad_(), weight).backward(grad_output)
     torch.testing.assert_close(weight.grad, grad_output.T @ input)
     assert torch.equal(seen[0], ops.group_influence(input, grad_output, offsets, queries, backend=backend))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_forward_mode_is_refused_too(backend: str) -> None:
+    input, *rest = arguments()
+    with pytest.raises(RuntimeError, match="no derivative, but input has a tangent"), forward_ad.dual_level():
+        ops.group_influence(forward_ad.make_dual(input, input), *rest, backend=backend)
+    with pytest.raises(RuntimeError, match="no derivative, but input has a tangent"):
+        torch.func.jvp(lambda value: ops.group_influence(value, *rest, backend=backend), (input,), (input,))

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+BLOCKS: list[str] = []
+for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL):
+    if "import" in block:
+        BLOCKS.append(block)
+    else:  # goes on from the one before
+        BLOCKS[-1] += block
 
 
 def test_there_are_blocks():
@@ -28,6 +33,9 @@ def test_block_runs(block):
         assert tuple(names["influence"].shape) == (2, 3)
         assert names["influence"][:, 1].eq(0).all()
         torch.testing.assert_close(names["grad_weight"], names["dy"].T @ names["x"], rtol=1e-4, atol=1e-3)
+    if "estimate" in names:
+        assert names["estimate"].shape == names["error"].shape == (2, 3)
+        assert ((names["estimate"] - names["influence"]).abs() <= 6 * names["error"]).all()
     if "result" in names:
         assert names["result"].success
         assert names["result"].weights.sum() == pytest.approx(1)

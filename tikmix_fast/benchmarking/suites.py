@@ -1,4 +1,4 @@
-"""The four suites, and how large they are run."""
+"""The suites, and how large they are run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from tikmix_fast.benchmarking import engine, mixture, ops, sampler
+from tikmix_fast.benchmarking import choice, engine, mixture, ops, sampler
 from tikmix_fast.benchmarking.engine import FLOOR
 from tikmix_fast.benchmarking.machine import measure_rates
 from tikmix_fast.benchmarking.neighbours import find_neighbours
@@ -15,8 +15,8 @@ from tikmix_fast.report.environment import describe_environment
 
 __all__ = ["SUITES", "BenchSettings", "Size", "run_suite"]
 
-SUITES = ("ops", "engine", "mixture", "sampler")
-"""The kernels; steps and measurements with the engine; TiKMiX-D; the sampler."""
+SUITES = ("ops", "choice", "engine", "mixture", "sampler")
+"""The kernels; what they choose by counting; steps and measurements with the engine; TiKMiX-D; the sampler."""
 
 Size = Literal["full", "quick", "tiny"]
 Tell = Callable[[str], object]
@@ -103,6 +103,8 @@ def run_suite(
     match name:
         case "ops":
             return {**content, **_ops(settings, tell)}
+        case "choice":
+            return {**content, **_choice(settings, tell)}
         case "engine":
             return {**content, **_engine(settings, tell)}
         case "mixture":
@@ -131,6 +133,15 @@ def _ops(settings: BenchSettings, tell: Tell) -> dict[str, Any]:
         for case in cases
     ]
     return {"rates": rates.to_dict(), "cases": found}
+
+
+def _choice(settings: BenchSettings, tell: Tell) -> dict[str, Any]:
+    grid = {"full": choice.GRID, "quick": choice.QUICK_GRID, "tiny": choice.TINY_GRID}[settings.size]
+    cases = []
+    for dtype in ("float32", "bfloat16"):
+        tell(f"three ways to group influence in {dtype}")
+        cases += [choice.measure_choice(case, dtype, rounds=min(settings.rounds, 5)) for case in grid]
+    return {"cases": cases}
 
 
 def _engine(settings: BenchSettings, tell: Tell) -> dict[str, Any]:

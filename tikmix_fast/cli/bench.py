@@ -20,7 +20,8 @@ __all__ = ["bench"]
 
 def bench(
     suite: Annotated[
-        list[str] | None, typer.Option(help="ops, engine, mixture or sampler; may be given again. Default: all.")
+        list[str] | None,
+        typer.Option(help="ops, choice, engine, mixture or sampler; may be given again. Default: all."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("tikmix-bench"),
     size: Annotated[

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tikmix_fast import ops
+
 __all__ = ["ConservationError", "check_conservation"]
 
 
@@ -21,6 +23,7 @@ def check_conservation(
     before: Mapping[str, Tensor | None],
     parameters: Mapping[str, Tensor],
     tolerance: float,
+    projections: Mapping[str, ops.LayerProjection] | None = None,
 ) -> None:
     """Compare, for every parameter and query, the sum over domains with <query, p.grad after - before>.
 
@@ -31,6 +34,8 @@ def check_conservation(
     queries : [q, *shape] by name
     before : gradient before the pass, or None, by name
     parameters : by name; their ``.grad`` is the gradient after the pass
+    projections : by name, optional
+        Of these parameters the projected gradient is compared.
     tolerance : float
         Largest difference allowed, as a share of |query| |gradient| of the parameter. A thousandth of it, as a share of
         those of all parameters together, is allowed besides: some gradients, such as that of a key's bias, are zero but
@@ -50,6 +55,8 @@ def check_conservation(
         added = after if earlier is None else after - _dense(earlier)
         # Adding to a gradient that was there rounds by its size and dtype.
         rounding = 0.0 if earlier is None else 8 * torch.finfo(gradient.dtype).eps * float(after.norm())
+        if projections and name in projections:
+            added = projections[name].project(added)
         flat = added.reshape(-1)
         found = torch.stack([torch.dot(query.reshape(-1).double(), flat) for query in queries[name]])
         lengths = torch.stack([query.norm() for query in queries[name]]).double()

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tikmix_fast import ops
 from tikmix_fast.influence.capture import Capture
 from tikmix_fast.influence.conservation import check_conservation
 from tikmix_fast.influence.coverage import Coverage
@@ -23,6 +25,7 @@ from tikmix_fast.influence.gradients import GradientBefore, gradients_set_aside,
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.influence.optimizer_state import canonical_name
 from tikmix_fast.influence.preconditioners import Preconditioner, make_preconditioner
+from tikmix_fast.influence.projection import Projection, back_project
 from tikmix_fast.influence.queries import Queries, TaskGradients
 from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.rows import RowLabels
@@ -62,8 +65,10 @@ class InfluenceEngine:
         P. "adam" scales by the optimizer's own second moments.
     optimizer : torch.optim.Adam, AdamW, or a state dict with names
         Read by "adam" when the queries freeze, never changed.
-    projection : None
-        Exact influence. Projected influence is not in this version.
+    projection : Projection or None
+        None: exact influence. Otherwise the weights of linear layers are measured through random projections, and
+        ``p.grad`` is bit-identical to a backward without influence there. Costs dim x dim numbers per domain and weight
+        in memory, for the error bars.
     exclude : str or sequence of str
         Patterns (``fnmatch``) of parameter names to leave out; their influence counts as zero.
     reduction : "mean" or "sum"
@@ -106,6 +111,7 @@ class InfluenceEngine:
 
     _queries: Queries | None
     _weights: Weights | None
+    _projected: dict[str, Tensor]
 
     def __init__(
         self,
@@ -114,7 +120,7 @@ class InfluenceEngine:
         tasks: Sequence[str],
         preconditioner: str | Preconditioner = "adam",
         optimizer: Any = None,
-        projection: None = None,
+        projection: Projection | None = None,
         exclude: str | Sequence[str] = (),
         reduction: Literal["mean", "sum"] = "mean",
         grad: Literal["fused", "ordinary"] = "fused",
@@ -127,8 +133,8 @@ class InfluenceEngine:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-        if projection is not None:
-            raise ValueError("projection must be None: this version measures exact influence only")
+        if projection is not None and not isinstance(projection, Projection):
+            raise TypeError(f"projection must be a tikmix_fast.Projection or None; got {projection!r}")
         _require_choice("reduction", reduction, ("mean", "sum"))
         _require_choice("grad", grad, ("fused", "ordinary"))
         _require_choice("batch_dim", batch_dim, (None, 0, 1))
@@ -140,12 +146,14 @@ class InfluenceEngine:
         self.task_names = _names("tasks", tasks)
         self.preconditioner = make_preconditioner(preconditioner)
         self.optimizer = optimizer
+        self.projection = projection
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.reduction, self.grad = reduction, grad
         self.task_splits, self.batch_dim, self.check_every = task_splits, batch_dim, check_every
         self.allow_stale, self.max_dropped_in_row = allow_stale, max_dropped_in_row
         self.dropped = 0
         self._estimator = Estimator(len(self.task_names), len(self.domain_names))
+        self._begin_projections()
         self._captured: set[str] = set()
         self._open = False
         self._passes = 0
@@ -278,12 +286,13 @@ class InfluenceEngine:
         if not self.allow_stale:
             self._check_weights(weights, "the tasks were measured")
         if self._queries is None:
-            self._queries = self._tasks.freeze(parameters, self.preconditioner, self.optimizer)
+            projections = self.projection.layers(self.model, parameters, self._refreshes) if self.projection else {}
+            self._queries = self._tasks.freeze(parameters, self.preconditioner, self.optimizer, projections)
             self._estimator.begin_round(self._queries.owners, self._queries.weights)
         queries = self._queries.values
         checking = self.check_every > 0 and self._passes % self.check_every == 0
         before = {name: GradientBefore(p, checking) for name, p in parameters.items()}
-        recorder = Recorder(labels, queries, self._queries.packed)
+        recorder = Recorder(labels, queries, self._queries.packed, self._queries.projections)
         capture = Capture(self.model, parameters, recorder, fused=self.grad == "fused")
         with ExitStack() as stack:
             self._enter(stack)
@@ -301,7 +310,11 @@ class InfluenceEngine:
         if checking:
             low = any(p.dtype in _HALF for p in parameters.values()) or recorder.saw_half
             kept = {name: gradient.kept(parameters[name]) for name, gradient in before.items()}
-            check_conservation(recorder.sums, queries, kept, parameters, 2e-2 if low else 1e-3)
+            tolerance = 2e-2 if low else 1e-3
+            check_conservation(recorder.sums, queries, kept, parameters, tolerance, self._queries.projections)
+        for name, gradients in recorder.projected.items():
+            gradients = gradients.mul_(factor)
+            self._projected[name] = self._projected[name].add_(gradients) if name in self._projected else gradients
         self._estimator.add(products, tokens)
         self._captured |= set(recorder.sums)
         self._passes += 1
@@ -319,8 +332,10 @@ class InfluenceEngine:
             "task_splits": self.task_splits,
             "excluded": self._excluded(),
             "reference_lr": getattr(self.preconditioner, "reference_lr", None),
+            "projection": self._projection_settings(),
         }
-        return self._estimator.matrix(self.task_names, self.domain_names, self.dropped, settings)
+        variance = None if self.projection is None else self._projection_variance()
+        return self._estimator.matrix(self.task_names, self.domain_names, self.dropped, settings, variance)
 
     def coverage(self) -> Coverage:
         """Tell which trainable parameters the influence covers; ``print(engine.coverage())`` gives one line."""
@@ -338,7 +353,9 @@ class InfluenceEngine:
         """Recompute random cells on one batch by forward-mode derivatives in float64, independently of the capture.
 
         The batch is captured once more for the comparison; nothing of it enters the matrix, and ``p.grad`` is
-        untouched. Switch dropout off before (``model.eval()``). Costs float64 copies of the parameters and a few passes
+        untouched. Where influence is projected, the derivatives are taken along P_out^T q P_in of the projected queries
+        q, whose exact influence the projected one is: what is verified is the capture, not the projection's error.
+        Switch dropout off before (``model.eval()``). Costs float64 copies of the parameters and a few passes
         over the batch.
 
         Parameters
@@ -372,7 +389,8 @@ class InfluenceEngine:
             raise ValueError("ids must name the domain of every row for verify: pass a tensor of shape [B] or [B, S]")
         parameters = self.parameters()
         queries = self._queries.by_task(len(self.task_names))
-        recorder = Recorder(labels, queries)
+        projections = self._queries.projections
+        recorder = Recorder(labels, queries, projections=projections)
         with gradients_set_aside(self.model), without_synchronisation(self.model):
             with Capture(self.model, parameters, recorder, fused=self.grad == "fused").open():
                 loss_per_row(self.model, batch).sum().backward()
@@ -381,6 +399,7 @@ class InfluenceEngine:
         every = [(task, domain) for task in range(len(self.task_names)) for domain in present]
         order = np.random.default_rng(seed).permutation(len(every))[:cells]
         chosen = sorted(every[each] for each in order)
+        queries |= {name: back_project(queries[name], each) for name, each in projections.items()}
         found = recompute_cells(self.model, loss_per_row, batch, labels.ids, parameters, queries, chosen)
         return Verification(
             tuple(
@@ -398,6 +417,9 @@ class InfluenceEngine:
     def refresh(self) -> None:
         """Forget the queries, so that tasks can be measured at new weights; the influence measured so far is kept."""
         self._require_idle()
+        self._closed_projection_variance = self._projection_variance()
+        self._projected = {}
+        self._refreshes += 1
         self._estimator.end_round()
         self._begin_tasks()
 
@@ -405,6 +427,7 @@ class InfluenceEngine:
         """Forget everything that was measured."""
         self._require_idle()
         self._estimator.reset()
+        self._begin_projections()
         self.dropped = self._dropped_in_row = 0
         self._begin_tasks()
 
@@ -415,6 +438,8 @@ class InfluenceEngine:
             "dropped": self.dropped,
             "captured": sorted(self._captured),
             "estimator": self._estimator.state_dict(),
+            "refreshes": self._refreshes + (self._queries is not None),
+            "projection_variance": self._projection_variance().tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -435,7 +460,15 @@ class InfluenceEngine:
             raise ValueError(f"state 'dropped' must be an int; got {dropped!r}")
         if not isinstance(captured, list) or not all(isinstance(name, str) for name in captured):
             raise ValueError(f"state 'captured' must be a list of names; got {captured!r}")
+        refreshes = state.get("refreshes", 0)
+        if not isinstance(refreshes, int) or refreshes < 0:
+            raise ValueError(f"state 'refreshes' must be an int of at least 0; got {refreshes!r}")
+        variance = np.array(state.get("projection_variance", np.zeros(self._shape)), dtype=np.float64)
+        if variance.shape != self._shape:
+            raise ValueError(f"state 'projection_variance' must have shape {self._shape}; got {variance.shape}")
         self._estimator.load_state_dict(state.get("estimator", {}))
+        self._begin_projections()
+        self._refreshes, self._closed_projection_variance = refreshes, variance
         self.dropped, self._captured = dropped, set(captured)
         self._begin_tasks()
 
@@ -448,7 +481,32 @@ class InfluenceEngine:
             "domains": list(self.domain_names),
             "preconditioner": self.preconditioner.name,
             "excluded": self._excluded(),
+            "projection": self._projection_settings(),
         }
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return len(self.task_names), len(self.domain_names)
+
+    def _projection_settings(self) -> dict[str, Any] | None:
+        return None if self.projection is None else asdict(self.projection)
+
+    def _begin_projections(self) -> None:
+        # Every refresh draws new matrices, so the variances of rounds add: those that are closed, and the gradients
+        # of the open one, from which its own follows.
+        self._refreshes = 0
+        self._closed_projection_variance = np.zeros(self._shape)
+        self._projected = {}
+
+    def _projection_variance(self) -> NDArray[np.float64]:
+        """Return what projecting added to the variance of the sums [n, m] over all micro-batches."""
+        variance = self._closed_projection_variance.copy()
+        if self._projected and self._queries is not None:
+            projected = {name: self._queries.values[name] for name in self._projected}
+            queries = replace(self._queries, values=projected).by_task(len(self.task_names))
+            for name, gradients in self._projected.items():
+                variance += ops.projection_stderr(gradients, queries[name]).square().cpu().numpy()
+        return variance
 
     def _begin_tasks(self) -> None:
         self._tasks = TaskGradients(self.task_names, self.task_splits)

@@ -81,9 +81,17 @@ class Estimator:
         self._cross += combined * tokens
 
     def matrix(
-        self, tasks: Sequence[str], domains: Sequence[str], dropped: int = 0, settings: Mapping[str, Any] | None = None
+        self,
+        tasks: Sequence[str],
+        domains: Sequence[str],
+        dropped: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        projection_variance: Array | None = None,
     ) -> InfluenceMatrix:
-        """Return the matrix of all micro-batches so far."""
+        """Return the matrix of all micro-batches so far.
+
+        ``projection_variance`` [n, m], in units of sum a_b, is what measuring through projections adds.
+        """
         count = self._microbatches.astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             values = np.where(self._tokens > 0, self._sum / self._tokens, np.nan)
@@ -95,6 +103,9 @@ class Estimator:
             task_variance = np.where(known, variance, np.nan) / self._tokens**2
             shared = np.clip(both / self._tokens**2, 0, np.minimum(domain_variance, task_variance))
             total = domain_variance + task_variance - shared
+            # As if known with unlimited degrees of freedom: it is the mean of dim x dim products a layer.
+            of_projection = None if projection_variance is None else projection_variance / self._tokens**2
+            total = total if of_projection is None else total + of_projection
             dof = total**2 / (domain_variance**2 / (count - 1) + spread / self._tokens**4)
         return InfluenceMatrix(
             values=values,
@@ -108,6 +119,7 @@ class Estimator:
             microbatches=self._microbatches.copy(),
             dropped=dropped,
             settings=dict(settings or {}),
+            stderr_projection=None if of_projection is None else np.sqrt(of_projection),
         )
 
     def state_dict(self) -> dict[str, Any]:

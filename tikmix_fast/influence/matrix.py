@@ -34,18 +34,20 @@ class InfluenceMatrix:
     values : float64 [n, m]
         The influence. Unit: loss of task i per unit step along P times the mean gradient of domain j.
     stderr : float64 [n, m]
-        Standard error of ``values``: domain side and task side together. NaN where either side had fewer than two
-        micro-batches.
+        Standard error of ``values``: domain side, task side and projection together. NaN where either side had fewer
+        than two micro-batches.
     tokens : float64 [m]
         Target tokens measured per domain.
     tasks, domains : tuple of str
         Names of the rows and of the columns.
     stderr_domain, stderr_task : float64 [n, m]
-        The two parts of ``stderr``: sampling of the domain's batches, and of the task's.
+        Two parts of ``stderr``: sampling of the domain's batches, and of the task's.
     dof : float64 [n, m]
         Degrees of freedom of ``stderr`` (Welch-Satterthwaite), for t quantiles.
     microbatches : int64 [m]
         Measured micro-batches in which the domain had a target token.
+    stderr_projection : float64 [n, m] or None
+        The part of ``stderr`` that comes from measuring through random projections; None = measured exactly.
     dropped : int
         Micro-batches dropped because they were not finite.
     settings : mapping
@@ -74,10 +76,14 @@ class InfluenceMatrix:
     microbatches: NDArray[np.int64]
     dropped: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    stderr_projection: Array | None = None
 
     def __post_init__(self) -> None:
         cells = (len(self.tasks), len(self.domains))
-        for name in ("values", "stderr", "stderr_domain", "stderr_task", "dof"):
+        errors = ["stderr", "stderr_domain", "stderr_task"]
+        if self.stderr_projection is not None:
+            errors.append("stderr_projection")
+        for name in ("values", *errors, "dof"):
             _check_array(name, getattr(self, name), cells)
         _check_array("tokens", self.tokens, cells[1:])
         _check_array("microbatches", self.microbatches, cells[1:])
@@ -87,7 +93,7 @@ class InfluenceMatrix:
                 raise ValueError(f"{name} must be non-empty strings; got {names!r}")
             if len(set(names)) != len(names):
                 raise ValueError(f"{name} must be unique; got {names!r}")
-        for name in ("stderr", "stderr_domain", "stderr_task", "tokens"):
+        for name in (*errors, "tokens"):
             if (getattr(self, name) < 0).any():
                 raise ValueError(f"{name} must not be negative")
 
@@ -177,6 +183,7 @@ class InfluenceMatrix:
             "stderr": _to_json(self.stderr),
             "stderr_domain": _to_json(self.stderr_domain),
             "stderr_task": _to_json(self.stderr_task),
+            **({} if self.stderr_projection is None else {"stderr_projection": _to_json(self.stderr_projection)}),
             "dof": _to_json(self.dof),
             "tokens": _to_json(self.tokens),
             "microbatches": self.microbatches.tolist(),
@@ -210,6 +217,7 @@ class InfluenceMatrix:
                 microbatches=np.array(content["microbatches"], dtype=np.int64),
                 dropped=int(content["dropped"]),
                 settings=dict(content["settings"]),
+                stderr_projection=_from_json(content["stderr_projection"]) if "stderr_projection" in content else None,
             )
         except KeyError as error:
             raise ValueError(f"influence matrix lacks the field {error.args[0]!r}") from None

@@ -22,19 +22,22 @@ class Queries:
     Attributes
     ----------
     values : dict of str to Tensor [q, *parameter.shape]
-        One query per task and split, by the name of the parameter.
+        One query per task and split, by the name of the parameter; of a projected one [q, k_out, k_in].
     owners : list of int [q]
         The task of each query.
     weights : list of float [q]
         Its share of its task's target tokens.
     packed : dict of (str, torch.dtype) to PackedQueries
         Filled by `Recorder` as weights are met: a second copy of what `values` holds of them, kept until the refresh.
+    projections : dict of str to LayerProjection
+        The parameters that are measured through a projection.
     """
 
     values: dict[str, Tensor]
     owners: list[int]
     weights: list[float]
     packed: dict[tuple[str, torch.dtype], ops.PackedQueries] = field(default_factory=dict)
+    projections: dict[str, ops.LayerProjection] = field(default_factory=dict)
 
     def by_task(self, n: int) -> dict[str, Tensor]:
         """Combine the splits of every task into its one query, [n, *parameter.shape] by name."""
@@ -74,7 +77,13 @@ class TaskGradients:
         self._tokens[split] = self._tokens.get(split, 0.0) + tokens
         self._batches[task] += 1
 
-    def freeze(self, parameters: Mapping[str, Tensor], preconditioner: Preconditioner, optimizer: Any) -> Queries:
+    def freeze(
+        self,
+        parameters: Mapping[str, Tensor],
+        preconditioner: Preconditioner,
+        optimizer: Any,
+        projections: dict[str, ops.LayerProjection],
+    ) -> Queries:
         """Turn the means per target token into queries, parameter by parameter, freeing the sums as it goes.
 
         Raises
@@ -98,8 +107,11 @@ class TaskGradients:
                 if total is not None:
                     torch.div(total, self._tokens[split], out=mean)
             values[name] = preconditioner.apply(name, means)
+            if name in projections:
+                values[name] = projections[name].project(values[name])
         of_task = {task: sum(self._tokens[split] for split in splits if split[0] == task) for task, _ in splits}
-        return Queries(values, [task for task, _ in splits], [self._tokens[s] / of_task[s[0]] for s in splits])
+        owners, weights = [task for task, _ in splits], [self._tokens[s] / of_task[s[0]] for s in splits]
+        return Queries(values, owners, weights, projections=projections)
 
 
 def _accumulated(tensor: Tensor) -> torch.dtype:

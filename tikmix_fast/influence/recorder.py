@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tikmix_fast import ops
 from tikmix_fast.influence.rows import Layout, RowLabels
-from tikmix_fast.influence.views import ParameterView
+from tikmix_fast.influence.views import ParameterView, UncapturedParameterError
 
 __all__ = ["Recorder"]
 
@@ -28,10 +28,15 @@ class Recorder:
         Those of the weights of products as the kernel reads them, by name and dtype of the rows; what is missing is
         added when first used.
 
+    projections : mapping of str to LayerProjection, optional
+        The weights whose queries are projected.
+
     Attributes
     ----------
     sums : dict of str to float64 Tensor [q, m]
         What was recorded so far, by the name of the parameter, in the units of the gradient that flowed.
+    projected : dict of str to Tensor [m, k_out, k_in]
+        The domains' gradients of those weights, projected.
     saw_half : bool
         Whether a gradient in half precision was read.
     """
@@ -41,16 +46,23 @@ class Recorder:
         labels: RowLabels,
         queries: Mapping[str, Tensor],
         packed: dict[tuple[str, torch.dtype], ops.PackedQueries] | None = None,
+        projections: Mapping[str, ops.LayerProjection] | None = None,
     ) -> None:
         self.labels = labels
         self.queries = queries
         self.packed = {} if packed is None else packed
+        self.projections = projections or {}
         self.sums: dict[str, Tensor] = {}
+        self.projected: dict[str, Tensor] = {}
         self.saw_half = False
 
     def close(self) -> None:
         """Record no more, and let go of the queries: a graph or a view that is kept must not keep them."""
         self.queries, self.packed = {}, {}
+
+    def is_projected(self, view: ParameterView) -> bool:
+        """Whether the view is a parameter that is measured through a projection."""
+        return view.is_parameter and view.sources[0].name in self.projections
 
     def product(
         self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
@@ -60,9 +72,10 @@ class Recorder:
         ``total``, if given, gets the weight gradient added in the same pass.
         """
         self._note(gradient)
-        dtype = torch.promote_types(rows.dtype, gradient.dtype)
+        # Under autocast the product itself saw the rows in the dtype of its output.
+        dtype = gradient.dtype
         flat_rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
-        flat_gradient = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
+        flat_gradient = gradient.reshape(-1, gradient.shape[-1])
         left, right = (flat_rows, flat_gradient) if in_out else (flat_gradient, flat_rows)
         if total is not None and (not self.queries or total.dtype not in (torch.float32, torch.bfloat16)):
             # The kernel adds to float32 and bfloat16 only; a float64 model is for checking, not for speed.
@@ -71,11 +84,19 @@ class Recorder:
         if not self.queries:
             return
         layout = self.labels.layout(rows.shape[:-1], rows.device)
+        if self.is_projected(weight):
+            name = weight.sources[0].name
+            projected = ops.projected_domain_gradients(
+                right, left, layout.offsets, self.projections[name], order=layout.order
+            )
+            self.projected[name] = self.projected[name] + projected if name in self.projected else projected
+            self._add(name, self.queries[name].flatten(1).double() @ projected.flatten(1).double().t())
+            return
         carried: Iterable[tuple[str, Tensor | ops.PackedQueries]]
         if weight.is_parameter:
             carried = [(weight.sources[0].name, self._pack(weight.sources[0].name, dtype))]
         else:
-            carried = weight.queries(self.queries)
+            carried = self._carried(weight)
         for name, queries in carried:
             found = ops.group_influence(right, left, layout.offsets, queries, order=layout.order, grad_weight=total)
             self._add(name, found)
@@ -95,7 +116,7 @@ class Recorder:
             self.features(view, gradient)
             return
         layout = self.labels.layout(gradient.shape[:-1], gradient.device)
-        for name, queries in view.queries(self.queries):
+        for name, queries in self._carried(view):
             # Align on the right, as broadcasting does.
             aligned = queries.reshape(len(queries), *(1,) * (gradient.ndim - queries.ndim + 1), *queries.shape[1:])
             dots = torch.einsum("...c,q...c->...q", _wide(gradient), _wide(aligned))
@@ -111,7 +132,7 @@ class Recorder:
         runs = layout.sum_runs(per_row.reshape(-1, per_row.shape[-1]))
         if self.queries:
             of_domains = layout.sum_domains(runs)
-            for name, queries in view.queries(self.queries):
+            for name, queries in self._carried(view):
                 features = queries.reshape(len(queries), -1).expand(-1, runs.shape[-1])
                 self._add(name, features.double() @ of_domains.t())
         return runs.sum(0)
@@ -125,13 +146,23 @@ class Recorder:
         flat_ids, flat = ids.reshape(-1), _wide(gradient.reshape(-1, gradient.shape[-1]))
         if padding is not None:
             flat = flat * (flat_ids != padding)[:, None]
-        ((name, queries),) = view.queries(self.queries)
+        ((name, queries),) = self._carried(view)
         # Rows by the hundred, so that what is looked up stays in cache until it is multiplied.
         dots = [
             torch.stack([torch.linalg.vecdot(F.embedding(some_ids, _wide(query)), rows) for query in queries], dim=1)
             for some_ids, rows in zip(flat_ids.split(256), flat.split(256), strict=True)
         ]
         self._add_rows(name, torch.cat(dots), layout)
+
+    def _carried(self, view: ParameterView) -> Iterable[tuple[str, Tensor]]:
+        for source in view.sources:
+            if source.name in self.projections:
+                raise UncapturedParameterError(
+                    f"the projected influence of {source.name!r} cannot be captured: it is used other than as the "
+                    "weight of a product. Measure with projection=None, or leave it out with "
+                    f"exclude=[{source.name!r}]"
+                )
+        return view.queries(self.queries)
 
     def _pack(self, name: str, dtype: torch.dtype) -> ops.PackedQueries:
         if (name, dtype) not in self.packed:

@@ -87,6 +87,8 @@ def _product(
     fits = rows.dtype == plain(weight).dtype or torch.is_autocast_enabled(rows.device.type)
     one_bias = bias is None or plain(bias).ndim == 1
     fused = isinstance(weight, ParameterView) and weight.is_parameter and capture.fused and fits and one_bias
+    if isinstance(weight, ParameterView) and recorder.is_projected(weight):
+        fused = False  # measured apart from the ordinary product
 
     def read(gradient: Tensor, saved: Tensor, total: Tensor | None = None) -> Tensor | None:
         if isinstance(weight, ParameterView):

@@ -53,7 +53,8 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # Once only: checkpointing recomputes a saved tensor when it is unpacked, and then lets go of it.
         saved = ctx.saved_tensors
-        ctx.read(gradient, *saved)
+        with torch.autocast(gradient.device.type, enabled=False):
+            ctx.read(gradient, *saved)
         return (gradient, None, *(None for _ in saved))
 
 
@@ -66,7 +67,8 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.read(gradient)
+        with torch.autocast(gradient.device.type, enabled=False):
+            ctx.read(gradient)
         return gradient.sum_to_size(ctx.shape), None, None
 
 

@@ -21,8 +21,8 @@ _PRODUCT_PAIRS = 1.0
 _PRODUCT_FROM_L2 = 1.5
 _MOST_TASKS_IN_L1 = 16
 # torch's product of matrices, in float32, against our main loop; its result is read once more.
-_TORCH = 1.1
-_TORCH_PAIRS = 2.4
+_TORCH = 1.45
+_TORCH_PAIRS = 3.2
 # Writing a micro-tile and reading it in the second pass.
 _WRITTEN = 4.0
 

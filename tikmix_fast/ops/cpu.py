@@ -21,7 +21,16 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["group_influence", "instruction_sets", "pack_queries", "refusal", "unavailable"]
+__all__ = [
+    "empty_panels",
+    "fused",
+    "group_influence",
+    "instruction_sets",
+    "pack_queries",
+    "refusal",
+    "row_wise",
+    "unavailable",
+]
 
 INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
 
@@ -91,17 +100,29 @@ def _panels(instruction_set: str, queries: Tensor) -> tuple[torch.Size, torch.dt
     return torch.Size((-(-width // columns), -(-height // rows), tasks, rows, columns)), _DTYPES[code]
 
 
-def pack_queries(queries: Tensor) -> Tensor | None:
-    """Return the queries [n, O, I] in the order in which the kernel reads them, or None if it cannot take them.
+def _are_panels(panels: Tensor, instruction_set: str, queries: Tensor) -> bool:
+    alike = (panels.shape, panels.dtype) == _panels(instruction_set, queries)
+    return alike and panels.device.type == "cpu" and panels.is_contiguous()
+
+
+def empty_panels(queries: Tensor) -> Tensor:
+    """Return memory for `pack_queries`, of no element if the kernel does not take these queries."""
+    if _missing or queries.device.type != "cpu" or queries.dtype not in _DTYPE_CODES:
+        return queries.new_empty(0)
+    shape, dtype = _panels(_instruction_set(), queries)
+    return queries.new_empty(shape, dtype=dtype)
+
+
+def pack_queries(queries: Tensor) -> Tensor:
+    """Return the queries [n, O, I] in the order in which the kernel reads them, or nothing if it does not take them.
 
     The shape, [column micro-tiles, row micro-tiles, n, micro-tile rows, micro-tile columns], tells the layout.
     """
-    if _missing or queries.device.type != "cpu" or queries.dtype not in _DTYPE_CODES:
-        return None
+    panels = empty_panels(queries)
+    if panels.dim() == 1:
+        return panels
     instruction_set = _instruction_set()
     queries = queries if queries.stride(-1) == 1 else queries.contiguous()
-    shape, dtype = _panels(instruction_set, queries)
-    panels = torch.empty(shape, dtype=dtype, device="cpu")
     _cpu.pack_queries(
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
@@ -114,34 +135,35 @@ def pack_queries(queries: Tensor) -> Tensor | None:
 
 
 def group_influence(arguments: Arguments) -> Tensor:
-    """Compute ``tikmix_fast.ops.group_influence`` in native code."""
-    input, grad_output, offsets, queries, _, order, grad_weight = arguments
-    instruction_set = _instruction_set()
-    bounds = domain_bounds(offsets, input.shape[0])
-    check_order(order, input.shape[0])
-    if not _is_row_wise(arguments, bounds):
-        return _fused(arguments, len(bounds) - 1, instruction_set)
+    """Compute ``tikmix_fast.ops.group_influence`` the way that costs least."""
+    bounds = domain_bounds(arguments.offsets, len(arguments.input))
+    check_order(arguments.order, len(arguments.input))
+    pairs = _instruction_set() == "avx512_bf16" and (
+        arguments.input.dtype == arguments.grad_output.dtype == torch.bfloat16
+    )
+    domains = sum(start < end for start, end in pairwise(bounds))
+    tasks, height, width = arguments.queries.shape
+    with_total = arguments.grad_weight is not None
+    costs = count_costs(bounds[-1], height, width, domains, tasks, with_total=with_total, pairs=pairs)
+    return row_wise(arguments, bounds) if costs.cheapest() == "row_wise" else fused(arguments, len(bounds) - 1)
+
+
+def row_wise(arguments: Arguments, bounds: list[int]) -> Tensor:
+    """Compute it row by row, and the total gradient besides, without queries; `group_influence` has checked both."""
+    input, grad_output, _, queries, _, order, grad_weight = arguments
     values = row_wise_influence(input, grad_output, bounds, queries, order)
     if grad_weight is not None:
         everything = torch.tensor([0, len(input)], device="cpu")
-        _fused(arguments._replace(offsets=everything, queries=queries[:0], panels=None, order=None), 1, instruction_set)
+        fused(arguments._replace(offsets=everything, queries=queries[:0], panels=None), 1)
     return values
 
 
-def _is_row_wise(arguments: Arguments, bounds: list[int]) -> bool:
-    input, grad_output, queries = arguments.input, arguments.grad_output, arguments.queries
-    costs = count_costs(
-        *(len(input), *queries.shape[1:], sum(a < b for a, b in pairwise(bounds)), len(queries)),
-        with_total=arguments.grad_weight is not None,
-        pairs=input.dtype == grad_output.dtype == torch.bfloat16,
-    )
-    return costs.row_wise < costs.fused
-
-
-def _fused(arguments: Arguments, domains: int, instruction_set: str) -> Tensor:
+def fused(arguments: Arguments, domains: int) -> Tensor:
+    """Compute it in the native kernel, in one pass; arguments as `group_influence` checked."""
     input, grad_output, offsets, queries, panels, order, grad_weight = arguments
+    instruction_set = _instruction_set()
     # The kernel takes any strides of the other tensors; queries are read m times, so their columns must be contiguous.
-    fits = panels is not None and (panels.shape, panels.dtype) == _panels(instruction_set, queries)
+    fits = panels is not None and _are_panels(panels, instruction_set, queries)
     if queries.stride(-1) != 1 and not fits:
         queries = queries.contiguous()
     offsets = offsets.contiguous()

@@ -156,7 +156,8 @@ def run_group_influence(
     arguments = Arguments(input, grad_output, offsets, queries, panels, order, grad_weight)
     check_arguments(arguments)
     check_grad_weight_memory(arguments)
-    return _BACKENDS[_choose(backend, arguments)].group_influence(arguments)
+    with torch.autocast(input.device.type, enabled=False):
+        return _BACKENDS[_choose(backend, arguments)].group_influence(arguments)
 
 
 def run_projected_group_influence(
@@ -173,4 +174,5 @@ def run_projected_group_influence(
     """Check the arguments of ``projected_group_influence`` and run it; this is the kernel that the schema calls."""
     arguments = ProjectedArguments(input, grad_output, offsets, queries, output_factor, input_factor, scale, order)
     check_projected_arguments(arguments)
-    return _BACKENDS[_choose(backend, arguments)].projected_group_influence(arguments)
+    with torch.autocast(input.device.type, enabled=False):
+        return _BACKENDS[_choose(backend, arguments)].projected_group_influence(arguments)

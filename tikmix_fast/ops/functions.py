@@ -41,7 +41,8 @@ def group_influence(
         ``grad_output``. Entries are checked to be row numbers; that none repeats is the caller's promise.
     grad_weight : float32 | bfloat16 Tensor [O, I], optional
         The gradient summed over all domains is added to it in the same pass. It must not share memory with any other
-        argument.
+        argument. Added once per block of 1024 rows (2048 of bfloat16), so that begin with zeros where what is there
+        already is far larger than what comes.
     backend : str, optional
         A key of `available_backends`; see `use_backend` for the order of choice.
 
@@ -50,7 +51,7 @@ def group_influence(
     float64 Tensor [n, m]
         ``<queries[i], sum over rows t of domain j of grad_output[t]^T input[t]>``; 0 for an empty domain. Positive
         where a step down the domain's gradient lowers the task's loss. A sum, not divided by the number of rows. A NaN
-        in a row reaches the column of its domain only.
+        or an infinity in a row reaches the column of its domain only, and may be NaN there.
 
     Raises
     ------
@@ -63,9 +64,10 @@ def group_influence(
     Notes
     -----
     Costs the weight gradient's ``2 T O I`` operations plus ``2 m n O I``; memory beyond the arguments does not grow
-    with the number of domains, except for the result and up to 256 partial sums of its shape. The CPU kernel keeps up
-    to 32 MiB of workspace between calls. Where inputs and queries are all bfloat16, the products are taken of gradients
-    rounded to bfloat16, as torch would; otherwise gradients stay float32.
+    with the number of domains, except for partial sums of the result's shape (up to 256, or 32 MiB of them). Where
+    domains have a row or two and counting says that it costs less, the CPU measures row by row instead, which takes
+    float64 [n, T] besides. Up to two workspaces of at most 64 MiB are kept between calls. Where inputs and queries are
+    all bfloat16, the products are taken of gradients rounded to bfloat16, as torch would; otherwise they stay float32.
 
     Examples
     --------

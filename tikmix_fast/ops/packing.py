@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops import cpu
+from tikmix_fast.ops.schema import pack_queries_op
 
 __all__ = ["PackedQueries", "pack_queries"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedQueries:
     """The task gradients of one layer, and a copy in the order in which the kernel reads them; see `pack_queries`.
 
@@ -28,8 +28,9 @@ class PackedQueries:
     panels: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.tensor.dim() != 3:
-            raise ValueError(f"queries must have shape (n, O, I); got {tuple(self.tensor.shape)}")
+        require_queries(self.tensor)
+        if self.panels is not None and self.panels.device != self.tensor.device:
+            raise ValueError(f"panels must be on the device of tensor, {self.tensor.device}; got {self.panels.device}")
 
     @property
     def shape(self) -> torch.Size:
@@ -62,9 +63,15 @@ def pack_queries(queries: Tensor) -> PackedQueries:
     >>> pack_queries(torch.zeros(2, 3, 4)).shape
     torch.Size([2, 3, 4])
     """
-    if not queries.dtype.is_floating_point:
-        raise TypeError(f"queries must be a floating-point tensor; got {queries.dtype}")
+    if not isinstance(queries, Tensor) or not queries.dtype.is_floating_point:
+        raise TypeError(f"queries must be a floating-point tensor; got {getattr(queries, 'dtype', type(queries))}")
+    require_queries(queries)
     queries = queries.detach().contiguous()
-    # The copy is made by address, which a tracer cannot follow.
-    copies = queries.dim() == 3 and not torch.compiler.is_compiling()
-    return PackedQueries(queries, cpu.pack_queries(queries) if copies else None)
+    panels = pack_queries_op(queries)
+    return PackedQueries(queries, panels if panels.dim() == 5 else None)
+
+
+def require_queries(queries: Tensor) -> None:
+    """Raise ValueError unless queries have three dimensions."""
+    if queries.dim() != 3:
+        raise ValueError(f"queries must have shape (n, O, I); got {tuple(queries.shape)}")

@@ -19,6 +19,8 @@ __all__ = ["projected_domain_gradients", "projected_group_influence"]
 def _factors(projection: LayerProjection | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, float]:
     if isinstance(projection, LayerProjection):
         return projection.output_factor, projection.input_factor, projection.scale
+    if not (isinstance(projection, tuple) and len(projection) == 2 and all(isinstance(p, Tensor) for p in projection)):
+        raise TypeError(f"projection must be a LayerProjection or a pair of tensors; got {type(projection).__name__}")
     output, input = projection
     for name, matrix in (("k_out", output), ("k_in", input)):
         if not matrix.dtype.is_floating_point:
@@ -139,11 +141,12 @@ def projected_domain_gradients(
     )
     bounds = domain_bounds(offsets, input.shape[0])
     check_order(order, input.shape[0])
-    small_input = project_rows(input, input_factor, dims[1]).float()
-    small_grad = project_rows(grad_output, output_factor, dims[0]).float()
-    if order is not None:
-        small_input, small_grad = small_input[order], small_grad[order]
-    gradients = small_input.new_empty(len(bounds) - 1, *dims)
-    for gradient, (start, end) in zip(gradients, pairwise(bounds), strict=True):
-        torch.mm(small_grad[start:end].T, small_input[start:end], out=gradient)
-    return gradients.mul_(scale)
+    with torch.autocast(input.device.type, enabled=False):
+        small_input = project_rows(input, input_factor, dims[1]).float()
+        small_grad = project_rows(grad_output, output_factor, dims[0]).float()
+        if order is not None:
+            small_input, small_grad = small_input[order], small_grad[order]
+        gradients = small_input.new_empty(len(bounds) - 1, *dims)
+        for gradient, (start, end) in zip(gradients, pairwise(bounds), strict=True):
+            torch.mm(small_grad[start:end].T, small_input[start:end], out=gradient)
+        return gradients.mul_(scale)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tikmix_fast.ops.dispatch import run_projected_group_influence
 from tikmix_fast.ops.projected_checks import ProjectedArguments, check_projected_arguments
+from tikmix_fast.ops.schema import refuse_derivatives
 
 __all__ = ["projected_group_influence_op"]
 
@@ -54,13 +55,7 @@ def _autograd(
         "projection to k_out": output_factor,
         "projection to k_in": input_factor,
     }
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor.requires_grad:
-                raise RuntimeError(
-                    f"projected_group_influence has no derivative, but {name} requires grad; "
-                    f"call it under torch.no_grad() or detach it"
-                )
+    refuse_derivatives("projected_group_influence", tensors)
     with torch._C._AutoDispatchBelowAutograd():
         values: Tensor = projected_group_influence_op(
             input, grad_output, offsets, queries, output_factor, input_factor, scale, order, backend

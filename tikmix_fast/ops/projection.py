@@ -163,6 +163,11 @@ class LayerProjection:
         kinds = get_args(ProjectionKind)
         if self.kind not in kinds:
             raise ValueError(f"kind must be one of {', '.join(kinds)}; got {self.kind!r}")
+        for name in ("height", "width", "k_out", "k_in", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name} must be an int; got {getattr(self, name)!r}")
+        if not isinstance(self.layer, (int, str)):
+            raise TypeError(f"layer must be an int or a name; got {self.layer!r}")
         for name in ("height", "width"):
             if not 0 <= getattr(self, name) < 1 << 31:
                 raise ValueError(f"{name} must be in 0 ... 2**31 - 1; got {getattr(self, name)}")
@@ -245,4 +250,5 @@ class LayerProjection:
             raise ValueError(f"gradients must have shape (..., {self.height}, {self.width}); got {gradients.shape}")
         dtype = torch.promote_types(gradients.dtype, torch.float32)
         output, input = self.matrices(dtype)
-        return output @ gradients.to(dtype) @ input.T
+        with torch.autocast(gradients.device.type, enabled=False):
+            return output @ gradients.to(dtype) @ input.T

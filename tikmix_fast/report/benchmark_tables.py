@@ -61,7 +61,13 @@ class TextTable:
 
 def benchmark_tables(result: dict[str, Any]) -> list[TextTable]:
     """Return every table of one suite's result, as `tikmix_fast.benchmarking.suites.run_suite` returns it."""
-    make = {"ops": _ops_tables, "engine": _engine_tables, "mixture": _mixture_tables, "sampler": _sampler_tables}
+    make = {
+        "ops": _ops_tables,
+        "choice": _choice_tables,
+        "engine": _engine_tables,
+        "mixture": _mixture_tables,
+        "sampler": _sampler_tables,
+    }
     return make[result["suite"]](result)
 
 
@@ -136,6 +142,20 @@ def _ops_tables(result: dict[str, Any]) -> list[TextTable]:
         ]
         tables.append(TextTable(title, header, rows, [*notes, *_skipped(case)], _ours(case["rows"])))
     return tables
+
+
+def _choice_tables(result: dict[str, Any]) -> list[TextTable]:
+    rows = []
+    for case in result["cases"]:
+        seconds = case["seconds"]
+        share = seconds[case["chosen"]] / min(seconds.values())
+        times = [f"{seconds[way] * 1e3:.3g}" for way in ("fused", "two_pass", "row_wise")]
+        name = f"{case['dtype']}, {case['rows_per_domain']} rows per domain, n={case['tasks']}"
+        rows.append([name, *times, case["chosen"].replace("_", "-"), f"{share:.2f}"])
+    sizes = result["cases"][0]
+    title = "Three ways, T={rows} O={height} I={width}, one thread".format(**sizes)
+    header = ["case", "fused, ms", "two-pass, ms", "row-wise, ms", "chosen", "over the best"]
+    return [TextTable(title, header, rows)]
 
 
 def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
