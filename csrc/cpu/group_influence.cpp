@@ -136,7 +136,7 @@ std::vector<Kernel> usable_kernels() {
 
 void pack_queries(const Queries& queries, const Kernel& kernel, int64_t height, int64_t width, int threads,
                   void* panels) {
-    const int64_t tiles = queries.tasks == 0 ? 0 : divide_up(height, kTileRows);  // without tasks there is no memory
+    const int64_t tiles = divide_up(height, kTileRows);
 #pragma omp parallel for num_threads(threads)
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = tile * kTileRows;
