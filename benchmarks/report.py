@@ -76,9 +76,8 @@ def _roofs(rates: dict[str, Any]) -> str:
 
 def choice_section(results: dict[str, Any]) -> str:
     """Return the ways to group influence on a grid of shapes, folded."""
-    tables = benchmark_tables(results)
-    tables[-1].notes.append(f"CPU time; {benchmark_facts(results)}")
-    return _folded("Which way is taken, by counting, and what each takes", tables)
+    folded = _folded("Which way is taken, by counting, and what each takes", benchmark_tables(results))
+    return f"{folded}\n\nCPU time; {benchmark_facts(results)}."
 
 
 def tables_section(*results: dict[str, Any]) -> str:

@@ -129,6 +129,14 @@ def test_engine_mixture_and_sampler_tables() -> None:
     assert memory.rows == [["2 domains, 1e+03 samples", "0.5 MiB"]]
 
 
+def test_choice_table() -> None:
+    case = {"rows": 64, "height": 8, "width": 16, "rows_per_domain": 4, "tasks": 2, "dtype": "float32"}
+    seconds = {"fused": 2e-3, "two_pass": 9e-3, "row_wise": 1.6e-3}
+    (table,) = benchmark_tables({"suite": "choice", "cases": [{**case, "seconds": seconds, "chosen": "fused"}]})
+    assert table.title == "Three ways, T=64 O=8 I=16, one thread"
+    assert table.rows == [["float32, 4 rows per domain, n=2", "2", "9", "1.6", "fused", "1.25"]]
+
+
 def test_one_table_two_forms() -> None:
     table = TextTable("a [title]", ["x", "y"], [["one", "1"], ["[two]", "2"]], ["a note"], frozenset({1}))
     assert table.to_markdown() == "| x | y |\n|---|---:|\n| one | 1 |\n| **[two]** | 2 |\n\na note."
