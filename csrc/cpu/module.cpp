@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "earliest_first.h"
 #include "group_influence.h"
 #include "philox.h"
 #include "sketch.h"
@@ -136,6 +137,15 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("pack_queries", &pack_queries, py::kw_only(), py::arg("instruction_set"), py::arg("threads"),
                py::arg("height"), py::arg("width"), py::arg("queries"), py::arg("panels"),
                "Write packed queries; queries as in group_influence, panels an address.");
+    module.def(
+        "earliest_first",
+        [](int64_t keys, int64_t arrived, int64_t slots, int64_t drawn) {
+            const py::gil_scoped_release release;
+            tikmix_fast::earliest_first(pointer<const int64_t>(keys), pointer<const int64_t>(arrived), slots,
+                                        pointer<int64_t>(drawn));
+        },
+        py::kw_only(), py::arg("keys"), py::arg("arrived"), py::arg("slots"), py::arg("drawn"),
+        "Write for every slot the smallest of the int64 keys that have arrived and were not drawn yet.");
     module.def(
         "group_influence", &group_influence, py::kw_only(), py::arg("instruction_set"), py::arg("threads"),
         py::arg("sizes"), py::arg("input"), py::arg("grad_output"), py::arg("queries"), py::arg("offsets"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tikmix_fast.data.schedule import BLOCK, check_counts, quantize, schedule_block
+from tikmix_fast.data.schedule import BLOCK, _earliest_first, check_counts, quantize, schedule_block
 
 
 def planned(weights, blocks=1, seed=0):
@@ -161,3 +162,22 @@ def test_the_order_is_fixed_for_all_time():
     labels = planned([0.5, 0.3, 0.2])
     assert labels[:24].tolist() == [1, 0, 2, 0, 1, 0, 0, 1, 0, 2, 0, 2, 1, 0, 0, 2, 1, 0, 0, 1, 0, 2, 1, 0]
     assert int((labels.astype(np.int64) * np.arange(BLOCK)).sum()) == 93950095
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**62), st.integers(0, 3)), min_size=1, max_size=60))
+def test_native_heap_draws_as_pythons_own(arrivals):
+    keys = np.array([key for key, _ in arrivals])
+    # Each slot after the first sees 0 to 3 more, but never fewer than the slots so far.
+    arrived = np.maximum(np.cumsum([more for _, more in arrivals]), np.arange(1, len(keys) + 1)).clip(max=len(keys))
+    waiting, expected, seen = [], [], 0
+    for now in arrived.tolist():
+        for key in keys[seen:now].tolist():
+            heapq.heappush(waiting, key)
+        seen = now
+        expected.append(heapq.heappop(waiting))
+    assert _earliest_first(keys, arrived).tolist() == expected
+
+
+def test_more_slots_than_arrivals_are_refused():
+    with pytest.raises(ValueError, match="more slots than keys"):
+        _earliest_first(np.array([1, 2]), np.array([1, 1]))

@@ -1,4 +1,4 @@
-"""The global stream of draws from several shuffled domains under weights that change. Pure numpy; knows no ranks."""
+"""The global stream of draws from several shuffled domains under weights that change; knows no ranks."""
 
 from __future__ import annotations
 

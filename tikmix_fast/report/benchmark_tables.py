@@ -105,6 +105,10 @@ def ops_summary(result: dict[str, Any]) -> TextTable:
             ]
         )
     notes = [f"Slower than the fastest other: {'; '.join(slower)}"] if slower else []
+    if any(case.get("projection") for case in result["cases"]):
+        notes.append(
+            "A projection counts as the dense product it stands for; a countsketch adds instead of multiplying"
+        )
     return TextTable("Influence and total gradient of one layer", header, rows, notes)
 
 
