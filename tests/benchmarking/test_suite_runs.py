@@ -38,7 +38,7 @@ def test_an_unknown_suite_is_refused() -> None:
 def test_engine_suite() -> None:
     said: list[str] = []
     result = json.loads(json.dumps(run_suite("engine", BenchSettings.of("tiny"), said.append)))
-    assert [len(case["rows"]) for case in result["steps"]] == [3, 3]
+    assert [len(case["rows"]) for case in result["steps"]] == [4, 4]
     assert all(0 < case["error"] <= 2 * case["eager_error"] + 1e-7 for case in result["steps"])
     fast, slow = result["measurements"]
     assert [row["method"] for row in fast["rows"] if row["ours"]] == ["tikmix_fast", "tikmix_fast, check_every=0"]
