@@ -283,7 +283,7 @@ class MeasurementCase:
 MEASUREMENT = MeasurementCase()
 """That of the comparison with neighbouring libraries."""
 
-QUICK_MEASUREMENT = replace(MEASUREMENT, domain_sequences=32)
+QUICK_MEASUREMENT = replace(MEASUREMENT, domain_sequences=16, task_sequences=8)
 """That of ``tikmix-fast bench``."""
 
 TINY_MEASUREMENT = MeasurementCase(1, 2, 16, 32, 8, domain_sequences=64, task_sequences=4, batch=4)
