@@ -29,7 +29,7 @@ class BenchSettings:
     Attributes
     ----------
     size : "full", "quick" or "tiny"
-        The cases: those of the committed results; a minute's worth of them; or so small that the numbers say nothing.
+        The cases: those of the committed results; fewer, for a minute or two; or so small that they say nothing.
     rounds : int
         Most rounds of every comparison.
     seconds : float or None

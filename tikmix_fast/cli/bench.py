@@ -26,7 +26,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("tikmix-bench"),
     size: Annotated[
         Literal["quick", "full", "tiny"],
-        typer.Option(help="quick (a minute), full (the committed results), or tiny (shows that it runs)."),
+        typer.Option(help="quick (a minute or two), full (the committed results), or tiny (shows that it runs)."),
     ] = "quick",
     rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of every comparison.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Of every comparison, after at least 3 rounds.")] = None,

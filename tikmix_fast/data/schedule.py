@@ -89,7 +89,7 @@ def schedule_block(shares: Ints, elapsed: int, counts: Ints, seed: int, stream: 
 
     Notes
     -----
-    Cost: about 0.3 us per draw, nearly independent of m; memory O(BLOCK + m).
+    Cost: about 0.5 us per draw, nearly independent of m; memory O(BLOCK + m).
     """
     domain, opens, closes = _turns(shares, elapsed, counts)
     raw = np.random.Philox(key=seed, counter=[0, stream, 0, 0])

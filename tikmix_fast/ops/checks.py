@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Arguments", "check_arguments", "check_grad_weight_memory", "check_order", "domain_bounds"]
+__all__ = [
+    "Arguments",
+    "check_arguments",
+    "check_grad_weight_memory",
+    "check_order",
+    "check_rows",
+    "describe",
+    "domain_bounds",
+    "require_floating",
+    "require_shape",
+]
 
 
 class Arguments(NamedTuple):
@@ -28,7 +39,8 @@ def describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} [{str(tensor.dtype).removeprefix('torch.')}, {tensor.device}]"
 
 
-def _require_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+def require_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raise ValueError unless a tensor has this shape; a letter stands for any size."""
     matches = tensor.dim() == len(shape) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
     )
@@ -36,7 +48,8 @@ def _require_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> N
         raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}); got {describe(tensor)}")
 
 
-def _require_floating(name: str, tensor: Tensor) -> None:
+def require_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless a tensor is floating point."""
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor; got {describe(tensor)}")
 
@@ -57,24 +70,47 @@ def check_arguments(arguments: Arguments) -> None:
         If a tensor that holds numbers is not floating point.
     """
     input, grad_output, offsets, queries, _, order, grad_weight = arguments
-    _require_shape("input", input, ("T", "I"))
+    require_shape("input", input, ("T", "I"))
     rows, width = input.shape
-    _require_shape("grad_output", grad_output, (rows, "O"))
+    require_shape("grad_output", grad_output, (rows, "O"))
     height = grad_output.shape[1]
-    _require_shape("queries", queries, ("n", height, width))
-    _require_shape("offsets", offsets, ("m + 1",))
+    require_shape("queries", queries, ("n", height, width))
+    numbers = {"input": input, "grad_output": grad_output, "queries": queries}
+    if grad_weight is not None:
+        require_shape("grad_weight", grad_weight, (height, width))
+        numbers["grad_weight"] = grad_weight
+    check_rows(numbers, offsets, order, {})
+
+
+def check_rows(
+    numbers: Mapping[str, Tensor], offsets: Tensor, order: Tensor | None, factors: Mapping[str, Tensor]
+) -> None:
+    """Check how the rows of ``numbers["input"]`` fall on domains, and that all tensors are where that is.
+
+    Parameters
+    ----------
+    numbers : mapping of str to Tensor
+        Must be floating point.
+    offsets, order
+        As in `tikmix_fast.ops.group_influence`.
+    factors : mapping of str to Tensor
+        Of any dtype.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `check_arguments`.
+    """
+    input = numbers["input"]
+    require_shape("offsets", offsets, ("m + 1",))
     if offsets.shape[0] == 0:
         raise ValueError(f"offsets must hold m + 1 row numbers, 0 first; got {describe(offsets)}")
     _require_indices("offsets", offsets)
-    numbers = {"input": input, "grad_output": grad_output, "queries": queries}
-    if grad_weight is not None:
-        _require_shape("grad_weight", grad_weight, (height, width))
-        numbers["grad_weight"] = grad_weight
     for name, tensor in numbers.items():
-        _require_floating(name, tensor)
-    same_device = dict(numbers)
+        require_floating(name, tensor)
+    same_device = {**numbers, **factors}
     if order is not None:
-        _require_shape("order", order, (rows,))
+        require_shape("order", order, (input.shape[0],))
         _require_indices("order", order)
         same_device["order"] = order
     for name, tensor in same_device.items():

@@ -22,10 +22,13 @@ else:
     _missing = None
 
 __all__ = [
+    "DTYPE_CODES",
+    "chosen_instruction_set",
     "empty_panels",
     "fused",
     "group_influence",
     "instruction_sets",
+    "matrix_argument",
     "pack_queries",
     "refusal",
     "row_wise",
@@ -35,7 +38,7 @@ __all__ = [
 INSTRUCTION_SET_VARIABLE = "TIKMIX_FAST_CPU_ISA"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
 def unavailable() -> str | None:
@@ -51,7 +54,7 @@ def refusal(arguments: Arguments | ProjectedArguments) -> str | None:
             continue
         if tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}, not on the CPU"
-        if tensor.dtype not in _DTYPE_CODES:
+        if tensor.dtype not in DTYPE_CODES:
             return f"{name} is {tensor.dtype}, none of float32, bfloat16 and float16"
     return None
 
@@ -61,7 +64,8 @@ def instruction_sets() -> list[str]:
     return [] if _missing else _cpu.instruction_sets()
 
 
-def _instruction_set() -> str:
+def chosen_instruction_set() -> str:
+    """Return the best instruction set, or the one that the environment variable forces."""
     usable = instruction_sets()
     forced = os.environ.get(INSTRUCTION_SET_VARIABLE)
     if not forced:
@@ -73,15 +77,16 @@ def _instruction_set() -> str:
     return forced
 
 
-def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:
+def matrix_argument(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Return address, dtype code and strides, as the native module takes a matrix."""
     row_stride, column_stride = tensor.stride()[-2:]
-    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], row_stride, column_stride
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], row_stride, column_stride
 
 
 def _plain(queries: Tensor) -> tuple[int, int, int, int, int, int]:
     return (
         queries.data_ptr(),
-        _DTYPE_CODES[queries.dtype],
+        DTYPE_CODES[queries.dtype],
         queries.shape[0],
         0,
         queries.stride(0),
@@ -90,13 +95,13 @@ def _plain(queries: Tensor) -> tuple[int, int, int, int, int, int]:
 
 
 def _packed(panels: Tensor) -> tuple[int, int, int, int, int, int]:
-    return panels.data_ptr(), _DTYPE_CODES[panels.dtype], panels.shape[2], 1, 0, 0
+    return panels.data_ptr(), DTYPE_CODES[panels.dtype], panels.shape[2], 1, 0, 0
 
 
 def _panels(instruction_set: str, queries: Tensor) -> tuple[torch.Size, torch.dtype]:
     """Return shape and dtype of packed queries."""
     tasks, height, width = queries.shape
-    rows, columns, code = _cpu.packed_layout(instruction_set=instruction_set, dtype=_DTYPE_CODES[queries.dtype])
+    rows, columns, code = _cpu.packed_layout(instruction_set=instruction_set, dtype=DTYPE_CODES[queries.dtype])
     return torch.Size((-(-width // columns), -(-height // rows), tasks, rows, columns)), _DTYPES[code]
 
 
@@ -107,9 +112,9 @@ def _are_panels(panels: Tensor, instruction_set: str, queries: Tensor) -> bool:
 
 def empty_panels(queries: Tensor) -> Tensor:
     """Return memory for `pack_queries`, of no element if the kernel does not take these queries."""
-    if _missing or queries.device.type != "cpu" or queries.dtype not in _DTYPE_CODES:
+    if _missing or queries.device.type != "cpu" or queries.dtype not in DTYPE_CODES:
         return queries.new_empty(0)
-    shape, dtype = _panels(_instruction_set(), queries)
+    shape, dtype = _panels(chosen_instruction_set(), queries)
     return queries.new_empty(shape, dtype=dtype)
 
 
@@ -121,7 +126,7 @@ def pack_queries(queries: Tensor) -> Tensor:
     panels = empty_panels(queries)
     if panels.dim() == 1:
         return panels
-    instruction_set = _instruction_set()
+    instruction_set = chosen_instruction_set()
     queries = queries if queries.stride(-1) == 1 else queries.contiguous()
     _cpu.pack_queries(
         instruction_set=instruction_set,
@@ -138,7 +143,7 @@ def group_influence(arguments: Arguments) -> Tensor:
     """Compute ``tikmix_fast.ops.group_influence`` the way that costs least."""
     bounds = domain_bounds(arguments.offsets, len(arguments.input))
     check_order(arguments.order, len(arguments.input))
-    pairs = _instruction_set() == "avx512_bf16" and (
+    pairs = chosen_instruction_set() == "avx512_bf16" and (
         arguments.input.dtype == arguments.grad_output.dtype == torch.bfloat16
     )
     domains = sum(start < end for start, end in pairwise(bounds))
@@ -161,7 +166,7 @@ def row_wise(arguments: Arguments, bounds: list[int]) -> Tensor:
 def fused(arguments: Arguments, domains: int) -> Tensor:
     """Compute it in the native kernel, in one pass; arguments as `group_influence` checked."""
     input, grad_output, offsets, queries, panels, order, grad_weight = arguments
-    instruction_set = _instruction_set()
+    instruction_set = chosen_instruction_set()
     # The kernel takes any strides of the other tensors; queries are read m times, so their columns must be contiguous.
     fits = panels is not None and _are_panels(panels, instruction_set, queries)
     if queries.stride(-1) != 1 and not fits:
@@ -176,8 +181,8 @@ def fused(arguments: Arguments, domains: int) -> Tensor:
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
         sizes=(len(input), height, width, domains),
-        input=_matrix(input),
-        grad_output=_matrix(grad_output),
+        input=matrix_argument(input),
+        grad_output=matrix_argument(grad_output),
         queries=_packed(panels) if fits and panels is not None else _plain(queries),
         offsets=offsets.data_ptr(),
         order=0 if order is None else order.data_ptr(),

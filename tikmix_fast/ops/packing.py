@@ -50,7 +50,7 @@ def pack_queries(queries: Tensor) -> PackedQueries:
     Returns
     -------
     PackedQueries
-        A handle of tensors and ints only, so that ``torch.compile`` takes it as an argument.
+        A handle of tensors only, so that ``torch.compile`` takes it as an argument.
 
     Raises
     ------

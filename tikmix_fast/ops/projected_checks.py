@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops.checks import _require_floating, _require_indices, _require_shape, describe
+from tikmix_fast.ops.checks import check_rows, require_floating, require_shape
 
 __all__ = ["ProjectedArguments", "check_projected_arguments"]
 
@@ -31,11 +31,11 @@ class ProjectedArguments(NamedTuple):
 
 def _check_factor(name: str, factor: Tensor, dim: int, columns: int) -> None:
     if factor.dtype == torch.int32:
-        _require_shape(name, factor, (columns,))
+        require_shape(name, factor, (columns,))
         return
-    _require_shape(name, factor, (dim, columns))
+    require_shape(name, factor, (dim, columns))
     if factor.dtype != torch.int8:
-        _require_floating(name, factor)
+        require_floating(name, factor)
 
 
 def check_projected_arguments(arguments: ProjectedArguments) -> None:
@@ -49,26 +49,11 @@ def check_projected_arguments(arguments: ProjectedArguments) -> None:
         If a tensor that holds numbers is not floating point.
     """
     input, grad_output, offsets, queries, output_factor, input_factor, _, order = arguments
-    _require_shape("input", input, ("T", "I"))
+    require_shape("input", input, ("T", "I"))
     rows, width = input.shape
-    _require_shape("grad_output", grad_output, (rows, "O"))
-    _require_shape("queries", queries, ("n", "k_out", "k_in"))
+    require_shape("grad_output", grad_output, (rows, "O"))
+    require_shape("queries", queries, ("n", "k_out", "k_in"))
     _check_factor("projection to k_out", output_factor, queries.shape[1], grad_output.shape[1])
     _check_factor("projection to k_in", input_factor, queries.shape[2], width)
-    _require_shape("offsets", offsets, ("m + 1",))
-    if offsets.shape[0] == 0:
-        raise ValueError(f"offsets must hold m + 1 row numbers, 0 first; got {describe(offsets)}")
-    _require_indices("offsets", offsets)
-    tensors = {"input": input, "grad_output": grad_output, "queries": queries}
-    for name, tensor in tensors.items():
-        _require_floating(name, tensor)
-    tensors |= {"projection to k_out": output_factor, "projection to k_in": input_factor}
-    if order is not None:
-        _require_shape("order", order, (rows,))
-        _require_indices("order", order)
-        tensors["order"] = order
-    for name, tensor in tensors.items():
-        if tensor.device != input.device:
-            raise ValueError(f"{name} must be on the device of input, {input.device}; got {describe(tensor)}")
-    if offsets.device != input.device and offsets.device.type != "cpu":
-        raise ValueError(f"offsets must be on the CPU or on the device of input, {input.device}; got {offsets.device}")
+    numbers = {"input": input, "grad_output": grad_output, "queries": queries}
+    check_rows(numbers, offsets, order, {"projection to k_out": output_factor, "projection to k_in": input_factor})

@@ -17,7 +17,7 @@ __all__ = ["can_sketch", "sketch_rows", "write_random_words"]
 
 def can_sketch(rows: Tensor) -> bool:
     """Tell whether `sketch_rows` takes these rows here."""
-    return cpu.unavailable() is None and rows.device.type == "cpu" and rows.dtype in cpu._DTYPE_CODES
+    return cpu.unavailable() is None and rows.device.type == "cpu" and rows.dtype in cpu.DTYPE_CODES
 
 
 def sketch_rows(rows: Tensor, codes: Tensor, dim: int) -> Tensor:
@@ -43,10 +43,10 @@ def sketch_rows(rows: Tensor, codes: Tensor, dim: int) -> Tensor:
     codes = codes.contiguous()
     output = rows.new_empty(rows.shape[0], dim, dtype=torch.float32)
     _cpu.sketch_rows(
-        instruction_set=cpu._instruction_set(),
+        instruction_set=cpu.chosen_instruction_set(),
         threads=torch.get_num_threads(),
         sizes=(*rows.shape, dim),
-        input=cpu._matrix(rows),
+        input=cpu.matrix_argument(rows),
         codes=codes.data_ptr(),
         output=output.data_ptr(),
     )
