@@ -27,8 +27,6 @@ constexpr double kFewestProductsPerThread = 1 << 20;
 // Rows one thread packs at a time.
 constexpr int64_t kSliceRows = 64;
 
-int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 // Floats between the parts of a workspace: the distance of two panels is no multiple of the page size, so that panels
 // do not all compete for the same cache sets.
 constexpr int64_t kLine = kCacheLine / sizeof(float);

@@ -7,12 +7,11 @@
 
 namespace {
 
+using tikmix_fast::kCacheLine;
 using tikmix_fast::kTasksAtOnce;
 using tikmix_fast::Scratch;
 using tikmix_fast::Segment;
 using tikmix_fast::sum_stride;
-
-constexpr int64_t kCacheLine = 64;
 
 // Packed rows summed in one go: starting again at zero bounds the rounding error of a long domain. That of bfloat16
 // inputs is larger anyway.

@@ -7,6 +7,11 @@
 
 namespace tikmix_fast {
 
+constexpr int64_t kCacheLine = 64;
+
+// Static, so that every file has its own: see kernel.h.
+static inline int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 enum class Element : int64_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 struct Matrix {

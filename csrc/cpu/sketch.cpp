@@ -33,7 +33,7 @@ void sketch_rows(const SketchProblem& problem, const char* instruction_set, int 
         throw std::invalid_argument("a CountSketch must have a power of two from 16 to 1024 rows; got " +
                                     std::to_string(dim));
     }
-    const int64_t blocks = (problem.columns + dim - 1) / dim;
+    const int64_t blocks = divide_up(problem.columns, dim);
     std::vector<int32_t> masks(blocks);
     std::vector<uint32_t> signs(blocks * dim);
     std::vector<uint32_t> paired(blocks * dim / 2);
@@ -53,7 +53,7 @@ void sketch_rows(const SketchProblem& problem, const char* instruction_set, int 
         }
     }
     const SketchTables tables = {masks.data(), signs.data(), paired.data()};
-    const int64_t slices = (problem.rows + kSliceRows - 1) / kSliceRows;
+    const int64_t slices = divide_up(problem.rows, kSliceRows);
     threads = static_cast<int>(
         std::max<int64_t>(1, std::min<int64_t>(threads, problem.rows * problem.columns / kFewestNumbersPerThread)));
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -200,7 +200,7 @@ void sketch(const SketchProblem& problem, const SketchTables& tables, int64_t fi
         while (column < problem.columns) {
             const int64_t columns = smaller(kLargestSketch, problem.columns - column);
             strip.first_block = column / dim;
-            strip.blocks = (columns + dim - 1) / dim;
+            strip.blocks = divide_up(columns, dim);
             for (int r = 0; r < kRows; ++r) {
                 copy_columns(rows[r] + column * input.column_stride, input.column_stride, columns, copies[r]);
                 memset(copies[r] + columns, 0, sizeof(Stored) * (strip.blocks * dim - columns));

@@ -8,6 +8,7 @@
 
 namespace {
 
+using tikmix_fast::divide_up;
 using tikmix_fast::Element;
 
 constexpr int kLanes = TIKMIX_FAST_VECTOR_BYTES / sizeof(float);
@@ -117,6 +118,5 @@ inline Quad sums_of(const Quad (&quads)[4]) {
 }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 }  // namespace

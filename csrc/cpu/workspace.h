@@ -8,8 +8,6 @@
 
 namespace tikmix_fast {
 
-constexpr int64_t kCacheLine = 64;
-
 // Borrows memory, and gives it back when it goes out of scope. What lies in it is undefined.
 class Workspace {
   public:
