@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "problem.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
