@@ -1,0 +1,121 @@
+"""The two passes through torch's grouped product, on CPU tensors, where the same code runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tikmix_fast.ops import reference, two_pass
+from tikmix_fast.ops.checks import Arguments
+from tikmix_fast.ops.device_checks import raise_on_device_errors
+from tikmix_fast.testing import (
+    check_budget,
+    domain_gradients,
+    eager_group_influence,
+    gradient_error,
+    influence_error,
+    rounding_floor,
+)
+
+ROWS, HEIGHT, WIDTH = 150, 272, 40
+
+
+def arguments(sizes: list[int], tasks: int, dtype: torch.dtype = torch.bfloat16, shuffled: bool = False) -> Arguments:
+    generator = torch.Generator().manual_seed(sum(sizes) + tasks)
+    rows = sum(sizes)
+    return Arguments(
+        input=torch.randn(rows, WIDTH, generator=generator).bfloat16(),
+        grad_output=torch.randn(rows, HEIGHT, generator=generator).bfloat16(),
+        offsets=torch.tensor([0, *sizes]).cumsum(0),
+        queries=torch.randn(tasks, HEIGHT, WIDTH, generator=generator).to(dtype),
+        panels=None,
+        order=torch.randperm(rows, generator=generator) if shuffled else None,
+        grad_weight=None,
+    )
+
+
+def in_order(call: Arguments) -> tuple[Tensor, Tensor]:
+    if call.order is None:
+        return call.input, call.grad_output
+    return call.input[call.order], call.grad_output[call.order]
+
+
+@pytest.fixture
+def low_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_pass, "_PANEL_BYTES", 1)  # 128 rows high: three panels, the last one ragged
+
+
+@pytest.mark.usefixtures("low_panels")
+@pytest.mark.parametrize("sizes", [[150], [0, 70, 0, 1, 79, 0]], ids=["one-domain", "empty-domains"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("shuffled", [False, True], ids=["sorted", "ordered"])
+@pytest.mark.parametrize("total", [torch.float32, torch.bfloat16], ids=["into-f32", "into-bf16"])
+def test_panels_agree_with_float64(sizes: list[int], dtype: torch.dtype, shuffled: bool, total: torch.dtype) -> None:
+    call = arguments(sizes, 3, dtype, shuffled)
+    before = torch.randn(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)).to(total)
+    grad_weight = before.clone()
+    assert two_pass.refusal(call) is None
+    values = two_pass.group_influence(call._replace(grad_weight=grad_weight))
+    gradients = domain_gradients(*in_order(call), call.offsets)
+    right = torch.einsum("noi,moi->nm", call.queries.double(), gradients)
+    # What rounds every domain's gradient to bfloat16 is measured against the path that does so too.
+    eager_values, eager_total = eager_group_influence(*in_order(call), call.offsets, call.queries.bfloat16())
+    floor = rounding_floor(HEIGHT * WIDTH)
+    check_budget(
+        influence_error(values, right, call.queries, gradients),
+        influence_error(eager_values, right, call.queries, gradients),
+        floor,
+    )
+    right_total = before.double() + gradients.sum(0)
+    check_budget(
+        gradient_error(grad_weight, right_total),
+        gradient_error(before + eager_total.to(total), right_total),
+        floor,
+    )
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 0], [5]], ids=["no-domain", "no-row", "no-task"])
+def test_nothing_to_do_gives_zeros(sizes: list[int]) -> None:
+    call = arguments(sizes, 0 if sizes == [5] else 2)
+    values = two_pass.group_influence(call)
+    assert torch.equal(values, reference.group_influence(call))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "order", "message"),
+    [
+        ([0, 200], None, "offsets must start at 0"),
+        ([5, 150], None, "offsets must start at 0"),
+        ([0, 90, 40, 150], None, "never decrease"),
+        ([0, 150], [0] * 149 + [150], "order must be a permutation"),
+        ([0, 150], [-1] * 150, "order must be a permutation"),
+    ],
+)
+def test_wrong_offsets_on_the_device_give_nan_and_a_note(
+    monkeypatch: pytest.MonkeyPatch, offsets: list[int], order: list[int] | None, message: str
+) -> None:
+    # As if the offsets lay where the host does not look.
+    monkeypatch.setattr(two_pass, "device_offsets", lambda offsets, rows, device: offsets)
+    call = arguments([150], 2)._replace(
+        offsets=torch.tensor(offsets), order=None if order is None else torch.tensor(order)
+    )
+    assert two_pass.group_influence(call).isnan().all()
+    with pytest.raises(ValueError, match=message):
+        raise_on_device_errors()
+    raise_on_device_errors()  # once
+
+
+def test_a_nan_reaches_only_its_domain() -> None:
+    call = arguments([50, 1, 99], 2)
+    call.input[50] = torch.nan
+    values = two_pass.group_influence(call)
+    assert values[:, 1].isnan().all()
+    assert values[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes_and_odd_rows_are_refused_in_words(dtype: torch.dtype) -> None:
+    call = arguments([150], 1)
+    assert "grouped_mm takes bfloat16" in str(two_pass.refusal(call._replace(input=call.input.to(dtype))))
+    assert "16-byte multiples; got input" in str(two_pass.refusal(call._replace(input=call.input[:, 1:])))
