@@ -48,6 +48,14 @@ struct TileShape {
 constexpr TileShape kTileMma = {128, 128, 64, 32};
 constexpr TileShape kTileWgmma = {128, 256, 16, 256};
 
+// The same as template arguments.
+struct MmaShape {
+    TIKMIX_FAST_ANYWHERE static constexpr TileShape value() { return kTileMma; }
+};
+struct WgmmaShape {
+    TIKMIX_FAST_ANYWHERE static constexpr TileShape value() { return kTileWgmma; }
+};
+
 // Element number of one lane's registers `load * per_load` ... in the packed queries.
 TIKMIX_FAST_ANYWHERE constexpr int64_t packed_position(const TileShape& shape, int per_load, int64_t tasks, int64_t tile,
                                                        int64_t task, int warp, int load, int lane) {

@@ -6,9 +6,12 @@
 #ifdef __CUDACC__
 #define TIKMIX_FAST_ANYWHERE __host__ __device__ __forceinline__
 #define TIKMIX_FAST_DEVICE __device__ __forceinline__
+// Before a loop over registers: every index into them has to be a constant.
+#define TIKMIX_FAST_UNROLL _Pragma("unroll")
 #else
 #define TIKMIX_FAST_ANYWHERE inline
 #define TIKMIX_FAST_DEVICE inline
+#define TIKMIX_FAST_UNROLL
 #endif
 
 namespace tikmix_fast::gpu {
