@@ -211,12 +211,15 @@ void multiply_add(Element, float (&d)[4], const uint32_t (&a)[4], const uint32_t
             }
         }
         for (int row = 0; row < 16; ++row) {
-            Four* const sums = reinterpret_cast<Four*>(sum[row]);
+            Four* const place = reinterpret_cast<Four*>(sum[row]);
+            Four low = place[0], high = place[1];
             for (int k = 0; k < 16; ++k) {
                 const Four* const factors = reinterpret_cast<const Four*>(right[k]);
-                sums[0] += left[row][k] * factors[0];
-                sums[1] += left[row][k] * factors[1];
+                low += left[row][k] * factors[0];
+                high += left[row][k] * factors[1];
             }
+            place[0] = low;
+            place[1] = high;
         }
         for (int lane = 0; lane < simt::kLanes; ++lane) {
             for (int i = 0; i < 4; ++i) lanes[lane].d[i] = sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];

@@ -251,9 +251,10 @@ inline void suspend() {
     if (machine->unwinding) throw Unwind();
 }
 
-// Lets others go first.
+// Lets other warps go first.
 inline void yield() {
     Thread& me = thread();
+    me.warp->patience = 0;
     me.what = "its turn";
     me.detail = 0;
     me.warp->ready |= 1u << me.lane;
@@ -319,8 +320,8 @@ void together(const char* what, int64_t detail, Arguments& mine, Compute compute
             me.block->warps[group * (count / kLanes) + member].ready = ~0u;
         }
     }
-    warp.ready = ~0u & ~(1u << me.lane);
-    if (--warp.patience <= 0) yield();
+    warp.ready = ~(1u << me.lane);
+    if (--warp.patience == 0) yield();
 }
 
 inline unsigned char* in_arena(const Arena& arena, int64_t offset, int64_t bytes, const std::string& whose) {
@@ -403,6 +404,7 @@ inline void perhaps_copy(Thread& thread) {
 // The life of every fiber.
 inline void live() {
     Thread& me = *machine->current;
+    me.started = true;
     try {
         machine->body(me.block->arena.data());
     } catch (const Unwind&) {
@@ -417,7 +419,6 @@ inline void live() {
 }
 
 inline void resume(Thread& thread) {
-    thread.started = true;
     machine->current = &thread;
     machine->scheduler.switch_to(thread.fiber);
     machine->current = nullptr;
@@ -546,13 +547,13 @@ inline std::unique_ptr<Block> make_block(Cluster& cluster, int64_t index, int ra
 // Runs body(shared) in every thread of `grid` blocks, those of a cluster at the same time.
 inline void launch_cluster(int64_t grid, int cluster_blocks, int threads, int64_t shared_bytes,
                            std::function<void(unsigned char*)> body, uint64_t seed = 0) {
+    if (machine) fail("a launch inside a launch");
     struct End {
         ~End() {
             machine = nullptr;
             readable.clear();
         }
     } end;
-    if (machine) throw Error("a launch inside a launch");
     if (cluster_blocks <= 0 || grid % cluster_blocks != 0) throw Error("the grid must be whole clusters");
     if (threads <= 0 || threads % kLanes != 0 || threads > 1024) throw Error("a block must be 1 to 32 whole warps");
     if (shared_bytes < 0 || shared_bytes > kClusterWindow - kSharedStart) throw Error("too much shared memory");
