@@ -87,6 +87,7 @@ struct Thread {
     void* predicate_data = nullptr;
     std::vector<Copy> copies;
     int64_t group = 0;
+    int64_t copies_started = 0;
 };
 
 // Where the threads of a warp or warpgroup meet for what they do together.
