@@ -43,7 +43,7 @@ struct alignas(16) Floats4 {
 template <class Shape, bool kBfloat16Queries, bool kTotal, int kAhead = 4, int kBarrier = 1>
 class Epilogue {
     static constexpr int kWarps = Shape::value().warps();
-    static constexpr int kBlocks = Shape::value().registers() / 4;
+    static constexpr int kBlocks = Shape::value().registers() / 4;  // of 16 x 8
     static constexpr int kPerLoad = kBfloat16Queries ? 8 : 4;
     static constexpr int kSteps = Shape::value().registers() / kPerLoad / kAhead;
     static_assert(kSteps % 2 == 0, "buffers alternate, and a task begins with the first");
@@ -59,9 +59,10 @@ class Epilogue {
     }
 
     TIKMIX_FAST_DEVICE void begin_item(int64_t item, int64_t split, Tile tile) {
-        item_ = item;
-        split_ = split;
-        tile_ = tile;
+        item_ = static_cast<int>(item);
+        split_ = static_cast<int>(split);
+        tile_row_ = static_cast<int>(tile.row);
+        tile_column_ = static_cast<int>(tile.column);
         rows_ = 0;
         stored_ = false;
     }
@@ -104,7 +105,7 @@ class Epilogue {
     TIKMIX_FAST_DEVICE int lane() const { return thread_ % kLanes; }
     TIKMIX_FAST_DEVICE int64_t tile_rows() const { return divide_up(problem_.height, Shape::value().rows); }
     TIKMIX_FAST_DEVICE int64_t tile_columns() const { return divide_up(problem_.width, Shape::value().columns); }
-    TIKMIX_FAST_DEVICE int64_t tile_number() const { return tile_.row * tile_columns() + tile_.column; }
+    TIKMIX_FAST_DEVICE int64_t tile_number() const { return tile_row_ * tile_columns() + tile_column_; }
 
     // Every task has one thread that knows its sum.
     TIKMIX_FAST_DEVICE void forget() {
@@ -224,28 +225,34 @@ class Epilogue {
     // No other block has this tile.
     template <class Number>
     TIKMIX_FAST_DEVICE void add_to_total(const float (&accumulators)[kBlocks][4], Number* total) {
-        constexpr int kTogether = 4;  // blocks; all are read before one is written, so that reading overlaps
-        const int64_t first_row = tile_.row * Shape::value().rows, first_column = tile_.column * Shape::value().columns;
-        const int rows = static_cast<int>(least(problem_.height - first_row, Shape::value().rows));
-        const int columns = static_cast<int>(least(problem_.width - first_column, Shape::value().columns));
-        const int64_t stride = problem_.grad_weight_stride;
-        Number* const corner = total + first_row * stride + first_column;
+        constexpr int kAcross = Shape::value().warp_columns / 8;
+        constexpr int kTogether = 8;  // blocks of which a row is read before it is written, so that reading overlaps
+        const Place first = Shape::value().place(warp(), lane(), 0);
+        const int64_t row = int64_t{tile_row_} * Shape::value().rows + first.row;
+        const int64_t column = int64_t{tile_column_} * Shape::value().columns + first.column;
+        const int rows = static_cast<int>(least(problem_.height - row, Shape::value().rows));
+        const int columns = static_cast<int>(least(problem_.width - column, Shape::value().columns));
+        Number* line = total + row * problem_.grad_weight_stride + column;
         TIKMIX_FAST_UNROLL
-        for (int first = 0; first < kBlocks; first += kTogether) {
-            float before[kTogether * 4];
+        for (int down = 0; down < Shape::value().warp_rows; down += 8) {
+            if (down >= rows) break;
             TIKMIX_FAST_UNROLL
-            for (int i = 0; i < kTogether * 4; ++i) {
-                const Place place = Shape::value().place(warp(), lane(), first * 4 + i);
-                const bool is_inside = place.row < rows && place.column < columns;
-                before[i] = is_inside ? read(corner + place.row * stride + place.column) : 0.0f;
-            }
-            TIKMIX_FAST_UNROLL
-            for (int i = 0; i < kTogether * 4; ++i) {
-                const Place place = Shape::value().place(warp(), lane(), first * 4 + i);
-                if (place.row < rows && place.column < columns) {
-                    write(corner + place.row * stride + place.column, before[i] + accumulators[first + i / 4][i % 4]);
+            for (int across = 0; across < kAcross; across += kTogether) {
+                const int block = down / 16 * kAcross + across;
+                float before[kTogether * 2];
+                TIKMIX_FAST_UNROLL
+                for (int i = 0; i < kTogether * 2; ++i) {
+                    const int right = (across + i / 2) * 8 + i % 2;
+                    before[i] = right < columns ? read(line + right) : 0.0f;
+                }
+                TIKMIX_FAST_UNROLL
+                for (int i = 0; i < kTogether * 2; ++i) {
+                    const int right = (across + i / 2) * 8 + i % 2;
+                    const float number = accumulators[block + i / 2][down % 16 / 8 * 2 + i % 2];
+                    if (right < columns) write(line + right, before[i] + number);
                 }
             }
+            line += 8 * problem_.grad_weight_stride;
         }
     }
 
@@ -254,8 +261,8 @@ class Epilogue {
     float* const kept_;
     const int thread_;
     int buffer_ = 0;
-    Tile tile_ = {};
-    int64_t item_ = 0, split_ = 0;
+    // Narrow, since registers are few.
+    int item_ = 0, split_ = 0, tile_row_ = 0, tile_column_ = 0;
     int64_t rows_ = 0;  // in the accumulators
     bool stored_ = false;
 };

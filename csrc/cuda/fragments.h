@@ -44,8 +44,9 @@ struct TileShape {
     }
 };
 
-// 128 x 128 by eight warps of mma; 128 x 256 by two warpgroups of wgmma.
-constexpr TileShape kTileMma = {128, 128, 64, 32};
+// 128 x 128 by four warps of mma, since smaller parts would read shared memory for longer than they multiply; 128 x 256
+// by two warpgroups of wgmma.
+constexpr TileShape kTileMma = {128, 128, 64, 64};
 constexpr TileShape kTileWgmma = {128, 256, 16, 256};
 
 // The same as template arguments.
