@@ -121,8 +121,8 @@ def test_gradients_are_bit_identical(kit, model):
 
 def test_queries_are_small(kit, model):
     engine, _, _ = measure(kit, model, Projection(dim=16))
-    assert engine._queries.values["up.weight"].shape == (4, 16, 16)
-    assert not {name for name, _ in engine._queries.packed} & {"up.weight", "down.weight"}
+    assert engine._queries.held["up.weight"].shape == (4, 16, 16)
+    assert not {name for name, _ in engine._queries.held._packed} & {"up.weight", "down.weight"}
 
 
 def test_verify(kit, model):

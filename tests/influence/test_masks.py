@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tikmix_fast import shifted_mask
-from tikmix_fast.influence.target_counts import watch_losses
+from tikmix_fast.influence.target_counts import targets_and_weight, watch_losses
 
 
 def test_shifted_mask_counts_what_transformers_counts():
@@ -33,7 +33,7 @@ def told(loss_of):
     logits = LOGITS.clone().requires_grad_()
     with watch_losses() as seen:
         loss_of(logits).backward()
-    return seen.targets_and_weight()
+    return targets_and_weight(seen.summaries())
 
 
 @pytest.mark.parametrize(

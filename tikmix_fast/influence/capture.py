@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tikmix_fast.influence import rules
 from tikmix_fast.influence.recorder import Recorder
+from tikmix_fast.influence.transfers import PassStreams
 from tikmix_fast.influence.views import ParameterView, Source, plain
 
 __all__ = ["Capture"]
@@ -34,6 +35,8 @@ class Capture:
     ----------
     rows : tuple of int or None
         Leading dimensions of the last product in the forward: the shape of the positions that have logits.
+    streams : PassStreams
+        The CUDA streams of the forward's products.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Capture:
     ) -> None:
         self.fused = fused
         self.rows: tuple[int, ...] | None = None
+        self.streams = PassStreams()
         self._model = model
         self._parameters = parameters
         self._recorder = recorder
@@ -87,6 +91,7 @@ class Capture:
             place, name = (1, "mat1") if func is torch.addmm else (0, "input")
             rows = args[place] if len(args) > place else kwargs[name]
             self.rows = tuple(rows.shape[:-1])
+            self.streams.note(rows)
         if not self._open or self._recorder is None or not torch.is_grad_enabled():
             return func(*plain(args), **plain(kwargs))
         return rules.apply_rule(self, func, args, kwargs)

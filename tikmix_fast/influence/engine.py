@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, Literal
@@ -17,23 +17,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tikmix_fast import ops
+from tikmix_fast.influence import offload
 from tikmix_fast.influence.capture import Capture
 from tikmix_fast.influence.conservation import check_conservation
 from tikmix_fast.influence.coverage import Coverage
 from tikmix_fast.influence.estimator import Estimator
 from tikmix_fast.influence.gradients import GradientBefore, gradients_set_aside, without_synchronisation
 from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.influence.memory import MemoryEstimate, estimate_memory, readable_size
+from tikmix_fast.influence.offload import Copier
 from tikmix_fast.influence.optimizer_state import canonical_name
-from tikmix_fast.influence.preconditioners import Preconditioner, make_preconditioner
+from tikmix_fast.influence.preconditioners import Adam, Preconditioner, make_preconditioner
 from tikmix_fast.influence.projection import Projection, back_project
 from tikmix_fast.influence.queries import Queries, TaskGradients
 from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.rows import RowLabels
-from tikmix_fast.influence.target_counts import SeenLosses, watch_losses
-from tikmix_fast.influence.target_tokens import check_mask, count_target_tokens
+from tikmix_fast.influence.target_counts import SeenLosses, targets_and_weight, watch_losses
+from tikmix_fast.influence.target_tokens import check_mask, count_target_tokens, masked_targets
+from tikmix_fast.influence.transfers import read_together
 from tikmix_fast.influence.verify import Cell, Verification, recompute_cells
 from tikmix_fast.influence.views import UncapturedParameterError
 from tikmix_fast.influence.weights import Weights
+from tikmix_fast.ops.device_checks import raise_on_device_errors
 
 __all__ = ["InfluenceEngine"]
 
@@ -89,6 +94,11 @@ class InfluenceEngine:
         Allow weights that changed since the queries froze. Queries even 5 steps old rank domains no better than chance.
     max_dropped_in_row : int
         Non-finite micro-batches in a row that a GradScaler may explain; more raise.
+    queries_device : None, "cpu" or "auto"
+        Where task gradients and queries rest. None: with their parameters. "cpu": those of matrices in pinned host
+        memory; each visits the GPU when its weight's turn comes, the next one on its way meanwhile, with the same
+        results. "auto": "cpu" where they do not fit on the GPU, decided (and logged) at the first task; see
+        `memory_estimate`. Means nothing for parameters on the CPU.
 
     Raises
     ------
@@ -130,6 +140,7 @@ class InfluenceEngine:
         check_every: int = 100,
         allow_stale: bool = False,
         max_dropped_in_row: int = 10,
+        queries_device: str | torch.device | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -138,6 +149,8 @@ class InfluenceEngine:
         _require_choice("reduction", reduction, ("mean", "sum"))
         _require_choice("grad", grad, ("fused", "ordinary"))
         _require_choice("batch_dim", batch_dim, (None, 0, 1))
+        if queries_device is not None and str(queries_device) not in ("cpu", "auto"):
+            raise ValueError(f"queries_device must be None, 'cpu' or 'auto'; got {queries_device!r}")
         _require_count("task_splits", task_splits, 1)
         _require_count("check_every", check_every, 0)
         _require_count("max_dropped_in_row", max_dropped_in_row, 1)
@@ -151,6 +164,7 @@ class InfluenceEngine:
         self.reduction, self.grad = reduction, grad
         self.task_splits, self.batch_dim, self.check_every = task_splits, batch_dim, check_every
         self.allow_stale, self.max_dropped_in_row = allow_stale, max_dropped_in_row
+        self.queries_device = None if queries_device is None else str(queries_device)
         self.dropped = 0
         self._estimator = Estimator(len(self.task_names), len(self.domain_names))
         self._begin_projections()
@@ -158,6 +172,7 @@ class InfluenceEngine:
         self._open = False
         self._passes = 0
         self._dropped_in_row = 0
+        self._copiers: dict[torch.device, Copier] | None = None  # not decided yet
         self._begin_tasks()
         everything = [name for name, _ in self._trainable()]
         for pattern in self.exclude:
@@ -214,11 +229,14 @@ class InfluenceEngine:
             )
         labels = RowLabels(0, 1, self.batch_dim)
         check_mask(mask, labels)
-        scale = _loss_scale(normalizer, scaler)
+        scale = _LossScale(normalizer, scaler)
         parameters = self.parameters()
         self._check_parameters(parameters)
         weights = Weights(parameters)
-        self._check_weights(weights, "the first task")
+        stale = self._stale_flags(weights, "the first task")
+        if self._copiers is None:
+            self._copiers = self._choose_copiers()
+            self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers)
         capture = Capture(self.model, parameters, None, fused=False)
         with ExitStack() as stack:
             self._enter(stack)
@@ -227,15 +245,23 @@ class InfluenceEngine:
             seen = stack.enter_context(watch_losses())
             stack.enter_context(capture.open())
             yield
-            self._check_stepping(weights, parameters, "task")
             gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
             if not gradients:
                 raise RuntimeError(f"no gradient reached a parameter inside task({name!r}): run loss.backward() in it")
-            tokens = count_target_tokens(labels, mask, capture.rows)
-            factor = scale(float(tokens.sum()), self.reduction)
-            if self._drop_if_not_finite(_all_finite(gradients.values()), f"task {name!r}", scaler):
+            capture.streams.join()
+            found = read_together(
+                {
+                    **_unread(stale, weights, parameters, labels, mask, seen, scale),
+                    "sums": [_sum(each) for each in gradients.values()],
+                }
+            )
+            self._check_stale(found["stale"], "the first task")
+            self._check_stepping(found["stepped"], "task")
+            tokens = count_target_tokens(labels, mask, capture.rows, found["masked"])
+            factor = scale.factor(float(tokens.sum()), self.reduction, found["scale"])
+            if self._drop_if_not_finite(_all_finite(found["sums"], gradients.values()), f"task {name!r}", scaler):
                 return
-            _check_targets(tokens, factor, seen, mask)
+            _check_targets(tokens, factor, found["losses"], mask)
             self._tasks.add(index, gradients, float(tokens[0]), factor)
             self._weights = weights
 
@@ -279,39 +305,49 @@ class InfluenceEngine:
         self._require_idle()
         labels = self._labels(ids, mask)
         check_mask(mask, labels)
-        scale = _loss_scale(normalizer, scaler)
+        scale = _LossScale(normalizer, scaler)
         parameters = self.parameters()
         self._check_parameters(parameters)
         weights = Weights(parameters)
-        if not self.allow_stale:
-            self._check_weights(weights, "the tasks were measured")
+        stale = [] if self.allow_stale else self._stale_flags(weights, "the tasks were measured")
         if self._queries is None:
             projections = self.projection.layers(self.model, parameters, self._refreshes) if self.projection else {}
             self._queries = self._tasks.freeze(parameters, self.preconditioner, self.optimizer, projections)
             self._estimator.begin_round(self._queries.owners, self._queries.weights)
-        queries = self._queries.values
+        held = self._queries.held
         checking = self.check_every > 0 and self._passes % self.check_every == 0
         before = {name: GradientBefore(p, checking) for name, p in parameters.items()}
-        recorder = Recorder(labels, queries, self._queries.packed, self._queries.projections)
+        recorder = Recorder(labels, held, self._queries.projections)
         capture = Capture(self.model, parameters, recorder, fused=self.grad == "fused")
         with ExitStack() as stack:
             self._enter(stack)
             seen = stack.enter_context(watch_losses())
             stack.enter_context(capture.open())
+            held.begin_pass()
             yield
-        self._check_stepping(weights, parameters, "domains")
+        capture.streams.join()
+        # Whatever the host has to know comes in one copy: until here it did not wait for the device.
+        sums = list(recorder.sums.values())
+        found = read_together(
+            {
+                **_unread(stale, weights, parameters, labels, mask, seen, scale),
+                "products": [torch.stack([each.to(sums[0].device) for each in sums]).sum(0)] if sums else [],
+            }
+        )
+        self._check_stale(found["stale"], "the tasks were measured")
+        self._check_stepping(found["stepped"], "domains")
         self._check_captured(parameters, before, recorder)
-        tokens = count_target_tokens(labels, mask, capture.rows)
-        factor = scale(float(tokens.sum()), self.reduction)
-        products = torch.stack(list(recorder.sums.values())).sum(0).cpu().numpy() * factor
+        tokens = count_target_tokens(labels, mask, capture.rows, found["masked"])
+        factor = scale.factor(float(tokens.sum()), self.reduction, found["scale"])
+        products = found["products"][0].numpy() * factor
         if self._drop_if_not_finite(bool(np.isfinite(products).all()), "a micro-batch of domains", scaler):
             return
-        _check_targets(tokens, factor, seen, mask)
+        _check_targets(tokens, factor, found["losses"], mask)
         if checking:
             low = any(p.dtype in _HALF for p in parameters.values()) or recorder.saw_half
             kept = {name: gradient.kept(parameters[name]) for name, gradient in before.items()}
             tolerance = 2e-2 if low else 1e-3
-            check_conservation(recorder.sums, queries, kept, parameters, tolerance, self._queries.projections)
+            check_conservation(recorder.sums, held, kept, parameters, tolerance, self._queries.projections)
         for name, gradients in recorder.projected.items():
             gradients = gradients.mul_(factor)
             self._projected[name] = self._projected[name].add_(gradients) if name in self._projected else gradients
@@ -326,7 +362,13 @@ class InfluenceEngine:
         """Return the influence measured so far, [n tasks, m domains], with its standard errors.
 
         A domain never measured is NaN. ``stderr`` is NaN where a domain or a task had fewer than two micro-batches.
+
+        Raises
+        ------
+        ValueError
+            If a kernel on a GPU met offsets that it could not use.
         """
+        raise_on_device_errors()
         settings = {
             "preconditioner": self.preconditioner.name,
             "task_splits": self.task_splits,
@@ -336,6 +378,57 @@ class InfluenceEngine:
         }
         variance = None if self.projection is None else self._projection_variance()
         return self._estimator.matrix(self.task_names, self.domain_names, self.dropped, settings, variance)
+
+    def memory_estimate(
+        self,
+        dtype: torch.dtype | None = None,
+        tokens: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        queries_device: str | torch.device | None = None,
+    ) -> MemoryEstimate:
+        """Tell before any pass how much memory the engine will take on a device, besides what the model takes.
+
+        Parameters
+        ----------
+        dtype : torch.dtype, optional
+            Of the rows that products see: that of autocast where the model runs under it. Default: the parameter's.
+        tokens : int
+            Rows of one micro-batch; with them the copies of activations in the backward are counted too.
+        device : torch.device or str, optional
+            Default: that of the first parameter.
+        queries_device : None, "cpu" or "auto", optional
+            As of the engine (the default). "auto" before its first task counts as None.
+
+        Returns
+        -------
+        MemoryEstimate
+            For batches that fill all ``task_splits`` of every task, and gradients as they are now (a ``p.grad`` that is
+            kept is copied where conservation is checked). Within 10% of what the engine allocates; the kernels' own
+            scratch, and what a preconditioner of your own needs, come on top.
+
+        Examples
+        --------
+        >>> engine = InfluenceEngine(nn.Linear(1000, 1000), ["web"], ["qa"], preconditioner="identity")
+        >>> engine.memory_estimate().task_gradients  # two splits of one task, float32
+        8008000
+        """
+        parameters = self.parameters()
+        home = next(iter(parameters.values())).device if device is None else torch.device(device)
+        decided = bool(self._copiers) if self._copiers is not None else self.queries_device == "cpu"
+        away = decided if queries_device is None else str(queries_device) == "cpu"
+        return estimate_memory(
+            self.model,
+            {name: p for name, p in parameters.items() if p.device == home},
+            queries=len(self.task_names) * self.task_splits,
+            domains=len(self.domain_names),
+            dim=None if self.projection is None else self.projection.dim,
+            adam=isinstance(self.preconditioner, Adam),
+            away=away and home.type != "cpu",
+            checked=self.check_every > 0,
+            dtype=dtype,
+            tokens=tokens,
+        )
 
     def coverage(self) -> Coverage:
         """Tell which trainable parameters the influence covers; ``print(engine.coverage())`` gives one line."""
@@ -390,11 +483,14 @@ class InfluenceEngine:
         parameters = self.parameters()
         queries = self._queries.by_task(len(self.task_names))
         projections = self._queries.projections
-        recorder = Recorder(labels, queries, projections=projections)
+        recorder = Recorder(labels, queries, projections)
         with gradients_set_aside(self.model), without_synchronisation(self.model):
-            with Capture(self.model, parameters, recorder, fused=self.grad == "fused").open():
+            capture = Capture(self.model, parameters, recorder, fused=self.grad == "fused")
+            with capture.open():
                 loss_per_row(self.model, batch).sum().backward()
-            captured = torch.stack(list(recorder.sums.values())).sum(0).cpu()
+            capture.streams.join()
+            sums = list(recorder.sums.values())
+            captured = torch.stack([each.to(sums[0].device) for each in sums]).sum(0).cpu()
         present = sorted(set(labels.ids.flatten().tolist()))
         every = [(task, domain) for task in range(len(self.task_names)) for domain in present]
         order = np.random.default_rng(seed).permutation(len(every))[:cells]
@@ -502,16 +598,42 @@ class InfluenceEngine:
         """Return what projecting added to the variance of the sums [n, m] over all micro-batches."""
         variance = self._closed_projection_variance.copy()
         if self._projected and self._queries is not None:
-            projected = {name: self._queries.values[name] for name in self._projected}
-            queries = replace(self._queries, values=projected).by_task(len(self.task_names))
+            queries = self._queries.by_task(len(self.task_names), self._projected)
             for name, gradients in self._projected.items():
                 variance += ops.projection_stderr(gradients, queries[name]).square().cpu().numpy()
         return variance
 
     def _begin_tasks(self) -> None:
-        self._tasks = TaskGradients(self.task_names, self.task_splits)
+        self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers)
         self._queries = None
         self._weights = None
+
+    def _choose_copiers(self) -> dict[torch.device, Copier]:
+        """Decide for every device whether task gradients and queries rest there or in host memory."""
+        chosen: dict[torch.device, Copier] = {}
+        for device in {p.device for p in self.parameters().values()}:
+            if self.queries_device is None or (self.queries_device == "auto" and self._fit(device)):
+                continue
+            copier = offload.copier_for(device)
+            if copier is not None:
+                chosen[device] = copier
+        return chosen
+
+    def _fit(self, device: torch.device) -> bool:
+        memory = offload.free_memory(device)
+        if memory is None:
+            return True
+        free, total = memory
+        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        estimate = self.memory_estimate(cast, device=device, queries_device=None)
+        # Activations of a first step are not known yet, and memory is cut up with time.
+        fits = estimate.peak <= free - total // 20
+        _LOG.info(
+            "queries rest %s: they take %s at the peak on %s, of whose %s %s are free",
+            "there" if fits else "in host memory",
+            *(readable_size(estimate.peak), device, readable_size(total), readable_size(free)),
+        )
+        return fits
 
     def _labels(self, ids: Ids, mask: Tensor | int | None) -> RowLabels:
         length = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -520,10 +642,11 @@ class InfluenceEngine:
         if isinstance(ids, np.ndarray):
             ids = torch.as_tensor(ids)
         if isinstance(ids, Sequence):
-            ids = torch.tensor([self._domain(each) for each in ids], dtype=torch.int64)
+            ids = torch.tensor([self._domain(each) for each in ids], dtype=torch.int64, device="cpu")
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"ids must be a domain's name or index, or an int tensor [B] or [B, S]; got {got}")
+        ids = ids.cpu()
         if ids.ndim not in (1, 2) or not ids.numel():
             raise ValueError(f"ids must have shape [B] or [B, S] and not be empty; got {list(ids.shape)}")
         low, high = int(ids.min()), int(ids.max())
@@ -581,8 +704,20 @@ class InfluenceEngine:
             if type(parameter).__name__ == "DTensor":
                 raise TypeError(f"{name!r} is sharded (DTensor), which this version does not support")
 
-    def _check_weights(self, weights: Weights, since: str) -> None:
-        if self._weights is not None and weights != self._weights:
+    def _stale_flags(self, weights: Weights, since: str) -> list[Tensor]:
+        """Raise if weights changed as far as that is told without waiting; return what is still to be read."""
+        if self._weights is None:
+            return []
+        self._check_stale([self._weights.moved(weights)], since)
+        flags = weights.differences(self._weights)
+        if not weights.on_host:
+            return flags
+        self._check_stale(flags, since)
+        return []
+
+    @staticmethod
+    def _check_stale(flags: Sequence[Tensor | bool], since: str) -> None:
+        if any(map(bool, flags)):
             raise RuntimeError(
                 f"weights changed since {since}: task and domain gradients must belong to the same weights. Call "
                 "engine.refresh() and measure the tasks again after every optimizer step (or allow_stale=True for "
@@ -590,8 +725,8 @@ class InfluenceEngine:
             )
 
     @staticmethod
-    def _check_stepping(before: Weights, parameters: Mapping[str, Tensor], context: str) -> None:
-        if Weights(parameters) != before:
+    def _check_stepping(flags: Sequence[Tensor], context: str) -> None:
+        if any(map(bool, flags)):
             raise RuntimeError(
                 f"weights changed inside {context}(...): step the optimizer outside; one that steps inside the "
                 "backward is not supported"
@@ -615,6 +750,7 @@ class InfluenceEngine:
         if finite:
             self._dropped_in_row = 0
             return False
+        raise_on_device_errors()
         if scaler is None:
             raise FloatingPointError(f"{what} gave gradients that are not finite; nothing of it was kept")
         self.dropped += 1
@@ -630,12 +766,14 @@ class InfluenceEngine:
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _check_targets(tokens: NDArray[np.float64], factor: float, seen: SeenLosses, mask: Tensor | int | None) -> None:
+def _check_targets(
+    tokens: NDArray[np.float64], factor: float, losses: Sequence[Tensor], mask: Tensor | int | None
+) -> None:
     """Compare the mask and the normalizer with what the cross-entropy and its backward said."""
     counted = int(tokens.sum())
     if counted == 0:
         raise ValueError("the batch has no target token: check the mask")
-    found = seen.targets_and_weight()
+    found = targets_and_weight(losses)
     if found is None:
         return
     targets, weight = found
@@ -655,9 +793,13 @@ def _check_targets(tokens: NDArray[np.float64], factor: float, seen: SeenLosses,
         )
 
 
-def _all_finite(gradients: Collection[Tensor]) -> bool:
+def _sum(gradient: Tensor) -> Tensor:
+    values = _values(gradient)
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _all_finite(sums: Sequence[Tensor], gradients: Collection[Tensor]) -> bool:
     # A sum of numbers one of which is not finite is not finite; adding is faster than asking each.
-    sums = [_values(each).sum(dtype=torch.promote_types(each.dtype, torch.float32)).cpu() for each in gradients]
     return all(map(math.isfinite, sums)) or all(bool(torch.isfinite(_values(each)).all()) for each in gradients)
 
 
@@ -665,25 +807,50 @@ def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _loss_scale(normalizer: float | None, scaler: Any) -> Callable[[float, str], float]:
-    """Return a function of (target tokens, reduction) that undoes what the summed token losses were divided by."""
-    if normalizer is not None:
-        if isinstance(normalizer, Tensor):
-            normalizer = float(normalizer)
-        if not isinstance(normalizer, Real):
-            raise TypeError(f"normalizer must be a number; got {type(normalizer).__name__}")
-        if not (np.isfinite(float(normalizer)) and normalizer > 0):
-            raise ValueError(f"normalizer must be a positive number; got {normalizer!r}")
-    if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler; got {type(scaler).__name__}")
-    # Read before the step: update() may change the scale afterwards.
-    scaled = 1.0 if scaler is None else float(scaler.get_scale())
+class _LossScale:
+    """What the summed token losses were divided by, so that it can be undone."""
 
-    def factor(tokens: float, reduction: str) -> float:
-        divided = normalizer if normalizer is not None else (tokens if reduction == "mean" else 1.0)
-        return float(divided) / scaled
+    def __init__(self, normalizer: float | None, scaler: Any) -> None:
+        if normalizer is not None:
+            if isinstance(normalizer, Tensor):
+                normalizer = float(normalizer)
+            if not isinstance(normalizer, Real):
+                raise TypeError(f"normalizer must be a number; got {type(normalizer).__name__}")
+            if not (np.isfinite(float(normalizer)) and normalizer > 0):
+                raise ValueError(f"normalizer must be a positive number; got {normalizer!r}")
+        if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler; got {type(scaler).__name__}")
+        self._normalizer = normalizer
+        # Taken before the step: update() may change the scale afterwards. get_scale() would wait for the device.
+        scaled = getattr(scaler, "_scale", None)
+        if not isinstance(scaled, Tensor):
+            scaled = torch.tensor(1.0 if scaler is None else float(scaler.get_scale()), device="cpu")
+        self.unread = scaled.to(torch.float64, copy=True)
 
-    return factor
+    def factor(self, tokens: float, reduction: str, scale: Sequence[Tensor]) -> float:
+        """Return by what to multiply, given the target tokens and the scale that was read."""
+        divided = self._normalizer if self._normalizer is not None else (tokens if reduction == "mean" else 1.0)
+        return float(divided) / float(scale[0])
+
+
+def _unread(
+    stale: list[Tensor],
+    before: Weights,
+    parameters: Mapping[str, Tensor],
+    labels: RowLabels,
+    mask: Tensor | int | None,
+    seen: SeenLosses,
+    scale: _LossScale,
+) -> dict[str, list[Tensor]]:
+    """Return what both contexts have to read when they end."""
+    now = Weights(parameters)
+    return {
+        "stale": stale,
+        "stepped": [torch.tensor(True, device="cpu")] if now.moved(before) else now.differences(before),
+        "masked": masked_targets(labels, mask),
+        "losses": seen.summaries(),
+        "scale": [scale.unread],
+    }
 
 
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tikmix_fast import ops
 from tikmix_fast.ops.projection import ProjectionKind
 
-__all__ = ["Projection", "back_project"]
+__all__ = ["Projection", "back_project", "projected_weights"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,7 @@ class Projection:
         self, model: nn.Module, parameters: Mapping[str, Tensor], refreshes: int = 0
     ) -> dict[str, ops.LayerProjection]:
         """Draw the matrices of every weight that is measured through them, by the name of the parameter."""
-        products: set[int] = set()
-        others: set[int] = set()
-        for module in model.modules():
-            linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            for parameter in module._parameters.values():
-                (products if linear else others).add(id(parameter))
+        projected = projected_weights(model, parameters, self.dim)
         return {
             name: ops.LayerProjection(
                 height=parameter.shape[0],
@@ -77,8 +72,23 @@ class Projection:
                 device=str(parameter.device),
             )
             for name, parameter in parameters.items()
-            if parameter.ndim == 2 and min(parameter.shape) > self.dim and id(parameter) in products - others
+            if name in projected
         }
+
+
+def projected_weights(model: nn.Module, parameters: Mapping[str, Tensor], dim: int) -> set[str]:
+    """Return the names of the weights that are measured through projections to ``dim``."""
+    products: set[int] = set()
+    others: set[int] = set()
+    for module in model.modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        for parameter in module._parameters.values():
+            (products if linear else others).add(id(parameter))
+    return {
+        name
+        for name, parameter in parameters.items()
+        if parameter.ndim == 2 and min(parameter.shape) > dim and id(parameter) in products - others
+    }
 
 
 def back_project(queries: Tensor, projection: ops.LayerProjection) -> Tensor:

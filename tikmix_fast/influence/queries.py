@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,87 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
+from tikmix_fast.influence.offload import Copier, Prefetcher, can_leave
 from tikmix_fast.influence.preconditioners import Preconditioner
 
-__all__ = ["Queries", "TaskGradients"]
+__all__ = ["HeldQueries", "Queries", "TaskGradients", "accumulated"]
+
+
+class HeldQueries(Mapping[str, Tensor]):
+    """Queries by the name of their parameter, each [q, ...], on the parameter's device when they are asked for.
+
+    Those that may leave the device rest in host memory where there is a copier for it. What is returned of them is
+    valid until another one is asked for.
+
+    Parameters
+    ----------
+    values : mapping of str to Tensor, optional
+        Queries that stay where they are.
+    copiers : mapping of torch.device to Copier, optional
+        For the devices whose queries leave.
+
+    Examples
+    --------
+    >>> held = HeldQueries({"weight": torch.ones(1, 2, 3)})
+    >>> held.packed("weight", torch.float32).shape
+    torch.Size([1, 2, 3])
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor] | None = None, copiers: Mapping[torch.device, Copier] | None = None
+    ) -> None:
+        self._here: dict[str, Tensor] = dict(values or {})
+        self._packed: dict[tuple[str, torch.dtype], ops.PackedQueries] = {}
+        self._copiers = copiers or {}
+        self._away: dict[str, Tensor] = {}
+        self._home: dict[str, torch.device] = {}
+        self._prefetchers = {device: Prefetcher(copier, self._away) for device, copier in self._copiers.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._here[name] if name in self._here else self._prefetchers[self._home[name]].get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._here
+        yield from self._away
+
+    def __len__(self) -> int:
+        return len(self._here) + len(self._away)
+
+    def hold(self, name: str, value: Tensor, *, may_leave: bool = False) -> None:
+        """Hold queries, in host memory if they may leave and their device has a copier."""
+        copier = self._copiers.get(value.device) if may_leave else None
+        if copier is None:
+            self._here[name] = value
+            return
+        self._away[name], self._home[name] = copier.to_host(value), value.device
+        self._prefetchers[value.device].forget(name)
+
+    def begin_pass(self) -> None:
+        """Begin a forward and backward that will ask for queries in some order, the same every time as a rule."""
+        for prefetcher in self._prefetchers.values():
+            prefetcher.begin()
+
+    def end_pass(self) -> None:
+        """End it."""
+        for prefetcher in self._prefetchers.values():
+            prefetcher.end()
+
+    def packed(self, name: str, dtype: torch.dtype) -> ops.PackedQueries:
+        """Return the queries of the weight of a product as the kernel reads them, for rows of this dtype.
+
+        The kernel multiplies bfloat16 rows with bfloat16 queries at twice the speed: such queries are rounded when
+        first used, and the float32 ones let go. Of queries that stay here the packed copy is kept until the refresh.
+        """
+        if (name, dtype) in self._packed:
+            return self._packed[name, dtype]
+        queries = self[name]
+        if dtype == torch.bfloat16 and queries.dtype == torch.float32:
+            queries = queries.bfloat16()
+            self.hold(name, queries, may_leave=name in self._away)
+        packed = ops.pack_queries(queries)
+        if name in self._here:
+            self._packed[name, dtype] = packed
+        return packed
 
 
 @dataclass(frozen=True)
@@ -21,28 +99,28 @@ class Queries:
 
     Attributes
     ----------
-    values : dict of str to Tensor [q, *parameter.shape]
-        One query per task and split, by the name of the parameter; of a projected one [q, k_out, k_in].
+    held : HeldQueries
+        One query [q, *parameter.shape] per task and split, by the name of the parameter; of a projected one [q, k_out,
+        k_in].
     owners : list of int [q]
         The task of each query.
     weights : list of float [q]
         Its share of its task's target tokens.
-    packed : dict of (str, torch.dtype) to PackedQueries
-        Filled by `Recorder` as weights are met: a second copy of what `values` holds of them, kept until the refresh.
     projections : dict of str to LayerProjection
         The parameters that are measured through a projection.
     """
 
-    values: dict[str, Tensor]
+    held: HeldQueries
     owners: list[int]
     weights: list[float]
-    packed: dict[tuple[str, torch.dtype], ops.PackedQueries] = field(default_factory=dict)
     projections: dict[str, ops.LayerProjection] = field(default_factory=dict)
 
-    def by_task(self, n: int) -> dict[str, Tensor]:
-        """Combine the splits of every task into its one query, [n, *parameter.shape] by name."""
+    def by_task(self, n: int, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Combine the splits of every task into its one query, [n, *parameter.shape] by name (default: of all)."""
         combined = {}
-        for name, value in self.values.items():
+        for name in self.held if names is None else names:
+            value = self.held[name]
+            value = value.to(accumulated(value))
             weights = value.new_tensor(self.weights).reshape(-1, *(1,) * (value.ndim - 1))
             owners = torch.tensor(self.owners, device=value.device)
             combined[name] = value.new_zeros(n, *value.shape[1:]).index_add_(0, owners, weights * value)
@@ -57,13 +135,21 @@ class TaskGradients:
     names : sequence of str
         The tasks.
     splits : int
+    copiers : mapping of torch.device to Copier, optional
+        For the devices whose sums rest in host memory.
     """
 
-    def __init__(self, names: Sequence[str], splits: int) -> None:
+    def __init__(self, names: Sequence[str], splits: int, copiers: Mapping[torch.device, Copier] | None = None) -> None:
         self._names, self._splits = names, splits
+        self._copiers = copiers or {}
         self._batches = [0] * len(names)
         self._sums: dict[tuple[int, int], dict[str, Tensor]] = {}
         self._tokens: dict[tuple[int, int], float] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a sum yet."""
+        return bool(self._sums)
 
     def add(self, task: int, gradients: Mapping[str, Tensor], tokens: float, factor: float) -> None:
         """Add one batch: ``factor`` times the gradients is the gradient of the summed loss of its ``tokens``."""
@@ -71,9 +157,14 @@ class TaskGradients:
         sums = self._sums.setdefault(split, {})
         for name, gradient in gradients.items():
             dense = gradient.to_dense() if gradient.is_sparse else gradient
+            copier = self._copiers.get(dense.device) if can_leave(dense.shape) else None
             if name not in sums:
-                sums[name] = torch.zeros(dense.shape, dtype=_accumulated(dense), device=dense.device)
-            sums[name].add_(dense, alpha=factor)
+                total = torch.zeros(dense.shape, dtype=accumulated(dense), device=dense.device)
+            else:
+                # Added up on the device, wherever the sum rests: the same numbers, and no waiting for the host.
+                total = copier.fetch(sums[name]) if copier else sums[name]
+            total.add_(dense, alpha=factor)
+            sums[name] = copier.to_host(total, into=sums.get(name)) if copier else total
         self._tokens[split] = self._tokens.get(split, 0.0) + tokens
         self._batches[task] += 1
 
@@ -98,21 +189,28 @@ class TaskGradients:
             )
         preconditioner.prepare(parameters, optimizer)
         splits = sorted(self._sums)
-        values: dict[str, Tensor] = {}
+        held = HeldQueries(copiers=self._copiers)
         for name, parameter in parameters.items():
-            means = parameter.new_zeros((len(splits), *parameter.shape), dtype=_accumulated(parameter))
-            for mean, split in zip(means, splits, strict=True):
-                # A parameter that this split's batches did not reach has no gradient there.
-                total = self._sums[split].pop(name, None)
-                if total is not None:
-                    torch.div(total, self._tokens[split], out=mean)
-            values[name] = preconditioner.apply(name, means)
+            values = preconditioner.apply(name, self._take_means(name, parameter, splits))
             if name in projections:
-                values[name] = projections[name].project(values[name])
+                values = projections[name].project(values)
+            held.hold(name, values, may_leave=can_leave(parameter.shape, name in projections))
+            del values
         of_task = {task: sum(self._tokens[split] for split in splits if split[0] == task) for task, _ in splits}
         owners, weights = [task for task, _ in splits], [self._tokens[s] / of_task[s[0]] for s in splits]
-        return Queries(values, owners, weights, projections=projections)
+        return Queries(held, owners, weights, projections)
+
+    def _take_means(self, name: str, parameter: Tensor, splits: Sequence[tuple[int, int]]) -> Tensor:
+        copier = self._copiers.get(parameter.device) if can_leave(parameter.shape) else None
+        means = parameter.new_zeros((len(splits), *parameter.shape), dtype=accumulated(parameter))
+        for mean, split in zip(means, splits, strict=True):
+            # A parameter that this split's batches did not reach has no gradient there.
+            total = self._sums[split].pop(name, None)
+            if total is not None:
+                torch.div(copier.fetch(total) if copier else total, self._tokens[split], out=mean)
+        return means
 
 
-def _accumulated(tensor: Tensor) -> torch.dtype:
+def accumulated(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which gradients like this one are summed."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -9,10 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tikmix_fast import ops
+from tikmix_fast.influence.queries import HeldQueries
 from tikmix_fast.influence.rows import Layout, RowLabels
 from tikmix_fast.influence.views import ParameterView, UncapturedParameterError
 
-__all__ = ["Recorder"]
+__all__ = ["LOOKED_UP_TOGETHER", "Recorder"]
+
+# Rows of an embedding's queries at a time, on a GPU: 64 MiB where they have 4096 columns.
+LOOKED_UP_TOGETHER = 4096
 
 
 class Recorder:
@@ -22,12 +26,8 @@ class Recorder:
     ----------
     labels : RowLabels
         The domain of every row.
-    queries : mapping of str to Tensor [q, *parameter.shape]
+    queries : HeldQueries, or mapping of str to Tensor [q, *parameter.shape]
         The preconditioned task gradients, by the name of the parameter.
-    packed : dict, optional
-        Those of the weights of products as the kernel reads them, by name and dtype of the rows; what is missing is
-        added when first used.
-
     projections : mapping of str to LayerProjection, optional
         The weights whose queries are projected.
 
@@ -44,13 +44,11 @@ class Recorder:
     def __init__(
         self,
         labels: RowLabels,
-        queries: Mapping[str, Tensor],
-        packed: dict[tuple[str, torch.dtype], ops.PackedQueries] | None = None,
+        queries: HeldQueries | Mapping[str, Tensor],
         projections: Mapping[str, ops.LayerProjection] | None = None,
     ) -> None:
         self.labels = labels
-        self.queries = queries
-        self.packed = {} if packed is None else packed
+        self.queries = queries if isinstance(queries, HeldQueries) else HeldQueries(queries)
         self.projections = projections or {}
         self.sums: dict[str, Tensor] = {}
         self.projected: dict[str, Tensor] = {}
@@ -58,7 +56,8 @@ class Recorder:
 
     def close(self) -> None:
         """Record no more, and let go of the queries: a graph or a view that is kept must not keep them."""
-        self.queries, self.packed = {}, {}
+        self.queries.end_pass()
+        self.queries = HeldQueries()
 
     def is_projected(self, view: ParameterView) -> bool:
         """Whether the view is a parameter that is measured through a projection."""
@@ -94,7 +93,7 @@ class Recorder:
             return
         carried: Iterable[tuple[str, Tensor | ops.PackedQueries]]
         if weight.is_parameter:
-            carried = [(weight.sources[0].name, self._pack(weight.sources[0].name, dtype))]
+            carried = [(weight.sources[0].name, self.queries.packed(weight.sources[0].name, dtype))]
         else:
             carried = self._carried(weight)
         for name, queries in carried:
@@ -147,10 +146,12 @@ class Recorder:
         if padding is not None:
             flat = flat * (flat_ids != padding)[:, None]
         ((name, queries),) = self._carried(view)
-        # Rows by the hundred, so that what is looked up stays in cache until it is multiplied.
+        # Rows by the hundred, so that what is looked up stays in a CPU's cache until it is multiplied; a GPU is busier
+        # with more at a time.
+        some = 256 if flat.device.type == "cpu" else LOOKED_UP_TOGETHER
         dots = [
-            torch.stack([torch.linalg.vecdot(F.embedding(some_ids, _wide(query)), rows) for query in queries], dim=1)
-            for some_ids, rows in zip(flat_ids.split(256), flat.split(256), strict=True)
+            torch.stack([torch.linalg.vecdot(_wide(F.embedding(some_ids, query)), rows) for query in queries], dim=1)
+            for some_ids, rows in zip(flat_ids.split(some), flat.split(some), strict=True)
         ]
         self._add_rows(name, torch.cat(dots), layout)
 
@@ -163,13 +164,6 @@ class Recorder:
                     f"exclude=[{source.name!r}]"
                 )
         return view.queries(self.queries)
-
-    def _pack(self, name: str, dtype: torch.dtype) -> ops.PackedQueries:
-        if (name, dtype) not in self.packed:
-            # The kernel multiplies bfloat16 rows with bfloat16 queries at twice the speed.
-            half = dtype == torch.bfloat16
-            self.packed[name, dtype] = ops.pack_queries(self.queries[name].bfloat16() if half else self.queries[name])
-        return self.packed[name, dtype]
 
     def _note(self, gradient: Tensor) -> None:
         self.saw_half = self.saw_half or gradient.dtype in (torch.bfloat16, torch.float16)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd, prod
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tikmix_fast.influence.transfers import send
 
 __all__ = ["Layout", "RowLabels", "RowShapeError"]
 
@@ -34,14 +37,19 @@ class Layout:
         if self.run == 1:
             return rows.to(wide)
         runs = rows.reshape(-1, self.run, rows.shape[-1])
-        if rows.dtype == wide:
-            return runs.sum(1)
-        # A few hundred rows at a time are widened within the cache.
+        if rows.dtype == wide or rows.device.type != "cpu":
+            return runs.sum(1, dtype=wide)
+        # On a CPU a few hundred rows at a time are widened within the cache.
         return torch.cat([some.to(wide).sum(1) for some in runs.split(max(1, 256 // self.run))])
 
     def sum_domains(self, runs: Tensor) -> Tensor:
         """Sum what `sum_runs` gave over the runs of each domain: float64 [m, C]."""
-        return runs.new_zeros(len(self.offsets) - 1, runs.shape[-1]).index_add_(0, self.domains, runs).double()
+        domains = len(self.offsets) - 1
+        if runs.device.type == "cpu":
+            return runs.new_zeros(domains, runs.shape[-1]).index_add_(0, self.domains, runs).double()
+        # A GPU's atomic additions come in any order; a product is the same every time.
+        member = torch.arange(domains, device=runs.device)[:, None] == self.domains
+        return (member.to(runs.dtype) @ runs).double()
 
 
 class RowLabels:
@@ -143,19 +151,19 @@ class RowLabels:
 
     def _make(self, leading: tuple[int, ...], device: torch.device) -> Layout:
         if self.single is not None:
-            offsets = torch.zeros(self.n_domains + 1, dtype=torch.int64)
+            offsets = np.zeros(self.n_domains + 1, dtype=np.int64)
             offsets[self.single + 1 :] = prod(leading)
             run = max(prod(leading), 1)
             domains = torch.full((prod(leading) // run,), self.single, device=device)
-            return Layout(offsets.to(device), None, run, domains)
-        rows = self._row_domains(leading)
-        counts = torch.bincount(rows, minlength=self.n_domains)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        in_order = bool((rows[1:] >= rows[:-1]).all())
-        order = None if in_order else torch.sort(rows, stable=True).indices.to(device)
-        changes = (rows[1:] != rows[:-1]).nonzero().flatten() + 1
-        run = max(gcd(len(rows), *changes.tolist()), 1)
-        return Layout(offsets.to(device), order, run, rows[::run].to(device))
+            return Layout(send(torch.from_numpy(offsets), device), None, run, domains)
+        # All on the host, where the ids are; what the device needs is sent once a pass, and nobody waits for it.
+        rows = self._row_domains(leading).numpy()
+        offsets = np.concatenate([[0], np.bincount(rows, minlength=self.n_domains).cumsum()])
+        steps = np.diff(rows)
+        order = None if (steps >= 0).all() else send(torch.from_numpy(np.argsort(rows, kind="stable")), device)
+        run = max(gcd(len(rows), int(np.gcd.reduce(np.flatnonzero(steps) + 1))), 1)
+        domains = send(torch.from_numpy(rows[::run].copy()), device)
+        return Layout(send(torch.from_numpy(offsets), device), order, run, domains)
 
     def _fits(self, leading: tuple[int, ...]) -> bool:
         try:
@@ -168,7 +176,7 @@ class RowLabels:
         """Return the domain of each row [T], rows in the order of the flattened leading dimensions."""
         ids = self.ids
         if not isinstance(ids, Tensor):
-            return torch.full((prod(leading),), ids)
+            return torch.full((prod(leading),), ids, device="cpu")
         batch, length = ids.shape[0], self.length
         per_position = ids.ndim == 2
         if len(leading) == 1 and leading[0] != batch and length is not None and leading[0] == batch * length:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SeenLosses", "watch_losses"]
+__all__ = ["SeenLosses", "targets_and_weight", "watch_losses"]
 
 
 @dataclass
@@ -24,18 +25,26 @@ class _Loss:
     known: bool
     gradient: Tensor | None = None
 
-    def token_weights(self) -> Tensor | None:
-        """Return with what weight the loss of each target entered what was minimised, or None if unknown."""
+    def summary(self) -> Tensor | None:
+        """Return how many targets the loss had and the least and the largest weight of one in what was minimised.
+
+        Float64 [3] on the loss's device, or None if unknown.
+        """
         if self.gradient is None or not self.known:
             return None
+        gradient = self.gradient.double()
         if self.reduction == "none":
-            weights = self.gradient.reshape(-1)
+            weights = gradient.reshape(-1)
+            counts = weights != 0
             if isinstance(self.valid, Tensor):
-                weights = weights[self.valid.reshape(-1)]
-            return weights[weights != 0].double()
-        count = int(self.valid.sum()) if isinstance(self.valid, Tensor) else self.valid
-        each = self.gradient.double() / (count if self.reduction == "mean" else 1)
-        return each.expand(count)
+                counts &= self.valid.reshape(-1)
+            never = weights.new_full((1,), float("inf"))  # so that there is a least of none
+            low = torch.cat([weights.where(counts, never), never]).amin()
+            high = torch.cat([weights.where(counts, -never), -never]).amax()
+            return torch.stack([counts.sum().double(), low, high])
+        count = self.valid.sum().double() if isinstance(self.valid, Tensor) else gradient.new_tensor(self.valid)
+        each = gradient / count if self.reduction == "mean" else gradient
+        return torch.stack([count, each.reshape(()), each.reshape(())])
 
 
 @dataclass
@@ -44,20 +53,24 @@ class SeenLosses:
 
     losses: list[_Loss] = field(default_factory=list)
 
-    def targets_and_weight(self) -> tuple[int, float] | None:
-        """Return how many target tokens entered the loss and with what common weight, or None where it cannot be told.
+    def summaries(self) -> list[Tensor]:
+        """Return what is known of every loss, [3] each, still to be read from the device; empty where one is not."""
+        found = [loss.summary() for loss in self.losses]
+        known = [each for each in found if each is not None]
+        return known if len(known) == len(found) else []
 
-        With weights that differ between tokens, or class weights, there is no common one.
-        """
-        found = [loss.token_weights() for loss in self.losses]
-        known = [weights for weights in found if weights is not None]
-        if not known or len(known) < len(found):
-            return None
-        weights = torch.cat(known)
-        if not len(weights) or not bool(torch.isfinite(weights).all()):
-            return None
-        low, high = (float(bound) for bound in torch.aminmax(weights))
-        return (len(weights), high) if abs(high - low) <= 1e-3 * abs(high) else None
+
+def targets_and_weight(summaries: Sequence[Tensor]) -> tuple[int, float] | None:
+    """Return how many target tokens entered the loss and with what common weight, or None where it cannot be told.
+
+    With weights that differ between tokens, or class weights, there is no common one. ``summaries`` is what
+    `SeenLosses.summaries` gave, read.
+    """
+    some = [(count, low, high) for count, low, high in (each.tolist() for each in summaries) if count]
+    if not some or not all(map(math.isfinite, (bound for each in some for bound in each[1:]))):
+        return None
+    low, high = min(each[1] for each in some), max(each[2] for each in some)
+    return (int(sum(each[0] for each in some)), high) if abs(high - low) <= 1e-3 * abs(high) else None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tikmix_fast.influence.rows import RowLabels
 
-__all__ = ["check_mask", "count_target_tokens"]
+__all__ = ["check_mask", "count_target_tokens", "masked_targets"]
 
 
 def check_mask(mask: Tensor | int | None, labels: RowLabels) -> None:
@@ -46,8 +47,21 @@ def check_mask(mask: Tensor | int | None, labels: RowLabels) -> None:
             )
 
 
+def masked_targets(labels: RowLabels, mask: Tensor | int | None) -> list[Tensor]:
+    """Return how many targets each id has (one number for a batch of one domain), on the mask's device, unread.
+
+    Empty where there is no mask, or it is a count.
+    """
+    if not isinstance(mask, Tensor):
+        return []
+    if labels.single is not None:
+        return [mask.sum()]
+    ids = labels.ids
+    return [mask if isinstance(ids, Tensor) and ids.ndim == 2 else mask.reshape(len(mask), -1).sum(1)]
+
+
 def count_target_tokens(
-    labels: RowLabels, mask: Tensor | int | None, rows: tuple[int, ...] | None
+    labels: RowLabels, mask: Tensor | int | None, rows: tuple[int, ...] | None, masked: Sequence[Tensor]
 ) -> NDArray[np.float64]:
     """Return the target tokens of each domain, float64 [m].
 
@@ -58,26 +72,28 @@ def count_target_tokens(
         None: every row of the model's last product has a target.
     rows : tuple of int or None
         Leading dimensions of that product.
+    masked : sequence of Tensor
+        What `masked_targets` gave, read.
 
     Raises
     ------
     ValueError
         If there is no mask and the rows do not tell.
     """
-    tokens = torch.zeros(labels.n_domains, dtype=torch.float64)
+    tokens = torch.zeros(labels.n_domains, dtype=torch.float64, device="cpu")
     if mask is None and rows is None:
         raise ValueError("mask must be given: the model ran no product whose rows could be counted")
     if labels.single is not None:
-        if mask is None:
-            tokens[labels.single] = prod(rows or ())
+        if isinstance(mask, Tensor):
+            tokens[labels.single] = float(masked[0])
         else:
-            tokens[labels.single] = int(mask.sum()) if isinstance(mask, Tensor) else mask
+            tokens[labels.single] = prod(rows or ()) if mask is None else mask
         return tokens.numpy()
     ids = labels.ids
     if not isinstance(ids, Tensor):
         raise TypeError("a batch of several domains has ids")
     if isinstance(mask, Tensor):
-        per_id = mask.cpu().double() if ids.ndim == 2 else mask.cpu().double().reshape(len(ids), -1).sum(1)
+        per_id = masked[0]
     else:
         total, remainder = divmod(prod(rows or ()), ids.numel())
         if remainder or (ids.ndim == 2 and total != 1):
@@ -85,5 +101,5 @@ def count_target_tokens(
                 f"mask must be given: the model's last product has rows of shape {list(rows or ())}, which do not "
                 f"match the ids of shape {list(ids.shape)}"
             )
-        per_id = torch.full(ids.shape, float(total), dtype=torch.float64)
+        per_id = torch.full(ids.shape, float(total), dtype=torch.float64, device="cpu")
     return tokens.index_add_(0, ids.reshape(-1), per_id.reshape(-1)).numpy()
