@@ -8,6 +8,8 @@ namespace tikmix_fast::gpu {
 namespace {
 
 constexpr int kBlocksPerMultiprocessor = 2;
+// Leaves room for one step past the end.
+constexpr int64_t kMostCounted = (int64_t{1} << 31) - (1 << 20);
 
 template <class Number, bool kBfloat16Queries, bool kTotal, int kStages>
 __global__ void __launch_bounds__(MmaKernel::kThreads, kBlocksPerMultiprocessor)
@@ -26,7 +28,7 @@ Kernel choose(int stages) {
 
 template <class Number>
 Kernel choose(const ExactProblem& problem, int stages) {
-    const bool total = problem.grad_weight;
+    const bool total = problem.grad_weight != nullptr;
     if (problem.query_element == Element::bfloat16) {
         return total ? choose<Number, true, true>(stages) : choose<Number, true, false>(stages);
     }
@@ -39,6 +41,9 @@ const char* launch_exact_mma(const ExactProblem& problem, int multiprocessors, v
     const int64_t items = divide_up(problem.height, MmaShape::value().rows) *
                           divide_up(problem.width, MmaShape::value().columns) * problem.splits;
     if (items == 0) return nullptr;
+    if (most(most(items, problem.rows), problem.domains.count) > kMostCounted) {
+        return "the mma kernel counts rows, domains and work items in 32 bits";
+    }
     int device = 0, available = 0, reserved = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
