@@ -83,7 +83,7 @@ inline void copy_async_16(SharedAddress to, const void* from, int bytes) {
     unsigned char* const place = simt::at_aligned("copy_async_16", to, 16, 16);
     std::memset(place, 0xff, 16);
     thread.copies.push_back({place, from, bytes, thread.group, false});
-    ++thread.copies_started;
+    simt::block().writers[(place - simt::block().arena.data()) / 16] = {&thread, ++thread.copies_started};
     simt::perhaps_copy(thread);
 }
 

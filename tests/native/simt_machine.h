@@ -146,7 +146,8 @@ struct Cluster {
 };
 
 struct Block {
-    Block(int64_t index, int rank, int64_t bytes) : index(index), rank(rank), arena(bytes) {}
+    Block(int64_t index, int rank, int64_t bytes)
+        : index(index), rank(rank), arena(bytes), writers(static_cast<size_t>(bytes / 16 + 1)) {}
 
     int64_t index;
     int rank;
@@ -156,6 +157,12 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<Meeting> groups;  // of the warpgroups
     std::array<Barrier, kBarriers> barriers;
+    // Who wrote every 16 bytes of shared memory last by copy_async_16, and with which of its copies.
+    struct Writer {
+        const Thread* thread = nullptr;
+        int64_t copy = 0;
+    };
+    std::vector<Writer> writers;
 
     // What an extension keeps for every block: made when first asked for, gone with the block.
     template <class State>

@@ -83,14 +83,6 @@ inline void end_phase_if_complete(PhaseBarrier& barrier) {
     ++barrier.phase;
 }
 
-// What a warp announces must have been shown to the async proxy: by every lane, for the copies it has waited for.
-inline void check_copies_fenced() {
-    for (const Thread* lane : thread().warp->lanes) {
-        const int64_t done = lane->copies_started - static_cast<int64_t>(lane->copies.size());
-        if (done > sm90().threads[lane].copies_fenced) fail("arrives before fence_async_proxy after copies");
-    }
-}
-
 inline void arrive(Block& block, uint32_t address, int64_t bytes) {
     PhaseBarrier& barrier = phase_barrier(block, address);
     barrier.bytes += bytes;
@@ -106,19 +98,37 @@ void wait_for_phase(const char* what, Barrier& barrier, uint32_t parity) {
 
 // Element (row, column) of a K x M or K x N operand in MN-major order with the 128-byte swizzle: (8 chunks, groups of 64)
 // across, (8, groups of 8) down, the leading offset between groups across, the stride offset between groups down.
-inline uint16_t operand_element(const Block& block, uint64_t descriptor, int row, int column) {
+inline uint32_t operand_address(uint64_t descriptor, int row, int column) {
     const auto field = [&](int shift) { return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4; };
     const uint32_t start = field(0), leading = field(16), stride = field(32);
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("only descriptors of 128-byte swizzle are known");
-    uint32_t address = start + column / 64 * leading + row / 8 * stride + row % 8 * 128 + column % 64 * 2;
-    address ^= (address >> 7 & 7) << 4;
+    const uint32_t address = start + column / 64 * leading + row / 8 * stride + row % 8 * 128 + column % 64 * 2;
+    return address ^ (address >> 7 & 7) << 4;
+}
+inline uint16_t operand_element(const Block& block, uint64_t descriptor, int row, int column) {
     uint16_t bits;
-    std::memcpy(&bits, at(block, address, 2), 2);
+    std::memcpy(&bits, at(block, operand_address(descriptor, row, column), 2), 2);
     return bits;
+}
+
+// The tensor cores see what threads copied only after each has fenced.
+inline void check_fenced(Block& block, uint64_t descriptor, int columns) {
+    for (int row = 0; row < 16; ++row) {
+        for (int column = 0; column < columns; column += 8) {
+            const uint32_t address = operand_address(descriptor, row, column);
+            at(block, address, 16);
+            const Block::Writer& writer = block.writers[(address - kSharedStart) / 16];
+            if (writer.thread && writer.copy > block.state<BlockOfSm90>().threads[writer.thread].copies_fenced) {
+                fail("products read what a thread copied without fence_async_proxy");
+            }
+        }
+    }
 }
 
 // The warp's rows of the products of its warpgroup.
 inline void perform(const Warp& warp, const Products& products, float (&sums)[16][256]) {
+    check_fenced(*warp.block, products.left, 64);
+    check_fenced(*warp.block, products.right, 256);
     for (int k = 0; k < 16; ++k) {
         float right[256];
         for (int column = 0; column < 256; ++column) {
@@ -158,11 +168,9 @@ inline void fence_barrier_init() {
 }
 
 inline void barrier_arrive(SharedAddress barrier) {
-    simt::check_copies_fenced();
     simt::arrive(simt::block(), barrier, 0);
 }
 inline void barrier_arrive_expect(SharedAddress barrier, int bytes) {
-    simt::check_copies_fenced();
     simt::arrive(simt::block(), barrier, bytes);
 }
 inline void barrier_arrive_at(SharedAddress barrier, int rank) {
@@ -213,6 +221,7 @@ inline void copy_box_to_blocks(SharedAddress to, const TensorMap& map, int colum
             simt::fail("a bulk copy to a block that has not shown its barrier to the cluster");
         }
         std::memset(simt::at(target, to, kBytes), 0xff, kBytes);
+        std::fill_n(target.writers.begin() + (to - simt::kSharedStart) / 16, kBytes / 16, simt::Block::Writer());
         const TensorMap copied = map;
         simt::later([&target, to, copied, column, row, barrier] {
             simt::check_alive(target, "a bulk copy");
