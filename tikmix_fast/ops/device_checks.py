@@ -33,8 +33,16 @@ _flags: dict[torch.device, Tensor] = {}
 def error_flag(device: torch.device) -> Tensor:
     """Return the note that kernels on a device leave: int32 [1], the bits of what was wrong since it was last read."""
     if device not in _flags:
+        if _is_capturing(device):
+            raise RuntimeError("run the call once before it is captured: the first one on a device allocates what stays")
         _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once: other streams write to it
     return _flags[device]
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def device_offsets(offsets: Tensor, rows: int, device: torch.device) -> Tensor:
@@ -44,9 +52,13 @@ def device_offsets(offsets: Tensor, rows: int, device: torch.device) -> Tensor:
     ------
     ValueError
         If offsets on the CPU do not cut ``rows`` rows into consecutive domains.
+    RuntimeError
+        If they are on the CPU while a CUDA graph is being captured: it would replay a copy from memory long gone.
     """
     if offsets.device.type == "cpu":
         domain_bounds(offsets, rows)
+        if _is_capturing(device):
+            raise RuntimeError("offsets must be on the GPU while a graph is captured; copy them there before")
     return offsets.to(device, non_blocking=True).contiguous()
 
 
