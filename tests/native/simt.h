@@ -81,6 +81,7 @@ inline void copy_async_16(SharedAddress to, const void* from, int bytes) {
     if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0) simt::fail("copy_async_16 needs an aligned source");
     simt::check_readable("copy_async_16", from, bytes);
     unsigned char* const place = simt::at_aligned("copy_async_16", to, 16, 16);
+    simt::note_write_under_way("copy_async_16", place);
     std::memset(place, 0xff, 16);
     thread.copies.push_back({place, from, bytes, thread.group, false});
     simt::block().writers[(place - simt::block().arena.data()) / 16] = {&thread, ++thread.copies_started};
@@ -98,7 +99,10 @@ void copy_async_wait() {
     simt::Thread& thread = simt::thread();
     const auto under_way = std::find_if(thread.copies.begin(), thread.copies.end(),
                                         [&](const simt::Copy& copy) { return copy.group >= thread.group - groups; });
-    std::for_each(thread.copies.begin(), under_way, simt::perform);
+    std::for_each(thread.copies.begin(), under_way, [](simt::Copy& copy) {
+        simt::perform(copy);
+        simt::note_written(copy.to);
+    });
     thread.copies.erase(thread.copies.begin(), under_way);
     if (simt::random().below(16) == 0) simt::yield();
 }
@@ -112,6 +116,7 @@ inline void load_matrices(uint32_t (&words)[4], SharedAddress row) {
     simt::perhaps_copy(simt::thread());
     MatrixRow mine = {simt::at_aligned("load_matrices", row, 16, 16), words};
     simt::together<simt::kLanes>("load_matrices", 0, mine, [](simt::Members<MatrixRow> lanes) {
+        for (int lane = 0; lane < simt::kLanes; ++lane) simt::note_read("load_matrices", lanes[lane].row);
         for (int lane = 0; lane < simt::kLanes; ++lane) {
             for (int matrix = 0; matrix < 4; ++matrix) {
                 std::memcpy(&lanes[lane].words[matrix], lanes[matrix * 8 + lane / 4].row + lane % 4 * 4, 4);
@@ -124,6 +129,7 @@ inline void load_matrices_transposed(uint32_t (&words)[4], SharedAddress row) {
     simt::perhaps_copy(simt::thread());
     MatrixRow mine = {simt::at_aligned("load_matrices_transposed", row, 16, 16), words};
     simt::together<simt::kLanes>("load_matrices_transposed", 0, mine, [](simt::Members<MatrixRow> lanes) {
+        for (int lane = 0; lane < simt::kLanes; ++lane) simt::note_read("load_matrices_transposed", lanes[lane].row);
         const auto element = [&](int matrix, int row, int column) {
             uint16_t bits;
             std::memcpy(&bits, lanes[matrix * 8 + row].row + column * 2, 2);

@@ -264,6 +264,43 @@ std::pair<int, int> done_later(uint64_t seed) {
     return {early, waited};
 }
 
+alignas(16) const unsigned char kSource[16] = {};
+
+// Every warp copies 512 bytes.
+void copy_by_warp(unsigned char* shared) {
+    copy_async_16(shared_address(shared) + static_cast<uint32_t>(thread_index() * 16), kSource, 16);
+    copy_async_commit();
+}
+// Every warp reads what warp `warp` copied.
+void read_of_warp(unsigned char* shared, int warp) {
+    uint32_t words[4];
+    load_matrices(words, shared_address(shared) + static_cast<uint32_t>((warp * 32 + thread_index() % 32) * 16));
+}
+
+// Warps read what others copied and copy again, with all the barriers that this takes.
+void run_without_races(uint64_t seed) {
+    simt::launch(
+        2, 96, 96 * 16,
+        [](unsigned char* shared) {
+            const int warp = thread_index() / 32;
+            for (int round = 0; round < 10; ++round) {
+                copy_by_warp(shared);
+                copy_async_wait<0>();
+                sync_block();
+                read_of_warp(shared, (warp + round) % 3);
+                sync_block();
+                // Two of the three among themselves.
+                if (warp == 2) continue;
+                copy_by_warp(shared);
+                copy_async_wait<0>();
+                sync_some(1, 64);
+                read_of_warp(shared, 1 - warp);
+                sync_some(2, 64);
+            }
+        },
+        seed);
+}
+
 // Kernels that are wrong, by what is wrong with them.
 const std::map<std::string, void (*)(unsigned char*)> kWrong = {
     {"some threads skip a barrier",
@@ -314,6 +351,53 @@ const std::map<std::string, void (*)(unsigned char*)> kWrong = {
      [](unsigned char*) {
          int nothing = 0;
          simt::together<128>("half", 0, nothing, [](simt::Members<int>) {});
+     }},
+    {"reading what was not waited for",
+     [](unsigned char* s) {
+         copy_by_warp(s);
+         sync_block();
+         read_of_warp(s, thread_index() / 32);
+     }},
+    {"reading what another warp did not wait for",
+     [](unsigned char* s) {
+         copy_by_warp(s);
+         if (thread_index() >= 32) copy_async_wait<0>();
+         sync_block();
+         read_of_warp(s, 0);
+     }},
+    {"waiting for too few groups",
+     [](unsigned char* s) {
+         copy_by_warp(s);
+         copy_async_wait<1>();
+         sync_block();
+         read_of_warp(s, 1);
+     }},
+    {"reading without a barrier after the wait",
+     [](unsigned char* s) {
+         copy_by_warp(s);
+         sync_block();
+         copy_async_wait<0>();
+         read_of_warp(s, 1);
+     }},
+    {"reading after the wrong barrier",
+     [](unsigned char* s) {
+         copy_by_warp(s);
+         copy_async_wait<0>();
+         sync_some(1 + thread_index() / 32, 32);
+         read_of_warp(s, 1);
+     }},
+    {"copying again what others still read",
+     [](unsigned char* s) {
+         copy_by_warp(s);
+         copy_async_wait<0>();
+         sync_block();
+         read_of_warp(s, 1);
+         copy_by_warp(s);
+     }},
+    {"copying twice to one place",
+     [](unsigned char* s) {
+         copy_by_warp(s);
+         copy_by_warp(s);
      }},
     {"throwing",
      [](unsigned char*) {
@@ -370,6 +454,7 @@ PYBIND11_MODULE(simt_check, module) {
     module.def("around_the_cluster", around_the_cluster);
     module.def("sums_over_groups", sums_over_groups);
     module.def("done_later", done_later);
+    module.def("run_without_races", run_without_races);
     module.def("run_wrong", run_wrong);
     module.def("left_after_failure", left_after_failure);
     module.def("launch", [](int64_t grid, int cluster, int threads, int64_t shared) {

@@ -30,6 +30,7 @@
 #include <vector>
 
 #include "simt_fiber.h"
+#include "simt_races.h"
 
 namespace simt {
 
@@ -108,12 +109,16 @@ struct Warp {
     int first = 0;         // where the search for a ready lane starts
     int64_t patience = 0;  // meetings until another warp has its turn
     Meeting meeting;
+    int number;   // among the warps of the cluster
+    Clock clock;  // steps of every warp that this one knows
 };
 
 struct Barrier {
     int64_t generation = 0;
     int expected = 0, arrived = 0;
     std::vector<uint32_t> waiting;  // lanes of every warp
+    std::vector<Warp*> warps;       // that have arrived
+    Clock clock;                    // what they know together
 };
 
 // Shared memory with a margin on either side that nobody may write.
@@ -157,6 +162,7 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<Meeting> groups;  // of the warpgroups
     std::array<Barrier, kBarriers> barriers;
+    Accesses accesses;
     // Who wrote every 16 bytes of shared memory last by copy_async_16, and with which of its copies.
     struct Writer {
         const Thread* thread = nullptr;
@@ -258,6 +264,14 @@ inline void suspend() {
     }
     if (machine->unwinding) throw Unwind();
 }
+
+// What the warp has done so far is known to whoever acquires `to`.
+inline void release(Clock& to) {
+    Warp& warp = *thread().warp;
+    learn(to, warp.clock);
+    ++warp.clock[static_cast<size_t>(warp.number)];
+}
+inline void acquire(const Clock& from) { learn(thread().warp->clock, from); }
 
 // Lets other warps go first.
 inline void yield() {
@@ -381,8 +395,12 @@ inline void wait_at_barrier(const char* what, int number, int threads) {
                  std::to_string(barrier.expected) + " at barrier " + std::to_string(number));
         }
         for (int lane = 0; lane < kLanes; ++lane) tickets[lane] = barrier.generation;
+        release(barrier.clock);
+        barrier.warps.push_back(thread().warp);
         barrier.arrived += kLanes;
         if (barrier.arrived == barrier.expected) {
+            for (Warp* warp : barrier.warps) learn(warp->clock, barrier.clock);
+            barrier.warps.clear();
             barrier.arrived = 0;
             ++barrier.generation;
             for (Warp& warp : block.warps) warp.ready |= std::exchange(barrier.waiting[warp.index], 0u);
@@ -394,6 +412,28 @@ inline void wait_at_barrier(const char* what, int number, int threads) {
     me.detail = number;
     barrier.waiting[me.warp->index] |= 1u << me.lane;
     suspend();
+}
+
+// Fails where an access to shared memory races with another warp's.
+inline void check_race(const char* what, const unsigned char* place, const std::optional<std::string>& conflict) {
+    if (!conflict) return;
+    fail(std::string(what) + " at offset " + std::to_string(place - block().arena.data()) +
+         " of shared memory, which " + *conflict);
+}
+inline void note_read(const char* what, const unsigned char* place) {
+    Block& block = simt::block();
+    const Warp& warp = *thread().warp;
+    check_race(what, place, block.accesses.read(place - block.arena.data(), warp.number, warp.clock));
+}
+// A write that others may see once note_written says that it has been waited for.
+inline void note_write_under_way(const char* what, const unsigned char* place) {
+    Block& block = simt::block();
+    const Warp& warp = *thread().warp;
+    check_race(what, place, block.accesses.begin_write(place - block.arena.data(), warp.number, warp.clock));
+}
+inline void note_written(const unsigned char* place) {
+    const Warp& warp = *thread().warp;
+    block().accesses.end_write(place - block().arena.data(), warp.number, warp.clock);
 }
 
 inline void perform(Copy& copy) {
@@ -499,7 +539,10 @@ inline void run(Cluster& cluster) {
         }
         bool progress = false;
         for (Warp* warp : warps) {
-            while (!machine->later.empty() && random().below(256) < machine->eagerness) do_something_later();
+            while (!machine->later.empty() && random().below(256) < machine->eagerness) {
+                do_something_later();
+                progress = true;  // for a warp whose turn has passed
+            }
             poll(*warp);
             progress |= warp->ready != 0;
             turn(*warp);
@@ -530,11 +573,14 @@ inline void unwind(Cluster& cluster) {
     }
 }
 
-inline std::unique_ptr<Block> make_block(Cluster& cluster, int64_t index, int rank, int threads, int64_t shared_bytes) {
+inline std::unique_ptr<Block> make_block(Cluster& cluster, int cluster_blocks, int64_t index, int rank, int threads,
+                                         int64_t shared_bytes) {
     auto block = std::make_unique<Block>(index, rank, shared_bytes);
     block->cluster = &cluster;
+    const int warps = threads / kLanes;
+    block->accesses = Accesses(shared_bytes, cluster_blocks * warps);
     block->threads.resize(static_cast<size_t>(threads));
-    block->warps.resize(static_cast<size_t>(threads / kLanes));
+    block->warps.resize(static_cast<size_t>(warps));
     block->groups.resize(block->warps.size() / kWarpsOfGroup);
     for (Barrier& barrier : block->barriers) barrier.waiting.resize(block->warps.size());
     for (int i = 0; i < threads; ++i) {
@@ -547,6 +593,9 @@ inline std::unique_ptr<Block> make_block(Cluster& cluster, int64_t index, int ra
         thread.index = i;
         thread.lane = i % kLanes;
         warp.index = i / kLanes;
+        warp.number = rank * warps + warp.index;
+        warp.clock.assign(static_cast<size_t>(cluster_blocks * warps), 0);
+        warp.clock[static_cast<size_t>(warp.number)] = 1;
         warp.lanes.push_back(&thread);
     }
     return block;
@@ -570,7 +619,7 @@ inline void launch_cluster(int64_t grid, int cluster_blocks, int threads, int64_
     for (int64_t first = 0; first < grid; first += cluster_blocks) {
         Cluster cluster;
         for (int rank = 0; rank < cluster_blocks; ++rank) {
-            cluster.blocks.push_back(make_block(cluster, first + rank, rank, threads, shared_bytes));
+            cluster.blocks.push_back(make_block(cluster, cluster_blocks, first + rank, rank, threads, shared_bytes));
         }
         try {
             run(cluster);

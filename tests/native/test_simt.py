@@ -183,6 +183,11 @@ def test_a_missing_barrier_shows(simt: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_no_race_is_seen_where_there_is_none(simt: ModuleType, seed: int) -> None:
+    simt.run_without_races(seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_parts_of_a_block_wait_for_each_other(simt: ModuleType, seed: int) -> None:
     assert simt.passed_on(50, seed) == list(range(50))
 
@@ -240,6 +245,13 @@ MESSAGES = {
     "waiting for what never comes": r"0 to 6 have left the kernel; threads 7 to 7 wait in Godot\(2\); threads 8 to",
     "a launch inside a launch": r"a launch inside a launch",
     "half a warpgroup": r"no whole warpgroup",
+    "reading what was not waited for": r"load_matrices at offset \d+ of .* by a copy that warp . has not waited for",
+    "reading what another warp did not wait for": r"which is filled by a copy that warp 0 has not waited for",
+    "waiting for too few groups": r"which is filled by a copy that warp 1 has not waited for",
+    "reading without a barrier after the wait": r"load_matrices at .* warp 1 (wrote with no barrier|has not waited)",
+    "reading after the wrong barrier": r"(load_matrices .* warp 1 wrote|copy_async_16 .* warp [02] read) with no",
+    "copying again what others still read": r"copy_async_16 .* warp . read with no barrier|has not waited for",
+    "copying twice to one place": r"copy_async_16 .* by a copy that warp . has not waited for",
     "throwing": r"thrown by the kernel",
 }
 
