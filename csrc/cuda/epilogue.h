@@ -14,8 +14,6 @@
 
 namespace tikmix_fast::gpu {
 
-// Ranges of rows begin at multiples of this (rows_of_split).
-constexpr int64_t kRowBlock = 64;
 // Tasks between two barriers.
 constexpr int kTaskGroup = 16;
 // With more tasks than this, the accumulators are flushed after every domain, and no sum is kept to subtract.

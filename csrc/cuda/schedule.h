@@ -19,6 +19,9 @@ TIKMIX_FAST_ANYWHERE Tile tile_at(int64_t index, int64_t tile_rows, int64_t tile
     return {first + within % height, within / height};
 }
 
+// Ranges of rows begin at multiples of this.
+constexpr int64_t kRowBlock = 64;
+
 struct RowRange {
     int64_t begin, end;
 };
