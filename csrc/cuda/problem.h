@@ -47,14 +47,31 @@ struct ProjectedProblem {
     Rows input, grad_output;  // [T, I], [T, O]
     Domains domains;
     const float* queries;  // [n, k_out, k_in]
-    // Matrices in the inputs' element, contiguous, padded with zeros to the sizes that projected.h says.
-    const void* input_matrix;   // [k_in, I]
-    const void* output_matrix;  // [k_out, O]
+    // Matrices in the inputs' element, as factor.h writes them: zeros in the rows from k_in or k_out on, row stride
+    // matrix_stride(I) or (O).
+    const void* input_matrix;   // [dim, I]
+    const void* output_matrix;  // [dim, O]
     double scale;
-    int64_t splits;
-    float* partials;
-    double* values;  // [n, m]
+    int64_t dim, rows_at_once, splits;  // as plan_projected in projected_plan.h says
+    float* partials;  // [n, m, splits]: what the rows of each split add, scaled; only what a split touches is written
+    double* values;   // [n, m]
+    // Projected gradients, where they are wanted (else null): [m + splits, k_out, k_in], of which domain d of split s has
+    // number d + s, and the sum [m, k_out, k_in].
+    float* slots;
+    float* gradients;
     int32_t* flag;
+};
+
+enum class Factor : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, codes = 4 };
+
+struct FactorProblem {
+    // codes: int32 [columns], the row of a column's entry 1, or ~row of an entry -1. Else [k, columns], contiguous.
+    const void* factor;
+    Factor kind;
+    int64_t k, columns;
+    Element element;  // of the matrix: bfloat16 or float16
+    void* matrix;     // [dim, stride] as projected_plan.h says; stride is a multiple of 8
+    int64_t dim, stride;
 };
 
 }  // namespace tikmix_fast::gpu

@@ -100,6 +100,7 @@ TIKMIX_FAST_DEVICE float as_float(uint32_t word) { return __uint_as_float(word);
 TIKMIX_FAST_DEVICE uint16_t bfloat16_bits(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 TIKMIX_FAST_DEVICE uint16_t float16_bits(float value) { return __half_as_ushort(__float2half_rn(value)); }
 TIKMIX_FAST_DEVICE float from_bfloat16(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+TIKMIX_FAST_DEVICE float from_float16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
 }  // namespace tikmix_fast::gpu
 
