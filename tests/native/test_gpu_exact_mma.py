@@ -1,4 +1,4 @@
-"""The exact kernel for sm_80 and what follows it, run on a CPU, against float64; its shared memory against the banks."""
+"""The exact kernel for sm_80 and what follows it, run on a CPU, against float64; its shared memory, bank by bank."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Case:
         assert ((total[:, : self.width] - right).abs() <= bound).all()
 
     def roundings(self) -> int:
-        """Return how often a bfloat16 total may be rounded: once, and before every domain that is tiny beside others."""
+        """Return how often a bfloat16 total may be rounded: at the end, and before every domain of few rows."""
         sizes = np.diff(self.offsets)
         return 1 + sum(size * 1024 < self.rows for size in sizes if size)
 
