@@ -35,6 +35,7 @@ class Layer:
     input : Tensor [T, I]
     grad_output : Tensor [T, O]
     offsets : int64 Tensor [m + 1]
+        On the CPU, wherever the others are: a loop over domains reads them.
     queries : Tensor [n, O, I]
         Of the dtype of ``input``, as every baseline needs them.
     """
@@ -165,7 +166,7 @@ def _two_passes(queries: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stacked(layer: Layer) -> Callable[[], Answer]:
     def run() -> Answer:
-        gradients = torch.empty(len(layer.offsets) - 1, *layer.queries.shape[1:], dtype=layer.input.dtype)
+        gradients = layer.input.new_empty(len(layer.offsets) - 1, *layer.queries.shape[1:])
         for gradient, (start, end) in zip(gradients, layer.parts(), strict=True):
             torch.mm(layer.grad_output[start:end].T, layer.input[start:end], out=gradient)
         return Answer(*_two_passes(layer.queries, gradients))
@@ -182,7 +183,7 @@ def _stacked_onednn(layer: Layer) -> Callable[[], Answer]:
 
 
 def _grouped(layer: Layer) -> Callable[[], Answer]:
-    ends = layer.offsets[1:].int()
+    ends = layer.offsets[1:].int().to(layer.input.device)
     return lambda: Answer(*_two_passes(layer.queries, F.grouped_mm(layer.grad_output.T, layer.input, offs=ends)))
 
 
@@ -190,7 +191,8 @@ def _grouped_refusal(layer: Layer) -> str | None:
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
     try:
-        F.grouped_mm(layer.grad_output[:8].T, layer.input[:8], offs=torch.tensor([8], dtype=torch.int32))
+        ends = torch.tensor([8], dtype=torch.int32, device=layer.input.device)
+        F.grouped_mm(layer.grad_output[:8].T, layer.input[:8], offs=ends)
     except (RuntimeError, ValueError) as error:  # rows must be multiples of 16 bytes
         return f"grouped_mm refuses this layer: {str(error).splitlines()[0]}"
     return None
@@ -201,9 +203,9 @@ def _panelled(layer: Layer) -> Callable[[], Answer]:
     domains = len(layer.offsets) - 1
 
     def run() -> Answer:
-        values = torch.zeros(tasks, domains)
-        total = torch.empty(height, width, dtype=layer.input.dtype)
-        scratch = torch.empty(domains, min(_PANEL, height), width, dtype=layer.input.dtype)
+        values = layer.input.new_zeros(tasks, domains, dtype=torch.float32)
+        total = layer.input.new_empty(height, width)
+        scratch = layer.input.new_empty(domains, min(_PANEL, height), width)
         for top in range(0, height, _PANEL):
             rows = slice(top, min(top + _PANEL, height))
             gradients = scratch[:, : rows.stop - top]
@@ -218,11 +220,11 @@ def _panelled(layer: Layer) -> Callable[[], Answer]:
 
 def _row_wise(layer: Layer) -> Callable[[], Answer]:
     domains = len(layer.offsets) - 1
-    of_row = torch.repeat_interleave(torch.arange(domains), layer.offsets.diff())
+    of_row = torch.repeat_interleave(torch.arange(domains), layer.offsets.diff()).to(layer.input.device)
 
     def run() -> Answer:
         rows = torch.stack([((layer.input @ query.T) * layer.grad_output).sum(1).float() for query in layer.queries])
-        values = torch.zeros(len(layer.queries), domains).index_add_(1, of_row, rows)
+        values = rows.new_zeros(len(layer.queries), domains).index_add_(1, of_row, rows)
         return Answer(values, layer.grad_output.T @ layer.input)
 
     return run
@@ -234,7 +236,7 @@ def _cpu_refusal(layer: Layer) -> str | None:
 
 def _total_of(layer: Layer) -> Tensor:
     """Return zeros to add the total to, float32 as an optimizer's main gradient is."""
-    return torch.zeros(layer.queries.shape[1:])
+    return layer.input.new_zeros(layer.queries.shape[1:], dtype=torch.float32)
 
 
 def _ours(layer: Layer) -> Callable[[], Answer]:
@@ -295,7 +297,7 @@ def _projected_refusal(layer: Layer) -> str | None:
 
 def _projection(dim: int, kind: str, layer: Layer) -> Any:
     height, width = layer.queries.shape[1:]
-    return _any_version.LayerProjection(height, width, dim, dim, kind)
+    return _any_version.LayerProjection(height, width, dim, dim, kind, device=str(layer.input.device))
 
 
 def _matrices(dim: int, kind: str, layer: Layer) -> tuple[Tensor, Tensor]:

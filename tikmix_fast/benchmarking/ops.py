@@ -133,13 +133,13 @@ def methods_of(case: Case, *, every_instruction_set: bool = False) -> dict[str, 
     return exact_methods(every_instruction_set=every_instruction_set)
 
 
-def make_layer(case: Case, seed: int = 0) -> Layer:
-    """Draw operands and queries (standard normal), and domains of uneven size."""
-    generator = torch.Generator().manual_seed(seed)
+def make_layer(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Layer:
+    """Draw operands and queries (standard normal) on a device, and domains of uneven size."""
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     random = np.random.default_rng(seed)
     shares = random.dirichlet(np.full(case.domains, 2.0))

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["TextTable", "benchmark_facts", "benchmark_tables", "main_rows", "ops_summary"]
+__all__ = [
+    "TextTable",
+    "benchmark_facts",
+    "benchmark_tables",
+    "bytes_text",
+    "error_text",
+    "main_rows",
+    "ops_summary",
+    "ratio_text",
+]
 
 
 @dataclass(frozen=True)
@@ -95,13 +104,13 @@ def ops_summary(result: dict[str, Any]) -> TextTable:
         rows.append(
             [
                 case["case"],
-                _ratio(ours),
+                ratio_text(ours),
                 f"{other['ratio']:.2f} {other['method']}",
-                _bytes(ours["scratch_bytes"]),
-                _bytes(other["scratch_bytes"]),
+                bytes_text(ours["scratch_bytes"]),
+                bytes_text(other["scratch_bytes"]),
                 f"{ours['flops_per_second'] / 1e9:.0f}",
                 f"{ours['peak_share']:.0%}",
-                _error(ours["error"]),
+                error_text(ours["error"]),
             ]
         )
     notes = [f"Slower than the fastest other: {'; '.join(slower)}"] if slower else []
@@ -129,12 +138,12 @@ def _ops_tables(result: dict[str, Any]) -> list[TextTable]:
             [
                 row["method"],
                 f"{row['seconds'] * 1e3:.3g}",
-                _ratio(row),
+                ratio_text(row),
                 f"{row['flops_per_second'] / 1e9:.0f} ({row['peak_share']:.0%})",
                 f"{row['bytes_per_second'] / 1e9:.2g} ({row['bandwidth_share']:.0%})",
-                _bytes(row["scratch_bytes"]),
-                _error(row["error"]),
-                _error(row["total_error"]),
+                bytes_text(row["scratch_bytes"]),
+                error_text(row["error"]),
+                error_text(row["total_error"]),
             ]
             for row in case["rows"]
         ]
@@ -165,7 +174,7 @@ def _choice_tables(result: dict[str, Any]) -> list[TextTable]:
 def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
     tables = [
         TextTable(
-            f"{case['case']}: error {_error(case['error'])}, autograd's own {_error(case['eager_error'])}",
+            f"{case['case']}: error {error_text(case['error'])}, autograd's own {error_text(case['eager_error'])}",
             ["training step", "s", "x without [95 %]", "CPU s"],
             [[row["method"], *_times(row)] for row in case["rows"]],
             _skipped(case),
@@ -177,7 +186,7 @@ def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
         TextTable(
             case["case"],
             ["all influence", "s", "x floor [95 %]", "CPU s", "parameters", "error"],
-            [[row["method"], *_times(row), row["covers"], _error(row["error"])] for row in case["rows"]],
+            [[row["method"], *_times(row), row["covers"], error_text(row["error"])] for row in case["rows"]],
             _skipped(case),
             _ours(case["rows"]),
         )
@@ -190,7 +199,7 @@ def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
                 f"Peak memory above model and data: {memory['case']}",
                 ["domains", "method", "growth", "above the floor"],
                 [
-                    [str(row["domains"]), row["method"], _bytes(row["growth_bytes"]), _bytes(row["above_floor_bytes"])]
+                    [str(row["domains"]), row["method"], bytes_text(row["growth_bytes"]), bytes_text(row["above_floor_bytes"])]
                     for row in memory["rows"]
                 ],
                 _skipped(memory),
@@ -215,7 +224,7 @@ def _sampler_tables(result: dict[str, Any]) -> list[TextTable]:
         rows = [[row["method"], f"{row['draws_per_second']:.2e}"] for row in case["rows"]]
         tables.append(TextTable(f"Sampler, {case['case']}", ["draws", "per second"], rows))
         rows = [
-            [f"{row['domains']} domains, {row['samples']:.0e} samples", _bytes(row["peak_bytes"])]
+            [f"{row['domains']} domains, {row['samples']:.0e} samples", bytes_text(row["peak_bytes"])]
             for row in case["memory"]
         ]
         tables.append(TextTable("Sampler, memory", ["a sampler that draws", "peak"], rows))
@@ -231,21 +240,24 @@ def _skipped(case: dict[str, Any]) -> list[str]:
 
 
 def _times(row: dict[str, Any]) -> list[str]:
-    return [f"{row['seconds']:.3g}", _ratio(row), f"{row['cpu_seconds']:.3g}"]
+    return [f"{row['seconds']:.3g}", ratio_text(row), f"{row['cpu_seconds']:.3g}"]
 
 
-def _ratio(row: dict[str, Any]) -> str:
+def ratio_text(row: dict[str, Any]) -> str:
+    """Return a row's ratio with its interval, if there is one that says something."""
     interval = row["ratio_interval"]
     if interval is None or interval[0] == interval[1]:  # too few rounds, or what the others are compared with
         return f"{row['ratio']:.2f}"
     return f"{row['ratio']:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
-def _bytes(count: int | None) -> str:
+def bytes_text(count: int | None) -> str:
+    """Return a number of bytes in MiB, "-" for None."""
     return "-" if count is None else f"{count / 2**20:.3g} MiB"
 
 
-def _error(error: float | None) -> str:
+def error_text(error: float | None) -> str:
+    """Return an error with one digit, "-" for None."""
     if error is None:
         return "-"
     digits, _, exponent = f"{error:.0e}".partition("e")

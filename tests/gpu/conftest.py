@@ -1,0 +1,152 @@
+"""Fixtures of the tests that need a GPU; benchmarks/gpu.py runs them there.
+
+TIKMIX_FAST_GPU_BACKENDS   which backends, by commas (triton,cuda)
+TIKMIX_FAST_GPU_REHEARSAL  run on the CPU what can be run there, to see that the tests themselves are right
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tikmix_fast import ops
+from tikmix_fast.testing import (
+    check_budget,
+    domain_gradients,
+    eager_group_influence,
+    gradient_error,
+    influence_error,
+    rounding_floor,
+)
+
+# Read when the first handle of cuBLAS is made; without it torch warns in every deterministic test.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+REHEARSAL = bool(os.environ.get("TIKMIX_FAST_GPU_REHEARSAL"))
+BACKENDS = tuple(filter(None, os.environ.get("TIKMIX_FAST_GPU_BACKENDS", "triton,cuda").split(",")))
+REQUIRED = os.environ.get("TIKMIX_FAST_REQUIRE", "").split(",")
+NO_GPU = "no CUDA device: `python benchmarks/gpu.py` runs these tests on a machine with a GPU"
+
+
+class _SkippedFile(pytest.Module):
+    def collect(self) -> Iterator[pytest.Item]:
+        pytest.skip(NO_GPU)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skip whole files where there is no GPU: one line for each, not one for every test."""
+    if REHEARSAL or torch.cuda.is_available():
+        return None
+    return _SkippedFile.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU."""
+    if REHEARSAL:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    """The GPU, for what has no counterpart on a CPU."""
+    if device.type != "cuda":
+        pytest.skip("the rehearsal on a CPU has no streams, graphs or asynchronous errors")
+    return device
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """Every backend of GPUs in turn."""
+    reason = ops.available_backends()[request.param]
+    if reason is not None and request.param in REQUIRED:
+        pytest.fail(f"TIKMIX_FAST_REQUIRE names {request.param}, but it cannot be used: {reason}")
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return str(request.param)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, so that an output nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class Call(NamedTuple):
+    """The tensors of one call, with what is right by float64."""
+
+    input: Tensor
+    grad_output: Tensor
+    offsets: Tensor
+    queries: Tensor
+    gradients: Tensor
+    values: Tensor
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self[:4]
+
+    def check(self, values: Tensor, grad_weight: Tensor | None = None, before: Tensor | None = None) -> None:
+        """Hold the values, and what was added to ``before``, to the budget of every backend."""
+        offsets = self.offsets.cpu()
+        eager, eager_total = eager_group_influence(self.input, self.grad_output, offsets, self.queries)
+        total = self.gradients.sum(0)
+        floor = rounding_floor(total.numel())
+        check_budget(
+            influence_error(values, self.values, self.queries, self.gradients),
+            influence_error(eager, self.values, self.queries, self.gradients),
+            floor,
+        )
+        if grad_weight is not None and before is not None:
+            right, eager_sum = before.double() + total, before + eager_total.to(before.dtype)
+            check_budget(gradient_error(grad_weight, right), gradient_error(eager_sum, right), floor)
+
+
+class MakeCall:
+    """Draws calls on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(
+        self, height: int, width: int, sizes: list[int], tasks: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    ) -> Call:
+        generator = torch.Generator().manual_seed(sum(sizes) * 1000 + height + width + seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.device, dtype)
+
+        input, grad_output = normal(sum(sizes), width), normal(sum(sizes), height)
+        queries = normal(tasks, height, width)
+        offsets = torch.tensor([0, *sizes]).cumsum(0)
+        gradients = domain_gradients(input, grad_output, offsets)
+        values = torch.einsum("noi,moi->nm", queries.double(), gradients)
+        return Call(input, grad_output, offsets.to(self.device), queries, gradients, values)
+
+
+@pytest.fixture
+def make_call(device: torch.device) -> MakeCall:
+    return MakeCall(device)
+
+
+def takes(backend: str, dtype: torch.dtype) -> bool:
+    """Tell whether a backend has a kernel for rows of this dtype; the native CUDA kernels read 16 bits."""
+    return backend != "cuda" or dtype != torch.float32
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def dtype(request: pytest.FixtureRequest, backend: str) -> torch.dtype:
+    """Every dtype of rows that the backend takes."""
+    if not takes(backend, request.param):
+        pytest.skip(f"the kernels of {backend} take no {request.param}; another backend does")
+    return request.param
