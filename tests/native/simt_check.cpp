@@ -141,9 +141,9 @@ std::vector<std::vector<int>> groups_seen(uint64_t seed) {
     return seen;
 }
 
-std::vector<uint32_t> loaded_once(uintptr_t address, uintptr_t allowed, int64_t bytes) {
+std::vector<uint32_t> loaded_once(uintptr_t address, const std::vector<std::pair<uintptr_t, int64_t>>& allowed) {
     Words4 words;
-    if (allowed != 0) simt::allow(pointer<void>(allowed), bytes);
+    for (const auto& [begin, bytes] : allowed) simt::allow(pointer<void>(begin), bytes);
     simt::launch(1, 32, 0, [&](unsigned char*) {
         if (thread_index() == 0) words = load_once(pointer<void>(address));
     });

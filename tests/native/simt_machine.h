@@ -21,6 +21,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -206,8 +207,8 @@ struct Machine {
 
 inline Machine* machine = nullptr;
 inline Stacks stacks;
-// What may be read by what is checked; everything where empty.
-inline std::vector<std::pair<uintptr_t, uintptr_t>> readable;
+// What may be read by what is checked, from begin to end without overlap; everything where empty.
+inline std::map<uintptr_t, uintptr_t> readable;
 
 [[noreturn]] inline void fail(const std::string& message) {
     std::string who;
@@ -230,16 +231,21 @@ inline Random& random() { return machine->random; }
 // Allows copies and loads from [data, data + bytes) until the end of the next launch; once something is allowed, all
 // else is forbidden to copy_async_16 and load_once.
 inline void allow(const void* data, int64_t bytes) {
-    const auto begin = reinterpret_cast<uintptr_t>(data);
-    readable.emplace_back(begin, begin + static_cast<uintptr_t>(bytes));
+    auto begin = reinterpret_cast<uintptr_t>(data), end = begin + static_cast<uintptr_t>(bytes);
+    for (auto next = readable.upper_bound(end); next != readable.begin() && std::prev(next)->second >= begin;) {
+        const auto met = std::prev(next);
+        begin = std::min(begin, met->first);
+        end = std::max(end, met->second);
+        next = readable.erase(met);
+    }
+    readable[begin] = end;
 }
 
 inline void check_readable(const char* what, const void* data, int64_t bytes) {
     if (readable.empty() || bytes == 0) return;
     const auto begin = reinterpret_cast<uintptr_t>(data);
-    for (const auto& range : readable) {
-        if (range.first <= begin && begin + static_cast<uintptr_t>(bytes) <= range.second) return;
-    }
+    const auto behind = readable.upper_bound(begin);
+    if (behind != readable.begin() && begin + static_cast<uintptr_t>(bytes) <= std::prev(behind)->second) return;
     fail(std::string(what) + " reads " + std::to_string(bytes) + " bytes outside of the memory it may read");
 }
 

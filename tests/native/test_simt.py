@@ -159,12 +159,18 @@ def test_waiting_is_for_the_older_groups(simt: ModuleType) -> None:
 def test_load_once_reads_16_bytes(simt: ModuleType) -> None:
     memory = aligned((8,), np.uint32)
     memory[:] = np.arange(8)
-    assert simt.loaded_once(address(memory) + 16, 0, 0) == [4, 5, 6, 7]
-    assert simt.loaded_once(address(memory) + 16, address(memory), 32) == [4, 5, 6, 7]
-    with pytest.raises(RuntimeError, match=r"thread 0: load_once reads 16 bytes outside of the memory it may read"):
-        simt.loaded_once(address(memory) + 16, address(memory), 31)
+    start = address(memory)
+
+    def load(*allowed: tuple[int, int]) -> list[int]:
+        return simt.loaded_once(start + 16, [(start + begin, bytes_) for begin, bytes_ in allowed])
+
+    for allowed in [(), ((0, 32),), ((16, 16),), ((24, 8), (16, 8)), ((20, 4), (0, 8), (16, 30)), ((0, 40), (16, 1))]:
+        assert load(*allowed) == [4, 5, 6, 7]
+    for allowed in [((0, 31),), ((17, 15),), ((0, 16), (32, 16)), ((16, 8), (25, 7))]:
+        with pytest.raises(RuntimeError, match=r"thread 0: load_once reads 16 bytes outside of the memory it may read"):
+            load(*allowed)
     # The permission ended with the launch.
-    assert simt.loaded_once(address(memory) + 16, 0, 0) == [4, 5, 6, 7]
+    assert load() == [4, 5, 6, 7]
 
 
 def test_atomic_or(simt: ModuleType) -> None:
