@@ -98,6 +98,7 @@ const char* launch(const ExactProblem& problem, int64_t multiprocessors, cudaStr
 const char* launch_exact_wgmma(const ExactProblem& problem, int multiprocessors, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
     const bool paired = wgmma_cluster(problem) == 2;
+    if (wgmma_cluster_items(problem, 1) == 0) return nullptr;
     if (problem.element == Element::bfloat16) {
         return paired ? launch<BFloat16, 2>(problem, multiprocessors, on)
                       : launch<BFloat16, 1>(problem, multiprocessors, on);

@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
+#include <string>
 #include <vector>
 
 namespace py = pybind11;
@@ -161,6 +161,59 @@ std::vector<int> box_by_descriptor(const std::vector<int64_t>& matrix, int64_t c
     return found;
 }
 
+// Two blocks of a warpgroup each multiply ones, 64 rows by threads, with one mistake. Returns the first accumulator of
+// each thread of the first block.
+std::vector<float> small_kernel(const std::string& mistake, uint64_t seed) {
+    std::vector<float> found(128);
+    std::vector<uint16_t> ones(8 + 8, 0x3f80);
+    const void* const source = ones.data() + (16 - reinterpret_cast<uintptr_t>(ones.data()) % 16) % 16 / 2;
+    const auto is = [&](const char* name) { return mistake == name; };
+    simt::launch_cluster(
+        2, 2, 128, 6 * kBoxBytes + 16,
+        [&](unsigned char* shared) {
+            const int thread = thread_index();
+            const SharedAddress start = shared_address(shared), full = start + 6 * kBoxBytes, empty = full + 8;
+            if (thread == 0) {
+                barrier_init(full, 128);
+                barrier_init(empty, is("too few arrivals") ? 9 : 8);
+                if (!is("barrier not shown")) fence_barrier_init();
+            }
+            sync_cluster();
+            for (uint32_t place = 16 * thread; place < 6 * kBoxBytes; place += 16 * 128) {
+                copy_async_16(start + place, source, 16);
+            }
+            copy_async_commit();
+            copy_async_wait<0>();
+            if (!is("no fence after copies")) fence_async_proxy();
+            if (is("bytes do not come") && thread == 0) {
+                barrier_arrive_expect(full, 16);
+            } else {
+                barrier_arrive(full);
+            }
+            barrier_wait(full, 0);
+            ProductTile tile = {};
+            if (!is("no products_begin")) products_begin(tile);
+            for (int row = 0; row < kBoxRows; row += 16) {
+                multiply_add(BFloat16(), tile, matrix_descriptor(start + row * kBoxRowBytes),
+                             matrix_descriptor(start + 2 * kBoxBytes + row * kBoxRowBytes));
+            }
+            if (!is("products not committed")) products_commit();
+            if (is("accumulators touched")) tile[0][0] = 0.0f;
+            products_wait(tile);
+            if (cluster_rank() == 0) found[thread] = tile[0][0];
+            if (thread % kLanes < 2) barrier_arrive_at(empty, thread % kLanes);
+            if (is("leaves early")) return;
+            if (is("waits for its block only")) {
+                barrier_wait(empty, 0);
+            } else {
+                barrier_wait_cluster(empty, 0);
+            }
+            sync_cluster();
+        },
+        seed);
+    return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(exact_wgmma, module) {
@@ -170,6 +223,7 @@ PYBIND11_MODULE(exact_wgmma, module) {
     module.def("add_split_totals", &add_split_totals);
     module.def("items", &items);
     module.def("box_by_descriptor", &box_by_descriptor);
+    module.def("small_kernel", &small_kernel);
     module.def("swizzle128", &swizzle128);
     module.def("place_in_box", &place_in_box);
     module.def("matrix_descriptor", &matrix_descriptor);

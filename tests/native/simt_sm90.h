@@ -24,6 +24,7 @@ struct PhaseBarrier {
     uint32_t phase = 0;
     Thread* maker;
     bool is_fenced = false, is_known_to_cluster = false, has_remote_arrivals = false;
+    Clock clock;  // what those who arrived know
 };
 
 struct Products {
@@ -52,13 +53,15 @@ struct BlockOfSm90 {
     // Of the first block: how many of all threads of the cluster have come, and how often all had.
     int arrived = 0;
     int64_t meetings = 0;
+    Clock clock;  // what those who came know
 };
 
 inline BlockOfSm90& sm90() { return block().state<BlockOfSm90>(); }
 inline ThreadOfSm90& thread_of_sm90() { return sm90().threads[&thread()]; }
 
 inline Block& block_of_rank(Block& block, int rank) {
-    if (rank < 0 || rank >= static_cast<int>(block.cluster->blocks.size())) fail("no block of this rank in the cluster");
+    if (rank < 0 || rank >= static_cast<int>(block.cluster->blocks.size()))
+        fail("no block of this rank in the cluster");
     return *block.cluster->blocks[rank];
 }
 inline void check_alive(const Block& block, const char* what) {
@@ -93,11 +96,12 @@ inline void arrive(Block& block, uint32_t address, int64_t bytes) {
 template <class Barrier>
 void wait_for_phase(const char* what, Barrier& barrier, uint32_t parity) {
     wait_until([&] { return (barrier.phase & 1) != parity; }, what, static_cast<int64_t>(parity));
+    acquire(barrier.clock);
     if (random().below(64) == 0) yield();
 }
 
-// Element (row, column) of a K x M or K x N operand in MN-major order with the 128-byte swizzle: (8 chunks, groups of 64)
-// across, (8, groups of 8) down, the leading offset between groups across, the stride offset between groups down.
+// Element (row, column) of a K x M or K x N operand in MN-major order with the 128-byte swizzle: (8 chunks, groups of
+// 64) across, (8, groups of 8) down, the leading offset between groups across, the stride offset between groups down.
 inline uint32_t operand_address(uint64_t descriptor, int row, int column) {
     const auto field = [&](int shift) { return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4; };
     const uint32_t start = field(0), leading = field(16), stride = field(32);
@@ -168,9 +172,11 @@ inline void fence_barrier_init() {
 }
 
 inline void barrier_arrive(SharedAddress barrier) {
+    simt::release(simt::phase_barrier(simt::block(), barrier).clock);
     simt::arrive(simt::block(), barrier, 0);
 }
 inline void barrier_arrive_expect(SharedAddress barrier, int bytes) {
+    simt::release(simt::phase_barrier(simt::block(), barrier).clock);
     simt::arrive(simt::block(), barrier, bytes);
 }
 inline void barrier_arrive_at(SharedAddress barrier, int rank) {
@@ -181,7 +187,10 @@ inline void barrier_arrive_at(SharedAddress barrier, int rank) {
     there.has_remote_arrivals = true;
     simt::ThreadOfSm90& me = simt::thread_of_sm90();
     ++me.arrivals_under_way;
-    simt::later([&target, &me, barrier] {
+    simt::Clock known;
+    simt::release(known);
+    simt::later([&target, &me, barrier, known] {
+        simt::learn(simt::phase_barrier(target, barrier).clock, known);
         simt::check_alive(target, "an arrival");
         simt::arrive(target, barrier, 0);
         --me.arrivals_under_way;
@@ -222,6 +231,7 @@ inline void copy_box_to_blocks(SharedAddress to, const TensorMap& map, int colum
         }
         std::memset(simt::at(target, to, kBytes), 0xff, kBytes);
         std::fill_n(target.writers.begin() + (to - simt::kSharedStart) / 16, kBytes / 16, simt::Block::Writer());
+        target.accesses.forget(to - simt::kSharedStart, kBytes);
         const TensorMap copied = map;
         simt::later([&target, to, copied, column, row, barrier] {
             simt::check_alive(target, "a bulk copy");
@@ -257,6 +267,7 @@ inline void sync_cluster() {
     simt::wait_until([&] { return me.arrivals_under_way == 0; }, "sync_cluster, for arrivals that it sent");
     simt::Cluster& cluster = *simt::block().cluster;
     simt::BlockOfSm90& meeting = cluster.blocks[0]->state<simt::BlockOfSm90>();
+    simt::release(meeting.clock);
     const int64_t ticket = meeting.meetings;
     int threads = 0;
     for (const auto& block : cluster.blocks) threads += static_cast<int>(block->threads.size());
@@ -270,6 +281,7 @@ inline void sync_cluster() {
         }
     }
     simt::wait_until([&] { return meeting.meetings != ticket; }, "sync_cluster");
+    simt::acquire(meeting.clock);
 }
 
 template <int registers>
@@ -321,9 +333,8 @@ inline void give_tile(float& accumulator, float& sum) {
 
 inline void products_begin(ProductTile& d) {
     LaneTile mine = {d, 0, 0};
-    simt::together<simt::kLanes>("products_begin", 0, mine, [](simt::Members<LaneTile>) {
-        warp_products(*simt::thread().warp).may_begin = true;
-    });
+    simt::together<simt::kLanes>("products_begin", 0, mine,
+                                 [](simt::Members<LaneTile>) { warp_products(*simt::thread().warp).may_begin = true; });
 }
 
 template <class Element>
