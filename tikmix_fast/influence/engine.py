@@ -397,8 +397,8 @@ class InfluenceEngine:
             Rows of one micro-batch; with them the copies of activations in the backward are counted too.
         device : torch.device or str, optional
             Default: that of the first parameter.
-        queries_device : None, "cpu" or "auto", optional
-            As of the engine (the default). "auto" before its first task counts as None.
+        queries_device : "cpu" or "auto", optional
+            Other than the engine's own. "auto" means resting on the device, as long as it is not decided.
 
         Returns
         -------
@@ -415,8 +415,10 @@ class InfluenceEngine:
         """
         parameters = self.parameters()
         home = next(iter(parameters.values())).device if device is None else torch.device(device)
-        decided = bool(self._copiers) if self._copiers is not None else self.queries_device == "cpu"
-        away = decided if queries_device is None else str(queries_device) == "cpu"
+        asked = self.queries_device if queries_device is None else str(queries_device)
+        away = asked == "cpu" and home.type != "cpu"
+        if queries_device is None and self._copiers is not None:
+            away = home in self._copiers
         return estimate_memory(
             self.model,
             {name: p for name, p in parameters.items() if p.device == home},
@@ -424,7 +426,7 @@ class InfluenceEngine:
             domains=len(self.domain_names),
             dim=None if self.projection is None else self.projection.dim,
             adam=isinstance(self.preconditioner, Adam),
-            away=away and home.type != "cpu",
+            away=away,
             checked=self.check_every > 0,
             dtype=dtype,
             tokens=tokens,
@@ -625,7 +627,7 @@ class InfluenceEngine:
             return True
         free, total = memory
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        estimate = self.memory_estimate(cast, device=device, queries_device=None)
+        estimate = self.memory_estimate(cast, device=device, queries_device="auto")
         # Activations of a first step are not known yet, and memory is cut up with time.
         fits = estimate.peak <= free - total // 20
         _LOG.info(
