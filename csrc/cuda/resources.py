@@ -16,7 +16,7 @@ _SPILLS = re.compile(r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes 
 _REGISTERS = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(?P<bytes>\d+) bytes smem")
 # ptxas says so where it waits for every matrix product, because something touches the accumulators too early.
-_SERIALIZED = re.compile(r"wgmma.*serializ", re.IGNORECASE)
+_SERIALIZED = re.compile(r".*wgmma.*serializ.*", re.IGNORECASE)
 
 
 class Resources(NamedTuple):
@@ -63,10 +63,10 @@ def main(command: list[str]) -> int:
         if kernel.spilled_bytes:
             print(f"error: {kernel.name} spills registers on {kernel.architecture}", file=sys.stderr)
             wrong = wrong or 1
-    if _SERIALIZED.search(done.stdout):
-        print("error: ptxas serializes wgmma", file=sys.stderr)
+    if found := _SERIALIZED.search(done.stdout):
+        print(f"error: ptxas: {found[0]}", file=sys.stderr)
         wrong = wrong or 1
-    if wrong:
+    if done.returncode:
         print(done.stdout, file=sys.stderr)
     return wrong
 

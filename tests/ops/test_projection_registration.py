@@ -79,14 +79,13 @@ def test_a_derivative_is_refused_and_not_taken_silently(backend: str) -> None:
         ops.projected_group_influence(*call, pair, backend=backend)
 
 
-def test_use_backend_and_backends_without_a_kernel() -> None:
+def test_use_backend_and_a_backend_for_another_device() -> None:
     call = arguments()
     with ops.use_backend("reference"):
         values = ops.projected_group_influence(*call)
     assert torch.equal(values, ops.projected_group_influence(*call, backend="reference"))
-    for name in ("triton", "cuda"):
-        with pytest.raises(RuntimeError, match=f"the backend '{name}' asked for by backend cannot run this call"):
-            ops.projected_group_influence(*call, backend=name)
+    with pytest.raises(RuntimeError, match="the backend 'cuda' asked for by backend cannot run this call"):
+        ops.projected_group_influence(*call, backend="cuda")
 
 
 HANDLE = ops.LayerProjection(3, 4, k_out=16, k_in=32)

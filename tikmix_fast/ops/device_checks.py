@@ -34,7 +34,9 @@ def error_flag(device: torch.device) -> Tensor:
     """Return the note that kernels on a device leave: int32 [1], the bits of what was wrong since it was last read."""
     if device not in _flags:
         if _is_capturing(device):
-            raise RuntimeError("run the call once before it is captured: the first one on a device allocates what stays")
+            raise RuntimeError(
+                "run the call once before it is captured: the first one on a device allocates what stays"
+            )
         _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # once: other streams write to it

@@ -11,11 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops import cpu, cuda, projected_kernels, reference
+from tikmix_fast.ops import cpu, cuda, projected_kernels, reference, triton
 from tikmix_fast.ops.checks import Arguments, check_arguments, check_grad_weight_memory
 from tikmix_fast.ops.projected_checks import ProjectedArguments, check_projected_arguments
 
-__all__ = ["available_backends", "run_group_influence", "run_projected_group_influence", "use_backend"]
+__all__ = [
+    "available_backends",
+    "run_group_influence",
+    "run_projected_domain_gradients",
+    "run_projected_group_influence",
+    "use_backend",
+]
 
 ENVIRONMENT_VARIABLE = "TIKMIX_FAST_BACKEND"
 
@@ -27,20 +33,35 @@ class _Backend(NamedTuple):
     refusal: Callable[[Arguments | ProjectedArguments], str | None]  # why it cannot take this call
     group_influence: Callable[[Arguments], Tensor]
     projected_group_influence: Callable[[ProjectedArguments], Tensor]
+    projected_domain_gradients: Callable[[ProjectedArguments], Tensor]
 
 
 _BACKENDS = {
     "reference": _Backend(
-        reference.unavailable, reference.refusal, reference.group_influence, projected_kernels.reference
+        reference.unavailable,
+        reference.refusal,
+        reference.group_influence,
+        projected_kernels.reference,
+        projected_kernels.domain_gradients,
     ),
-    "cpu": _Backend(cpu.unavailable, cpu.refusal, cpu.group_influence, projected_kernels.cpu),
+    "cpu": _Backend(
+        cpu.unavailable, cpu.refusal, cpu.group_influence, projected_kernels.cpu, projected_kernels.domain_gradients
+    ),
+    "triton": _Backend(
+        triton.unavailable,
+        triton.refusal,
+        triton.group_influence,
+        triton.projected_group_influence,
+        triton.projected_domain_gradients,
+    ),
+    "cuda": _Backend(
+        cuda.unavailable,
+        cuda.refusal,
+        cuda.group_influence,
+        cuda.projected_group_influence,
+        cuda.projected_domain_gradients,
+    ),
 }
-# Names with a reason and no kernel, so that a request for one is answered.
-_WITHOUT_KERNEL: dict[str, Callable[[], str]] = {
-    "triton": lambda: "no Triton kernel in this version yet",
-    "cuda": cuda.unavailable,
-}
-_NAMES = (*_BACKENDS, *_WITHOUT_KERNEL)
 # What the automatic choice tries on each kind of device, best first; the reference takes whatever is left.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
@@ -62,16 +83,12 @@ def available_backends() -> dict[str, str | None]:
     >>> available_backends()["reference"] is None
     True
     """
-    return {name: _unavailable(name) for name in _NAMES}
-
-
-def _unavailable(name: str) -> str | None:
-    return _BACKENDS[name].unavailable() if name in _BACKENDS else _WITHOUT_KERNEL[name]()
+    return {name: backend.unavailable() for name, backend in _BACKENDS.items()}
 
 
 def _check_name(name: str, source: str) -> None:
-    if name not in _NAMES:
-        raise ValueError(f"{source} must be one of {', '.join(_NAMES)}; got {name!r}")
+    if name not in _BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(_BACKENDS)}; got {name!r}")
 
 
 @contextmanager
@@ -120,7 +137,7 @@ def _requested(argument: str | None) -> tuple[str, str] | None:
 
 
 def _why_not(name: str, arguments: Arguments | ProjectedArguments) -> str | None:
-    return _unavailable(name) or _BACKENDS[name].refusal(arguments)
+    return _BACKENDS[name].unavailable() or _BACKENDS[name].refusal(arguments)
 
 
 def _choose(argument: str | None, arguments: Arguments | ProjectedArguments) -> str:
@@ -129,7 +146,7 @@ def _choose(argument: str | None, arguments: Arguments | ProjectedArguments) -> 
         name, source = request
         _check_name(name, source)
         if _why_not(name, arguments) is not None:
-            reasons = "\n".join(f"  {other}: {_why_not(other, arguments) or 'usable'}" for other in _NAMES)
+            reasons = "\n".join(f"  {other}: {_why_not(other, arguments) or 'usable'}" for other in _BACKENDS)
             raise RuntimeError(f"the backend {name!r} asked for by {source} cannot run this call; backends:\n{reasons}")
         return name
     for name in _PREFERRED.get(arguments.input.device.type, ()):
@@ -176,3 +193,10 @@ def run_projected_group_influence(
     check_projected_arguments(arguments)
     with torch.autocast(input.device.type, enabled=False):
         return _BACKENDS[_choose(backend, arguments)].projected_group_influence(arguments)
+
+
+def run_projected_domain_gradients(arguments: ProjectedArguments) -> Tensor:
+    """Check the arguments of ``projected_domain_gradients``, of no query, and run it."""
+    check_projected_arguments(arguments)
+    with torch.autocast(arguments.input.device.type, enabled=False):
+        return _BACKENDS[_choose(None, arguments)].projected_domain_gradients(arguments)

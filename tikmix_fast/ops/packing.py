@@ -68,7 +68,7 @@ def pack_queries(queries: Tensor) -> PackedQueries:
     require_queries(queries)
     queries = queries.detach().contiguous()
     panels = pack_queries_op(queries)
-    return PackedQueries(queries, panels if panels.dim() == 5 else None)
+    return PackedQueries(queries, panels if panels.dim() > 1 else None)
 
 
 def require_queries(queries: Tensor) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops.checks import check_order, domain_bounds
-from tikmix_fast.ops.projected_checks import ProjectedArguments, check_projected_arguments
-from tikmix_fast.ops.projected_kernels import project_rows
+from tikmix_fast.ops.dispatch import run_projected_domain_gradients
+from tikmix_fast.ops.projected_checks import ProjectedArguments
 from tikmix_fast.ops.projected_schema import projected_group_influence_op
 from tikmix_fast.ops.projection import LayerProjection
 
@@ -136,17 +133,6 @@ def projected_domain_gradients(
         else tuple(matrix.shape[0] for matrix in projection)
     )
     queries = input.new_empty(0, *dims)
-    check_projected_arguments(
+    return run_projected_domain_gradients(
         ProjectedArguments(input, grad_output, offsets, queries, output_factor, input_factor, scale, order)
     )
-    bounds = domain_bounds(offsets, input.shape[0])
-    check_order(order, input.shape[0])
-    with torch.autocast(input.device.type, enabled=False):
-        small_input = project_rows(input, input_factor, dims[1]).float()
-        small_grad = project_rows(grad_output, output_factor, dims[0]).float()
-        if order is not None:
-            small_input, small_grad = small_input[order], small_grad[order]
-        gradients = small_input.new_empty(len(bounds) - 1, *dims)
-        for gradient, (start, end) in zip(gradients, pairwise(bounds), strict=True):
-            torch.mm(small_grad[start:end].T, small_input[start:end], out=gradient)
-        return gradients.mul_(scale)

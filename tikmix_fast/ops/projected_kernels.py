@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from tikmix_fast.ops import cpu as cpu_backend
 from tikmix_fast.ops import reference as reference_backend
-from tikmix_fast.ops.checks import Arguments
+from tikmix_fast.ops.checks import Arguments, check_order, domain_bounds
 from tikmix_fast.ops.projected_checks import ProjectedArguments
 from tikmix_fast.ops.projection import factor_matrix
 from tikmix_fast.ops.sketch import can_sketch, sketch_rows
 
-__all__ = ["cpu", "project_rows", "reference"]
+__all__ = ["cpu", "domain_gradients", "project_rows", "reference"]
 
 
 def reference(arguments: ProjectedArguments) -> Tensor:
@@ -33,6 +35,22 @@ def cpu(arguments: ProjectedArguments) -> Tensor:
     return scale * cpu_backend.group_influence(
         Arguments(small_input, small_grad, offsets, queries, panels=None, order=order, grad_weight=None)
     )
+
+
+def domain_gradients(arguments: ProjectedArguments) -> Tensor:
+    """Compute ``tikmix_fast.ops.projected_domain_gradients`` with torch's products, one domain at a time."""
+    input, grad_output, offsets, queries, output_factor, input_factor, scale, order = arguments
+    dims = queries.shape[1:]
+    bounds = domain_bounds(offsets, input.shape[0])
+    check_order(order, input.shape[0])
+    small_input = project_rows(input, input_factor, dims[1]).float()
+    small_grad = project_rows(grad_output, output_factor, dims[0]).float()
+    if order is not None:
+        small_input, small_grad = small_input[order], small_grad[order]
+    gradients = small_input.new_empty(len(bounds) - 1, *dims)
+    for gradient, (start, end) in zip(gradients, pairwise(bounds), strict=True):
+        torch.mm(small_grad[start:end].T, small_input[start:end], out=gradient)
+    return gradients.mul_(scale)
 
 
 def project_rows(rows: Tensor, factor: Tensor, dim: int) -> Tensor:

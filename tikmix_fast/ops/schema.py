@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tikmix_fast.ops import cpu
+from tikmix_fast.ops import cpu, cuda
 from tikmix_fast.ops.checks import Arguments, check_arguments
 from tikmix_fast.ops.dispatch import run_group_influence
 
@@ -37,6 +37,14 @@ def refuse_derivatives(op: str, tensors: Mapping[str, Tensor | None]) -> None:
             )
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(f"{op} has no derivative, but {name} has a tangent; pass its primal value")
+
+
+def _pack_queries(queries: Tensor) -> Tensor:
+    return cuda.pack_queries(queries) if queries.is_cuda else cpu.pack_queries(queries)
+
+
+def _pack_queries_fake(queries: Tensor) -> Tensor:
+    return cuda.empty_panels(queries) if queries.is_cuda else cpu.empty_panels(queries)
 
 
 def _group_influence_fake(
@@ -70,8 +78,8 @@ def _group_influence_autograd(
     return values
 
 
-_LIBRARY.impl("pack_queries", cpu.pack_queries, "CompositeExplicitAutograd")
-torch.library.register_fake("tikmix_fast::pack_queries", cpu.empty_panels, lib=_LIBRARY)
+_LIBRARY.impl("pack_queries", _pack_queries, "CompositeExplicitAutograd")
+torch.library.register_fake("tikmix_fast::pack_queries", _pack_queries_fake, lib=_LIBRARY)
 _LIBRARY.impl("group_influence", run_group_influence, "CompositeExplicitAutograd")
 _LIBRARY.impl("group_influence", _group_influence_autograd, "Autograd")
 torch.library.register_fake("tikmix_fast::group_influence", _group_influence_fake, lib=_LIBRARY)

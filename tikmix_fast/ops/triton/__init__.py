@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
+import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,32 +14,24 @@ from tikmix_fast.ops.checks import Arguments
 from tikmix_fast.ops.gpu_choice import count_gpu_costs
 from tikmix_fast.ops.projected_checks import ProjectedArguments
 
-__all__ = ["group_influence", "projected_group_influence", "refusal", "unavailable"]
+__all__ = ["group_influence", "projected_domain_gradients", "projected_group_influence", "refusal", "unavailable"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
 
 
-@functools.cache
-def _import_error() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install it, or reinstall torch for CUDA, which brings it"
-    return None
-
-
-def _interpreted() -> bool:
-    from tikmix_fast.ops.triton.configs import INTERPRETED
-
-    return INTERPRETED
+def _is_interpreted() -> bool:
+    # Triton looks when kernels are defined; to be asked should not import it.
+    configs = sys.modules.get("tikmix_fast.ops.triton.configs")
+    return configs.INTERPRETED if configs else os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def unavailable() -> str | None:
     """Return why the kernels cannot be used here, or None."""
-    reason = _import_error()
-    if reason is not None or torch.cuda.is_available() or _interpreted():
-        return reason
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install it, or torch for CUDA, which brings it"
+    if torch.cuda.is_available() or _is_interpreted():
+        return None
     return "no CUDA device; set TRITON_INTERPRET=1 before the first call to run the kernels in Triton's interpreter"
 
 
@@ -46,7 +40,7 @@ def refusal(arguments: Arguments | ProjectedArguments) -> str | None:
     device = arguments.input.device
     if device.type not in ("cuda", "cpu"):
         return f"input is on {device}, neither on a GPU nor on the CPU"
-    if device.type == "cpu" and not _interpreted():
+    if device.type == "cpu" and not _is_interpreted():
         return "input is on the CPU, where the kernels only run in Triton's interpreter: TRITON_INTERPRET=1"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST:
         return f"{device} is older than compute capability 8.0"
@@ -95,3 +89,11 @@ def projected_group_influence(arguments: ProjectedArguments) -> Tensor:
 
     with _on(arguments.input.device):
         return projected.projected_group_influence(arguments)
+
+
+def projected_domain_gradients(arguments: ProjectedArguments) -> Tensor:
+    """Compute ``tikmix_fast.ops.projected_domain_gradients``; the queries only tell the sizes."""
+    from tikmix_fast.ops.triton import projected
+
+    with _on(arguments.input.device):
+        return projected.projected_domain_gradients(arguments)
