@@ -41,8 +41,9 @@ const char* launch_exact_mma(const ExactProblem& problem, int multiprocessors, v
     const int64_t items = divide_up(problem.height, MmaShape::value().rows) *
                           divide_up(problem.width, MmaShape::value().columns) * problem.splits;
     if (items == 0) return nullptr;
-    if (most(most(items, problem.rows), problem.domains.count) > kMostCounted) {
-        return "the mma kernel counts rows, domains and work items in 32 bits";
+    if (most(most(items, problem.rows), problem.domains.count) > kMostCounted ||
+        most(problem.input.stride, problem.grad_output.stride) > kMostCounted) {
+        return "the mma kernel counts rows, domains, work items and the numbers between rows in 32 bits";
     }
     int device = 0, available = 0, reserved = 0;
     cudaError_t error = cudaGetDevice(&device);

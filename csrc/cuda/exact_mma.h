@@ -1,4 +1,10 @@
 // Exact influence by mma.sync and cp.async, for sm_80 and newer.
+//
+// What 32 rows of a 128 x 128 tile cost a multiprocessor of an A100, counted, not measured: 512 cycles of the tensor
+// cores; 384 of shared memory (256 to read fragments, 128 to write rows; parts of 64 x 32 would read for 384); 260 slots
+// of each scheduler, half of them for addresses and edges of the copies; 16 KiB from L2, 32 bytes a cycle of about 47.
+// So the tensor cores limit it, with L2 next. A query costs about 280 slots, as much as 18 rows: 9 queries are hidden
+// behind the other block's rows where a domain has many times 160 rows, and limit the kernel where it has fewer.
 #pragma once
 
 #include "epilogue.h"
@@ -24,7 +30,7 @@ struct MmaKernel {
     }
 };
 
-// The items of an ExactProblem and their rows, in 32 bits, since registers are few: the launch sees to it that they do.
+// The items of an ExactProblem, in 32 bits, since registers are few; the launch sees to it that they fit.
 struct MmaWalk {
     const ExactProblem& problem;
     int tile_rows, tile_columns, items;
@@ -45,8 +51,8 @@ struct MmaWalk {
 
 // The rows of an item, domain by domain.
 struct MmaRows {
-    int begin, end;                             // of the item
-    int domain, segment_begin, segment_end;     // what is left of the rows of this domain
+    int begin, end;                          // of the item
+    int domain, segment_begin, segment_end;  // what is left of the rows of this domain
 
     TIKMIX_FAST_DEVICE void begin_item(const ExactProblem& problem, int64_t split) {
         const RowRange range = rows_of_split(problem.rows, problem.splits, split, kRowBlock);
@@ -88,9 +94,9 @@ class RowLoader {
                 const bool is_inside = rows_.segment_begin + chunk(i).row < rows_.segment_end;
                 const SharedAddress to =
                     to_ + stage * MmaKernel::kStageBytes + chunk_offset(chunk(i)) - chunk_offset(chunk(0));
-                copy_async_16(to, grad_output_ + places_[i] * problem_.grad_output.stride,
+                copy_async_16(to, row_at(grad_output_, problem_.grad_output, places_[i]),
                               is_inside ? grad_output_bytes_ : 0);
-                copy_async_16(to + MmaKernel::kOperandBytes, input_ + places_[i] * problem_.input.stride,
+                copy_async_16(to + MmaKernel::kOperandBytes, row_at(input_, problem_.input, places_[i]),
                               is_inside ? input_bytes_ : 0);
             }
             rows_.segment_begin += MmaKernel::kBlockRows;
@@ -124,31 +130,38 @@ class RowLoader {
     }
 
     // At this thread's column of chunks, of which `bytes` lie in the matrix.
-    TIKMIX_FAST_DEVICE static void point(const uint16_t*& at, int& bytes, const Rows& rows, int64_t columns,
+    TIKMIX_FAST_DEVICE static void point(const unsigned char*& at, int& bytes, const Rows& rows, int64_t columns,
                                          int64_t first) {
         const int64_t column = first + chunk(0).column * (kChunkBytes / 2);
         bytes = static_cast<int>(clamp((columns - column) * 2, 0, kChunkBytes));
-        at = static_cast<const uint16_t*>(rows.data) + (bytes ? column : 0);
+        at = static_cast<const unsigned char*>(rows.data) + (bytes ? column * 2 : 0);
     }
 
     // Read one block ahead, since what `order` says is waited for.
     TIKMIX_FAST_DEVICE void find_places() {
         TIKMIX_FAST_UNROLL
+        for (int i = 0; i < kEach; ++i) places_[i] = rows_.segment_begin + chunk(i).row;
+        if (!problem_.domains.order) return;
+        TIKMIX_FAST_UNROLL
         for (int i = 0; i < kEach; ++i) {
-            const int row = rows_.segment_begin + chunk(i).row;
-            const bool is_inside = item_ < walk_.items && row < rows_.segment_end;
-            places_[i] = is_inside ? static_cast<int>(place_of_row(problem_.domains, problem_.rows, row)) : 0;
+            if (places_[i] >= rows_.segment_end) continue;
+            places_[i] = static_cast<int>(place_of_row(problem_.domains, problem_.rows, places_[i]));
         }
+    }
+
+    // One multiplication: the launch sees to it that the stride fits.
+    TIKMIX_FAST_DEVICE static const unsigned char* row_at(const unsigned char* first, const Rows& rows, int place) {
+        return first + uint64_t{static_cast<uint32_t>(place)} * static_cast<uint32_t>(rows.stride * 2);
     }
 
     const ExactProblem& problem_;
     const MmaWalk& walk_;
     const SharedAddress to_;
     int item_;
-    MmaRows rows_;
-    const uint16_t* grad_output_;
-    const uint16_t* input_;
-    int grad_output_bytes_, input_bytes_;
+    MmaRows rows_ = {};
+    const unsigned char* grad_output_ = nullptr;
+    const unsigned char* input_ = nullptr;
+    int grad_output_bytes_ = 0, input_bytes_ = 0;
     int places_[kEach];
 };
 
@@ -169,18 +182,20 @@ class BlockMultiplier {
     }
 
     TIKMIX_FAST_DEVICE void multiply(float (&accumulators)[kBlocksDown * kBlocksAcross][4], int stage) const {
+        SharedAddress a_at[kBlocksDown], b_at[kBlocksAcross / 2];
         TIKMIX_FAST_UNROLL
-        for (int step = 0; step < MmaKernel::kBlockRows / kStep; ++step) {
-            const int offset = stage * MmaKernel::kStageBytes + step * kStep * kOperandRowBytes;
+        for (int i = 0; i < kBlocksDown; ++i) a_at[i] = chunks_right(a_ + stage * MmaKernel::kStageBytes, i * 2);
+        TIKMIX_FAST_UNROLL
+        for (int i = 0; i < kBlocksAcross / 2; ++i) b_at[i] = chunks_right(b_ + stage * MmaKernel::kStageBytes, i * 2);
+        TIKMIX_FAST_UNROLL
+        for (int row = 0; row < MmaKernel::kBlockRows; row += kStep) {
             uint32_t a[kBlocksDown][4], b[kBlocksAcross / 2][4];
             TIKMIX_FAST_UNROLL
             for (int i = 0; i < kBlocksAcross / 2; ++i) {
-                load_matrices_transposed(b[i], chunks_right(b_ + offset, i * 2));
+                load_matrices_transposed(b[i], b_at[i] + row * kOperandRowBytes);
             }
             TIKMIX_FAST_UNROLL
-            for (int i = 0; i < kBlocksDown; ++i) {
-                load_matrices_transposed(a[i], chunks_right(a_ + offset, i * 2));
-            }
+            for (int i = 0; i < kBlocksDown; ++i) load_matrices_transposed(a[i], a_at[i] + row * kOperandRowBytes);
             TIKMIX_FAST_UNROLL
             for (int i = 0; i < kBlocksDown; ++i) {
                 TIKMIX_FAST_UNROLL
