@@ -285,7 +285,12 @@ def measure(
         for text in runner.folder.glob(f"{part}-*.txt"):
             files.write_text(results.path.with_name(f"{results.path.stem}-{text.name}"), text.read_text(errors="replace"))
         tell(f"{part}: {'done' if finished else 'not finished'}")
-    for table in gpu_tables(results.content):
+        for job, content in results.content["parts"][part]["jobs"].items():
+            for key in ("failure", "stopped", "crashed", "wrong"):
+                if content.get(key):
+                    tell(f"  {job}: {key}: {content[key]}")
+    tables = gpu_tables(results.content)
+    for table in [*tables[1:], *tables[:1]]:  # the goals last: the end of the output is what is seen first
         print(f"\n**{table.title}**\n\n{table.to_markdown()}")
     print(f"\n{gpu_facts(results.content)}.\n{results.path}")
     return 0 if is_passed(results.content, arguments.only) else 1

@@ -17,6 +17,7 @@ import numpy as np
 
 from tikmix_fast import files
 from tikmix_fast.report.benchmark_tables import TextTable, benchmark_facts, benchmark_tables, ops_summary
+from tikmix_fast.report.gpu_tables import gpu_bars, gpu_facts, gpu_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,6 +92,23 @@ def _folded(title: str, tables: list[TextTable]) -> str:
     return f"<details><summary>{title}</summary>\n\n{inner}\n\n</details>"
 
 
+def gpu_section(*results: dict[str, Any]) -> str:
+    """Return the goals and the machine of every GPU, newest first, everything else folded; or that there are none."""
+    if not results:
+        return "No results on a GPU yet: `python benchmarks/gpu.py` makes them on a machine with one."
+    parts = []
+    for result in sorted(results, key=_newest_date, reverse=True):
+        goals = gpu_bars(result)
+        others = [table for table in gpu_tables(result) if table.title != goals.title]
+        parts.append(f"**{result['device']['name']}**\n\n{goals.to_markdown()}")
+        parts += [_folded(f"Everything on {result['device']['name']}", others), f"{gpu_facts(result)}."]
+    return "\n\n".join(parts)
+
+
+def _newest_date(result: dict[str, Any]) -> str:
+    return max((part["date"] for part in result["parts"].values()), default="")
+
+
 RESULTS = "benchmarks/results"
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("demo.json",), demo_table),
@@ -104,6 +122,9 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
 def section(name: str) -> str:
     """Return what belongs between the marks of ``name``: a sentence where there are no results yet."""
     names, make = SECTIONS[name]
+    if "*" in names[0]:  # as many as there are, and none is fine
+        paths = sorted((ROOT / RESULTS).glob(names[0]))
+        return make(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
     paths = [ROOT / RESULTS / each for each in names]
     missing = [path.name for path in paths if not path.exists()]
     if missing:

@@ -354,7 +354,7 @@ def run_ops(
     crashed = content.setdefault("crashed", [])
     died = content.pop("trying", None)
     if died:
-        crashed.append(died)
+        crashed.append({"why": "the process died", **died})
     done = content.setdefault("cases", [])
     content["left_out"] = []
     if "ceilings" not in content:
@@ -366,7 +366,7 @@ def run_ops(
     for index, bar in enumerate(todo):
         name = bar.case.name
         left = end - time.monotonic()
-        before = {each["what"]: f"crashed: {each.get("why", "the process died")}" for each in crashed if each["case"] == name}
+        before = {each["what"]: f"crashed: {each['why']}" for each in crashed if each["case"] == name}
         if left <= 0 or "timing" in before:
             content["left_out"].append({"case": name, "why": before.get("timing", "the time was up")})
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,13 @@ class GpuResults:
             self._save()
 
     def put(self, part: str, job: str, content: dict[str, Any]) -> None:
-        """Keep what one job of a part has so far."""
+        """Keep what one job of a part has so far; of tests that passed or were skipped, their number."""
+        kept = dict(content)
+        if "passed" in content:
+            kept["passed"] = len(content["passed"])
+            kept["skipped"] = dict(Counter(content["skipped"].values()))
         with self._lock:
-            self.content["parts"][part]["jobs"][job] = content
+            self.content["parts"][part]["jobs"][job] = kept
             self._save()
 
     def finish(self, part: str, seconds: float, finished: bool) -> None:

@@ -123,10 +123,10 @@ def _test_table(jobs: dict[str, Any]) -> TextTable:
             rows.append([name, state, "-", "-", "-"])
             continue
         failed = job.get("failed", {})
-        rows.append([name, "tests", str(len(job["passed"])), str(len(failed)), str(len(job.get("skipped", {})))])
+        rows.append([name, "tests", str(job["passed"]), str(len(failed)), str(sum(job["skipped"].values()))])
         notes += [f"{test} failed" for test in list(failed)[:10]]
         if job.get("stopped"):
-            notes.append(f"{name}: {job['stopped']} after {len(job['passed'])} of {job.get('collected', 'its')} tests")
+            notes.append(f"{name}: {job['stopped']} after {job['passed']} of {job.get('collected', 'its')} tests")
     return TextTable("Tests on the GPU", ["what", "", "passed", "failed", "skipped"], rows, notes)
 
 
