@@ -1,25 +1,22 @@
-#include "factor.h"
-
 #include <cuda_runtime.h>
 
+#include "factor.h"
 #include "projected_launch.h"
 
 namespace tikmix_fast::gpu {
 namespace {
 
-constexpr int kThreads = 256;
-
-__global__ void __launch_bounds__(kThreads) factor_kernel(const __grid_constant__ FactorProblem problem) {
-    write_factor(problem, kThreads);
+__global__ void __launch_bounds__(kFactorThreads) factor_kernel(const __grid_constant__ FactorProblem problem) {
+    write_factor(problem);
 }
 
 }  // namespace
 
 const char* launch_factor(const FactorProblem& problem, int multiprocessors, void* stream) {
-    const int64_t needed = divide_up(problem.dim * problem.stride / 8, kThreads);
+    const int64_t needed = divide_up(problem.dim * problem.stride / 8, kFactorThreads);
     if (needed == 0) return nullptr;
     const int blocks = static_cast<int>(least(needed, int64_t{multiprocessors} * 8));
-    factor_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(problem);
+    factor_kernel<<<blocks, kFactorThreads, 0, static_cast<cudaStream_t>(stream)>>>(problem);
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,7 +1,6 @@
-#include "projected.h"
-
 #include <cuda_runtime.h>
 
+#include "projected.h"
 #include "projected_finish.h"
 #include "projected_launch.h"
 
@@ -11,12 +10,14 @@ namespace {
 constexpr int kFinishBlocks = 2048 / kFinishThreads;  // of a multiprocessor
 
 template <class Shape, class Number>
-__global__ void __launch_bounds__(Shape::kThreads, 1) projected_kernel(const __grid_constant__ ProjectedProblem problem) {
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    projected_kernel(const __grid_constant__ ProjectedProblem problem) {
     extern __shared__ __align__(128) unsigned char shared[];
     projected<Shape, Number>(problem, shared);
 }
 
-__global__ void __launch_bounds__(kFinishThreads) finish_projected_kernel(const __grid_constant__ ProjectedProblem problem) {
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_projected_kernel(const __grid_constant__ ProjectedProblem problem) {
     __shared__ __align__(16) unsigned char shared[kFinishBytes];
     finish_projected(problem, shared);
 }
@@ -31,8 +32,8 @@ __global__ void __launch_bounds__(kFinishThreads) add_slots_kernel(const __grid_
 
 template <class Shape>
 cudaError_t launch(const ProjectedProblem& problem, int blocks, cudaStream_t stream) {
-    const auto kernel = problem.element == Element::bfloat16 ? &projected_kernel<Shape, BFloat16>
-                                                             : &projected_kernel<Shape, Float16>;
+    const auto kernel =
+        problem.element == Element::bfloat16 ? &projected_kernel<Shape, BFloat16> : &projected_kernel<Shape, Float16>;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
     if (error != cudaSuccess) return error;

@@ -1,25 +1,25 @@
 // Influence between projected gradients: every row of X and dY is read once, and nothing of its size is written.
 //
-// A block takes kRows rows at a time, of whatever domains. It streams X through shared memory in chunks of 64 columns
-// and multiplies it by P_in^T, then dY by P_out^T; what is left of the rows, x [kRows, k_in] and y [kRows, k_out], stays
-// in shared memory. There the rows of one domain after the other are multiplied, y^T x, and added to a k_out x k_in
-// matrix in registers, which is carried on to the next rows until the domain or the block's range of rows ends. Then its
-// products with the n queries are written as partial sums, or the matrix itself.
+// A block takes kRows rows at a time, of whatever domains. It streams X through shared memory in slices of 64 columns
+// and multiplies it by P_in^T, then dY by P_out^T; what is left of the rows, x [kRows, k_in] and y [kRows, k_out],
+// stays in shared memory. There the rows of one domain after the other are multiplied, y^T x, and added to a k_out x
+// k_in matrix in registers, which is carried on to the next rows until the domain or the block's range of rows ends.
+// Then its products with the n queries are written as partial sums, or the matrix itself.
 //
 // Domains are told apart only in y^T x, by zeros in place of foreign rows. A row that is not finite spoils nothing but
 // its own x and y before that.
 //
-// Bytes. X and dY are 2 T (I + O) from device memory, 268 MB and 62 us at 4.3 TB/s for T = 16384, O = I = 4096. For every
-// kRows rows all of P comes from L2, kDim / kRows bytes for each byte of the inputs: half of them at 64 of 128 (1.5
-// times 4.3 TB/s through L2), as much again at 128 of 128. A segment end reads the queries from L2, n k_out k_in 4 bytes:
-// 147 KB for n = 9 and k = 64, of which a domain has one per block that it touches.
-// Shared memory (kDim = 64, kRows = 128), per chunk: 24 KB written, 48 KB read by ldmatrix, 576 clocks at 128 bytes; the
-// chunk's 16 KB of inputs take 880 clocks at 132 x 1.75 GHz and 4.3 TB/s. The tensor cores need 256 to 416 of them.
-// That is why two groups of four warps halve the columns of a chunk: a warp with all of the 64 sums of 32 rows reads
-// less than one with half of them. Per thread and chunk: 6 copies, 12 ldmatrix, 32 mma and some 40 others.
-// y^T x keeps x and y to 16 bits, as the sum of two bfloat16 numbers, in three products: 192 mma of a warp per 128 rows,
-// some 1300 clocks of 113000. One bfloat16, as torch's product returns it, would save 2/3 of that; the rounding would
-// then be 2e-5 of |W| |G|, a thousandth of the projection's own error, and fail the budget of float16 inputs.
+// Bytes. X and dY are 2 T (I + O) from device memory, 268 MB and 62 us at 4.3 TB/s for T = 16384, O = I = 4096. For
+// every kRows rows all of P comes from L2, kDim / kRows bytes for each byte of the inputs: half of them at 64 of 128
+// (1.5 times 4.3 TB/s through L2), as much again at 128 of 128. A segment end reads the queries from L2, n k_out k_in 4
+// bytes: 147 KB for n = 9 and k = 64, of which a domain has one per block that it touches. Shared memory (kDim = 64,
+// kRows = 128), per slice: 24 KB written, 48 KB read by ldmatrix, 576 clocks at 128 bytes; the slice's 16 KB of inputs
+// take 880 clocks at 132 x 1.75 GHz and 4.3 TB/s. The tensor cores need 256 to 416 of them. That is why two groups of
+// four warps halve the columns of a slice: a warp with all of the 64 sums of 32 rows reads less than one with half of
+// them. Per thread and slice: 6 copies, 12 ldmatrix, 32 mma and some 40 others. y^T x keeps x and y to 16 bits, as the
+// sum of two bfloat16 numbers, in three products: 192 mma of a warp per 128 rows, some 1300 clocks of 113000. One
+// bfloat16, as torch's product returns it, would save 2/3 of that; the rounding would then be 2e-5 of |W| |G|, a
+// thousandth of the projection's own error, and fail the budget of float16 inputs.
 #pragma once
 
 #include "epilogue.h"
@@ -38,28 +38,33 @@ TIKMIX_FAST_ANYWHERE constexpr uint32_t swizzled(int row_bytes, int row, int chu
     return static_cast<uint32_t>(row * row_bytes + ((chunk ^ (row & 7)) << 4));
 }
 
-// Fills the stages with the chunks of X and dY, rows after rows.
 template <class Shape>
-class ChunkLoader {
+TIKMIX_FAST_DEVICE int count_slices(int64_t columns) {
+    return static_cast<int>(most(1, divide_up(columns, Shape::kSliceColumns)));
+}
+
+// Fills the stages with the slices of X and dY, rows after rows.
+template <class Shape>
+class SliceLoader {
     static constexpr int kChunksOfRow = Shape::kRowBytes / 16, kRowsAtOnce = Shape::kThreads / kChunksOfRow;
     static constexpr int kCopies = Shape::kRows / kRowsAtOnce, kMatrixCopies = Shape::kDim / kRowsAtOnce;
     static constexpr uint32_t kStep = kRowsAtOnce * Shape::kRowBytes;
 
   public:
-    TIKMIX_FAST_DEVICE ChunkLoader(const ProjectedProblem& problem, RowRange range, SharedAddress stages)
+    TIKMIX_FAST_DEVICE SliceLoader(const ProjectedProblem& problem, RowRange range, SharedAddress stages)
         : problem_(problem),
           end_(range.end),
           begin_(range.begin),
-          row_(thread_index() / kChunksOfRow),
           chunk_(thread_index() % kChunksOfRow),
-          to_(stages + swizzled(Shape::kRowBytes, row_, chunk_)) {
+          to_(stages + swizzled(Shape::kRowBytes, thread_index() / kChunksOfRow, chunk_)) {
         if (begin_ < end_) start();
     }
 
-    // Asks for the next chunk, if there is one; always one group of copies.
+    // Asks for the next slice, if there is one; always one group of copies.
     TIKMIX_FAST_DEVICE void load(int stage) {
         if (begin_ < end_) {
-            const int bytes = static_cast<int>(clamp(columns_left_ * 2, 0, 16));
+            --slices_left_;
+            const int bytes = slices_left_ > 0 ? 16 : last_bytes_;
             const SharedAddress to = to_ + stage * Shape::kStageBytes;
             TIKMIX_FAST_UNROLL
             for (int i = 0; i < kCopies; ++i) {
@@ -72,8 +77,7 @@ class ChunkLoader {
                               bytes > 0 ? 16 : 0);
             }
             matrix_ += Shape::kRowBytes;
-            columns_left_ -= Shape::kChunkColumns;
-            if (columns_left_ + chunk_ * 8 <= 0) next();
+            if (slices_left_ == 0) next();
         }
         copy_async_commit();
     }
@@ -89,15 +93,18 @@ class ChunkLoader {
     }
 
     TIKMIX_FAST_DEVICE void start() {
+        const int row = opaque(thread_index()) / kChunksOfRow;
         const Rows& rows = is_output_ ? problem_.grad_output : problem_.input;
         matrix_ = static_cast<const unsigned char*>(is_output_ ? problem_.output_matrix : problem_.input_matrix) +
-                  row_ * matrix_row_bytes() + chunk_ * 16;
-        columns_left_ = columns() - chunk_ * 8;
-        rows_left_ = static_cast<int>(least(end_ - begin_, Shape::kRows)) - row_;
+                  row * matrix_row_bytes() + chunk_ * 16;
+        slices_left_ = count_slices<Shape>(columns());
+        const int64_t last_column = int64_t{slices_left_ - 1} * Shape::kSliceColumns + chunk_ * 8;
+        last_bytes_ = static_cast<int>(clamp((columns() - last_column) * 2, 0, 16));
+        rows_left_ = static_cast<int>(least(end_ - begin_, Shape::kRows)) - row;
         TIKMIX_FAST_UNROLL
         for (int i = 0; i < kCopies; ++i) {
-            const int64_t row = least(begin_ + row_ + i * kRowsAtOnce, end_ - 1);
-            const int64_t place = place_of_row(problem_.domains, problem_.rows, row);
+            const int64_t place =
+                place_of_row(problem_.domains, problem_.rows, least(begin_ + row + i * kRowsAtOnce, end_ - 1));
             from_[i] = static_cast<const unsigned char*>(rows.data) + place * rows.stride * 2 + chunk_ * 16;
         }
     }
@@ -105,11 +112,12 @@ class ChunkLoader {
     const ProjectedProblem& problem_;
     const int64_t end_;
     int64_t begin_;
-    const int row_, chunk_;
+    const int chunk_;
     const SharedAddress to_;
     bool is_output_ = false;
-    int rows_left_ = 0;         // from this thread's first row on
-    int64_t columns_left_ = 0;  // from this thread's next column on
+    int slices_left_ = 0;  // of this side
+    int last_bytes_ = 0;   // of this thread's part of the last slice
+    int rows_left_ = 0;    // from this thread's first row on
     const unsigned char* matrix_ = nullptr;
     const unsigned char* from_[kCopies] = {};
 };
@@ -117,7 +125,8 @@ class ChunkLoader {
 // One range of rows. Number is BFloat16 or Float16.
 template <class Shape, class Number>
 class ProjectedRange {
-    static constexpr int kProductBlocks = Shape::product().registers() / 4, kProductAcross = Shape::product().warp_columns / 8;
+    static constexpr int kProductBlocks = Shape::product().registers() / 4,
+                         kProductAcross = Shape::product().warp_columns / 8;
     static constexpr int kProductDown = Shape::product().warp_rows / 16;
     static constexpr int kPairs = kProductBlocks * 2;
     static constexpr int kDown = Shape::kWarpRows / 16, kAcross = Shape::kWarpDim / 8;
@@ -140,25 +149,28 @@ class ProjectedRange {
     TIKMIX_FAST_DEVICE void run() {
         const Domains& domains = problem_.domains;
         const RowRange range = rows_of_split(problem_.rows, problem_.splits, split_, kRowBlock);
-        ChunkLoader<Shape> loader(problem_, range, stages_);
+        SliceLoader<Shape> loader(problem_, range, stages_);
         TIKMIX_FAST_UNROLL
         for (int stage = 0; stage + 1 < Shape::kStages; ++stage) loader.load(stage);
-        // Found while the first chunks are under way.
-        Segment segment = next_segment(domains, problem_.rows, range, first_domain(range.begin));
+        // Found while the first slices are under way.
+        int64_t domain = first_domain(range.begin);
         float product[kProductBlocks][4] = {};
         for (int64_t begin = range.begin; begin < range.end; begin += Shape::kRows) {
             project(loader, problem_.width, x());
             project(loader, problem_.height, y());
             sync_block();
             const int64_t end = least(begin + Shape::kRows, range.end);
-            while (segment.domain < domains.count && segment.begin < end) {
+            while (true) {
+                const Segment segment = next_segment(domains, problem_.rows, range, domain);
+                domain = segment.domain;
+                if (segment.begin >= end) break;
                 add_product(product, static_cast<int>(most(segment.begin - begin, 0)),
                             static_cast<int>(least(segment.end, end) - begin));
                 if (Shape::kCarried && segment.end > end) break;
-                write(product, segment.domain, Shape::kCarried || segment.begin >= begin);
+                write(product, domain, Shape::kCarried || segment.begin >= begin);
                 zero(product);
                 if (segment.end > end) break;
-                segment = next_segment(domains, problem_.rows, range, segment.domain + 1);
+                ++domain;
             }
         }
     }
@@ -186,7 +198,7 @@ class ProjectedRange {
     TIKMIX_FAST_DEVICE static void store_registers(const float (&registers)[blocks][4], unsigned char* to, int thread) {
         TIKMIX_FAST_UNROLL
         for (int block = 0; block < blocks; ++block) {
-            const float(&four)[4] = registers[block];
+            const float (&four)[4] = registers[block];
             reinterpret_cast<Floats4*>(to)[block * threads + thread] = {{four[0], four[1], four[2], four[3]}};
         }
     }
@@ -210,35 +222,37 @@ class ProjectedRange {
     }
 
     // Multiplies the rows' next `columns` columns by the matrix, and leaves the parts of the products at `to`.
-    TIKMIX_FAST_DEVICE void project(ChunkLoader<Shape>& loader, int64_t columns, unsigned char* to) {
+    TIKMIX_FAST_DEVICE void project(SliceLoader<Shape>& loader, int64_t columns, unsigned char* to) {
         float sums[kDown * kAcross][4] = {};
-        const int64_t chunks = most(1, divide_up(columns, Shape::kChunkColumns));
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            // After the barrier this chunk is there for all, and all have used the one before it.
+        for (int slices = count_slices<Shape>(columns); slices > 0; --slices) {
+            // After the barrier this slice is there for all, and all have used the one before it.
             copy_async_wait<Shape::kStages - 2>();
             sync_block();
             loader.load(stage_ == 0 ? Shape::kStages - 1 : stage_ - 1);
-            add_chunk(sums, stages_ + stage_ * Shape::kStageBytes);
+            add_slice(sums, stages_ + stage_ * Shape::kStageBytes);
             stage_ = stage_ + 1 == Shape::kStages ? 0 : stage_ + 1;
         }
         // No one reads the rows before these any more: there was a barrier in the loop.
-        if (thread_ >= Shape::kGroupThreads) {
-            store_registers<Shape::kGroupThreads>(sums, to, thread_ - Shape::kGroupThreads);
+        const int thread = opaque(thread_);
+        if (thread >= Shape::kGroupThreads) {
+            store_registers<Shape::kGroupThreads>(sums, to, thread - Shape::kGroupThreads);
         }
         sync_block();
-        if (thread_ >= Shape::kGroupThreads) return;
-        add_registers<Shape::kGroupThreads>(sums, to, thread_);
+        if (thread >= Shape::kGroupThreads) return;
+        add_registers<Shape::kGroupThreads>(sums, to, thread);
         sync_some(1, Shape::kGroupThreads);
         store_parts(sums, to);
     }
 
-    TIKMIX_FAST_DEVICE int first_row() const { return warp_ % 4 * Shape::kWarpDim / Shape::kDim * Shape::kWarpRows; }
-    TIKMIX_FAST_DEVICE int first_column() const { return warp_ % 4 * Shape::kWarpDim % Shape::kDim; }
+    TIKMIX_FAST_DEVICE static int first_row(int warp) {
+        return warp % 4 * Shape::kWarpDim / Shape::kDim * Shape::kWarpRows;
+    }
+    TIKMIX_FAST_DEVICE static int first_column(int warp) { return warp % 4 * Shape::kWarpDim % Shape::kDim; }
 
-    TIKMIX_FAST_DEVICE void add_chunk(float (&sums)[kDown * kAcross][4], SharedAddress stage) const {
-        constexpr int kSteps = Shape::kChunkColumns / 16 / Shape::kGroups;
-        const SharedAddress rows = stage + first_row() * Shape::kRowBytes;
-        const SharedAddress matrix = stage + (Shape::kRows + first_column()) * Shape::kRowBytes;
+    TIKMIX_FAST_DEVICE void add_slice(float (&sums)[kDown * kAcross][4], SharedAddress stage) const {
+        constexpr int kSteps = Shape::kSliceColumns / 16 / Shape::kGroups;
+        const SharedAddress rows = stage + first_row(warp_) * Shape::kRowBytes;
+        const SharedAddress matrix = stage + (Shape::kRows + first_column(warp_)) * Shape::kRowBytes;
         TIKMIX_FAST_UNROLL
         for (int step = 0; step < kSteps; ++step) {
             const int chunk = (warp_ / 4 * kSteps + step) * 2;
@@ -266,18 +280,19 @@ class ProjectedRange {
     }
 
     TIKMIX_FAST_DEVICE void store_parts(const float (&sums)[kDown * kAcross][4], unsigned char* to) const {
+        const int thread = opaque(thread_), lane = thread % kLanes, warp = thread / kLanes;
         TIKMIX_FAST_UNROLL
         for (int i = 0; i < kDown * 2; ++i) {
             TIKMIX_FAST_UNROLL
             for (int j = 0; j < kAcross; ++j) {
-                const float(&four)[4] = sums[i / 2 * kAcross + j];
+                const float (&four)[4] = sums[i / 2 * kAcross + j];
                 const float first = four[i % 2 * 2], second = four[i % 2 * 2 + 1];
                 const uint16_t high[2] = {bfloat16_bits(first), bfloat16_bits(second)};
                 const uint16_t low[2] = {bfloat16_bits(first - from_bfloat16(high[0])),
                                          bfloat16_bits(second - from_bfloat16(high[1]))};
-                const int row = first_row() + i * 8 + lane_ / 4;
+                const int row = first_row(warp) + i * 8 + lane / 4;
                 unsigned char* const word =
-                    to + swizzled(Shape::kSmallRowBytes, row, first_column() / 8 + j) + lane_ % 4 * 4;
+                    to + swizzled(Shape::kSmallRowBytes, row, first_column(warp) / 8 + j) + lane % 4 * 4;
                 *reinterpret_cast<uint32_t*>(word) = both(high[0], high[1]);
                 *reinterpret_cast<uint32_t*>(word + Shape::kPartBytes) = both(low[0], low[1]);
             }
@@ -291,21 +306,21 @@ class ProjectedRange {
 
     // Adds y^T x of the rows `first` ... `last` - 1 of the block.
     TIKMIX_FAST_DEVICE void add_product(float (&product)[kProductBlocks][4], int first, int last) const {
-        const Place origin = Shape::product().warp_origin(warp_);
+        const int thread = opaque(thread_), lane = thread % kLanes;
+        const Place origin = Shape::product().warp_origin(thread / kLanes);
         const SharedAddress x = shared_address(this->x()), y = shared_address(this->y());
         for (int begin = first / 16 * 16; begin < last; begin += 16) {
-            const uint32_t masks[2] = {mask(begin + lane_ % 4 * 2, first, last),
-                                       mask(begin + 8 + lane_ % 4 * 2, first, last)};
+            const uint32_t masks[2] = {mask(begin + lane % 4 * 2, first, last),
+                                       mask(begin + 8 + lane % 4 * 2, first, last)};
             uint32_t a[2][kProductDown][4];
             TIKMIX_FAST_UNROLL
             for (int part = 0; part < 2; ++part) {
                 TIKMIX_FAST_UNROLL
                 for (int i = 0; i < kProductDown; ++i) {
-                    const int row = begin + lane_ / 16 * 8 + lane_ % 8;
-                    load_matrices_transposed(a[part][i],
-                                             y + part * Shape::kPartBytes +
-                                                 swizzled(Shape::kSmallRowBytes, row,
-                                                          origin.row / 8 + i * 2 + lane_ / 8 % 2));
+                    const int row = begin + lane / 16 * 8 + lane % 8;
+                    load_matrices_transposed(
+                        a[part][i], y + part * Shape::kPartBytes +
+                                        swizzled(Shape::kSmallRowBytes, row, origin.row / 8 + i * 2 + lane / 8 % 2));
                     TIKMIX_FAST_UNROLL
                     for (int word = 0; word < 4; ++word) a[part][i][word] &= masks[word / 2];
                 }
@@ -316,19 +331,19 @@ class ProjectedRange {
                 TIKMIX_FAST_UNROLL
                 for (int part = 0; part < 2; ++part) {
                     load_matrices_transposed(b[part], x + part * Shape::kPartBytes +
-                                                          swizzled(Shape::kSmallRowBytes, begin + lane_ % 16,
-                                                                   origin.column / 8 + j + lane_ / 16));
+                                                          swizzled(Shape::kSmallRowBytes, begin + lane % 16,
+                                                                   origin.column / 8 + j + lane / 16));
                     TIKMIX_FAST_UNROLL
                     for (int word = 0; word < 4; ++word) b[part][word] &= masks[word % 2];
                 }
                 // The product of the low parts is left out: 2^-18 of the whole.
                 TIKMIX_FAST_UNROLL
                 for (int parts = 2; parts >= 0; --parts) {
-                    const uint32_t(&four)[4] = b[parts % 2];
+                    const uint32_t (&four)[4] = b[parts % 2];
                     TIKMIX_FAST_UNROLL
                     for (int i = 0; i < kProductDown; ++i) {
-                        float(&left)[4] = product[i * kProductAcross + j];
-                        float(&right)[4] = product[i * kProductAcross + j + 1];
+                        float (&left)[4] = product[i * kProductAcross + j];
+                        float (&right)[4] = product[i * kProductAcross + j + 1];
                         multiply_add(BFloat16{}, left, a[parts / 2][i], {four[0], four[1]});
                         multiply_add(BFloat16{}, right, a[parts / 2][i], {four[2], four[3]});
                     }
@@ -351,12 +366,13 @@ class ProjectedRange {
     // in a matrix [k_out, k_in], and how many of them.
     template <class Visit>
     TIKMIX_FAST_DEVICE void visit_pairs(Visit visit) const {
-        const Place origin = Shape::product().warp_origin(warp_);
+        const int thread = opaque(thread_), lane = thread % kLanes;
+        const Place origin = Shape::product().warp_origin(thread / kLanes);
         const int height = static_cast<int>(problem_.k_out), width = static_cast<int>(problem_.k_in);
-        const int column = origin.column + lane_ % 4 * 2;
+        const int column = origin.column + lane % 4 * 2;
         TIKMIX_FAST_UNROLL
         for (int i = 0; i < kProductDown * 2; ++i) {
-            const int row = origin.row + i * 8 + lane_ / 4;
+            const int row = origin.row + i * 8 + lane / 4;
             const int left = row < height ? width - column : 0;
             TIKMIX_FAST_UNROLL
             for (int j = 0; j < kProductAcross; ++j) {
@@ -367,8 +383,7 @@ class ProjectedRange {
     }
 
     // Domains and splits both rise with the rows, so that no two pairs of them have the same sum.
-    TIKMIX_FAST_DEVICE void write_slot(const float (&product)[kProductBlocks][4], int64_t domain,
-                                       bool is_first) const {
+    TIKMIX_FAST_DEVICE void write_slot(const float (&product)[kProductBlocks][4], int64_t domain, bool is_first) const {
         float* const slot = problem_.slots + (domain + split_) * problem_.k_out * problem_.k_in;
         visit_pairs([&](int number, int offset, int count) {
             TIKMIX_FAST_UNROLL
@@ -429,8 +444,7 @@ class ProjectedRange {
             double sum = 0.0;
             for (int warp = 0; warp < Shape::kWarps; ++warp) sum += buffer[thread_ * Shape::kWarps + warp];
             // This thread wrote it before.
-            float& partial =
-                problem_.partials[(task * problem_.domains.count + domain) * problem_.splits + split_];
+            float& partial = problem_.partials[(task * problem_.domains.count + domain) * problem_.splits + split_];
             partial = static_cast<float>(sum * problem_.scale) + (is_first ? 0.0f : partial);
         }
     }

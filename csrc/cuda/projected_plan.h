@@ -7,13 +7,13 @@
 
 namespace tikmix_fast::gpu {
 
-// k_out and k_in are padded to kDim; kStages chunks are in shared memory, one of them in use.
+// k_out and k_in are padded to kDim; kStages slices are in shared memory, one of them in use.
 template <int dim, int rows, int stages>
 struct ProjectedShape {
     static constexpr int kDim = dim, kRows = rows, kStages = stages;
     static constexpr int kWarps = 8, kThreads = kWarps * kLanes;
-    // A chunk: 64 columns of the rows and, below them, of the matrix. Its rows are 128 bytes.
-    static constexpr int kChunkColumns = 64, kRowBytes = 128;
+    // A slice: 64 columns of the rows and, below them, of the matrix. Its rows are 128 bytes.
+    static constexpr int kSliceColumns = 64, kRowBytes = 128;
     static constexpr int kStageBytes = (kRows + kDim) * kRowBytes;
     // Four warps share the sums of a projection, and another four have the other half of the columns.
     static constexpr int kGroups = 2, kGroupThreads = kThreads / kGroups;

@@ -20,6 +20,11 @@ struct alignas(16) Words4 {
 };
 
 TIKMIX_FAST_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same number, but what is computed from it is not computed before: no register holds it all through a loop.
+TIKMIX_FAST_DEVICE int opaque(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
 TIKMIX_FAST_DEVICE int64_t block_index() { return blockIdx.x; }
 TIKMIX_FAST_DEVICE int64_t block_count() { return gridDim.x; }
 TIKMIX_FAST_DEVICE void sync_block() { __syncthreads(); }

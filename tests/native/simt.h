@@ -21,6 +21,7 @@ struct alignas(16) Words4 {
 };
 
 inline int thread_index() { return simt::thread().index; }
+inline int opaque(int number) { return number; }
 inline int64_t block_index() { return simt::block().index; }
 inline int64_t block_count() { return simt::machine->grid; }
 
