@@ -110,7 +110,7 @@ class Recorder:
         if gradient.ndim == 0:
             gradient = gradient.reshape(1, 1)
         elif gradient.ndim == 1:
-            gradient = gradient[None] if self.labels.single is not None else gradient[:, None]
+            gradient = gradient.unsqueeze(0 if self.labels.single is not None else 1)
         if view.plain.shape[:-1].numel() == 1:
             self.features(view, gradient)
             return
@@ -144,7 +144,7 @@ class Recorder:
         layout = self.labels.layout(ids.shape, ids.device)
         flat_ids, flat = ids.reshape(-1), _wide(gradient.reshape(-1, gradient.shape[-1]))
         if padding is not None:
-            flat = flat * (flat_ids != padding)[:, None]
+            flat = flat * (flat_ids != padding).unsqueeze(1)
         ((name, queries),) = self._carried(view)
         # Rows by the hundred, so that what is looked up stays in a CPU's cache until it is multiplied; a GPU is busier
         # with more at a time.

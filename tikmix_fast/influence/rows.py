@@ -7,6 +7,7 @@ from math import gcd, prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tikmix_fast.influence.transfers import send
@@ -48,7 +49,7 @@ class Layout:
         if runs.device.type == "cpu":
             return runs.new_zeros(domains, runs.shape[-1]).index_add_(0, self.domains, runs).double()
         # A GPU's atomic additions come in any order; a product is the same every time.
-        member = torch.arange(domains, device=runs.device)[:, None] == self.domains
+        member = torch.arange(domains, device=runs.device).unsqueeze(1) == self.domains
         return (member.to(runs.dtype) @ runs).double()
 
 
@@ -77,6 +78,7 @@ class RowLabels:
     ) -> None:
         self.n_domains = n_domains
         self.ids = ids.detach().cpu().long() if isinstance(ids, Tensor) else ids
+        self._ids: NDArray[np.int64] | None = self.ids.numpy() if isinstance(self.ids, Tensor) else None
         # Rows of a batch with one domain need no matching to sequences: every row belongs to it, whatever the shape.
         if isinstance(self.ids, Tensor) and self.ids.numel() and bool((self.ids == self.ids.flatten()[0]).all()):
             self.single: int | None = int(self.ids.flatten()[0])
@@ -157,7 +159,7 @@ class RowLabels:
             domains = torch.full((prod(leading) // run,), self.single, device=device)
             return Layout(send(torch.from_numpy(offsets), device), None, run, domains)
         # All on the host, where the ids are; what the device needs is sent once a pass, and nobody waits for it.
-        rows = self._row_domains(leading).numpy()
+        rows = self._row_domains(leading)
         offsets = np.concatenate([[0], np.bincount(rows, minlength=self.n_domains).cumsum()])
         steps = np.diff(rows)
         order = None if (steps >= 0).all() else send(torch.from_numpy(np.argsort(rows, kind="stable")), device)
@@ -172,11 +174,11 @@ class RowLabels:
             return False
         return True
 
-    def _row_domains(self, leading: tuple[int, ...]) -> Tensor:
+    def _row_domains(self, leading: tuple[int, ...]) -> NDArray[np.int64]:
         """Return the domain of each row [T], rows in the order of the flattened leading dimensions."""
-        ids = self.ids
-        if not isinstance(ids, Tensor):
-            return torch.full((prod(leading),), ids, device="cpu")
+        ids = self._ids
+        if ids is None:
+            return np.full(prod(leading), self.ids)
         batch, length = ids.shape[0], self.length
         per_position = ids.ndim == 2
         if len(leading) == 1 and leading[0] != batch and length is not None and leading[0] == batch * length:
@@ -189,7 +191,7 @@ class RowLabels:
             if not per_position or leading[1 - self.batch_dim] == length:
                 labels = labels if self.batch_dim == 0 else labels.T
                 labels = labels.reshape(labels.shape + (1,) * (len(leading) - 2))
-                return labels.expand(leading).reshape(-1)
+                return np.broadcast_to(labels, leading).reshape(-1)
         shapes = "[B, S, ...], [B * S]" + ("" if per_position else " or [B]")
         raise RowShapeError(
             f"rows of shape {list(leading)} do not match the ids of shape {list(ids.shape)}: an activation's leading "
