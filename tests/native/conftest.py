@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -19,7 +21,10 @@ BuildModule = Callable[[str, Sequence[str]], ModuleType]
 
 @pytest.fixture(scope="session")
 def build_module(tmp_path_factory: pytest.TempPathFactory) -> BuildModule:
-    """Compile sources of this folder to a module, with the kernels' headers for the simulator; once per session."""
+    """Compile sources of this folder to a module, with the kernels' headers for the simulator; once per session.
+
+    CXXFLAGS adds to the compiler's options: `-fsanitize=undefined -fno-sanitize-recover=all`, for example.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the native test modules need g++")
@@ -36,6 +41,7 @@ def build_module(tmp_path_factory: pytest.TempPathFactory) -> BuildModule:
                 "-DTIKMIX_FAST_SIMULATED",
                 *(f"-I{include}" for include in includes),
                 *(HERE / source for source in sources),
+                *shlex.split(os.environ.get("CXXFLAGS", "")),
                 *("-o", module),
             ],
             capture_output=True,

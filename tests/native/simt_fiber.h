@@ -9,7 +9,10 @@
 #include <new>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__) && !defined(SIMT_UCONTEXT)
 #define SIMT_OWN_SWITCH
 #else
 #include <ucontext.h>
@@ -48,35 +51,61 @@ simt_switch_stack:
 )");
 #endif
 
+// Where a function is: on a stack of its own after start, on the caller's otherwise.
 class Fiber {
   public:
+    void start(unsigned char* stack, size_t bytes, void (*function)()) {
+        bottom_ = stack;
+        bytes_ = bytes;
 #ifdef SIMT_OWN_SWITCH
-    // Nothing to prepare: the fiber is the one that is running.
-    Fiber() = default;
-    Fiber(unsigned char* stack, size_t bytes, void (*function)()) {
         void** top = reinterpret_cast<void**>(stack + bytes) - 1;  // as a call leaves it: 8 more than a multiple of 16
         top[0] = nullptr;                                          // where `function` would return to; it never does
         top[-1] = reinterpret_cast<void*>(function);
         stack_ = top - 7;  // six registers below
-    }
-    void switch_to(Fiber& other) { simt_switch_stack(&stack_, other.stack_); }
-
-  private:
-    void* stack_ = nullptr;
 #else
-    Fiber() = default;
-    Fiber(unsigned char* stack, size_t bytes, void (*function)()) {
         getcontext(&context_);
         context_.uc_stack.ss_sp = stack;
         context_.uc_stack.ss_size = bytes;
         context_.uc_link = nullptr;
         makecontext(&context_, function, 0);
+#endif
     }
-    void switch_to(Fiber& other) { swapcontext(&context_, &other.context_); }
+
+    void switch_to(Fiber& other) {
+#ifdef __SANITIZE_ADDRESS__
+        void* fake = nullptr;
+        __sanitizer_start_switch_fiber(&fake, other.bottom_, other.bytes_);
+#endif
+#ifdef SIMT_OWN_SWITCH
+        simt_switch_stack(&stack_, other.stack_);
+#else
+        swapcontext(&context_, &other.context_);
+#endif
+#ifdef __SANITIZE_ADDRESS__
+        __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+    }
+
+    // What `function` does first; `first` is the fiber from which the first one of all was switched to.
+    static void entered([[maybe_unused]] Fiber& first) {
+#ifdef __SANITIZE_ADDRESS__
+        const void* bottom;
+        size_t bytes;
+        __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+        if (first.bottom_) return;
+        first.bottom_ = bottom;
+        first.bytes_ = bytes;
+#endif
+    }
 
   private:
+#ifdef SIMT_OWN_SWITCH
+    void* stack_ = nullptr;
+#else
     ucontext_t context_;
 #endif
+    const void* bottom_ = nullptr;
+    size_t bytes_ = 0;
 };
 
 // Stacks, each behind a page that may not be touched. They are kept for the next launch.

@@ -458,6 +458,7 @@ inline void perhaps_copy(Thread& thread) {
 // The life of every fiber.
 inline void live() {
     Thread& me = *machine->current;
+    Fiber::entered(machine->scheduler);
     me.started = true;
     try {
         machine->body(me.block->arena.data());
@@ -593,7 +594,7 @@ inline std::unique_ptr<Block> make_block(Cluster& cluster, int cluster_blocks, i
         Thread& thread = block->threads[static_cast<size_t>(i)];
         Warp& warp = block->warps[static_cast<size_t>(i / kLanes)];
         const size_t stack = static_cast<size_t>(rank) * static_cast<size_t>(threads) + static_cast<size_t>(i);
-        thread.fiber = Fiber(stacks.at(stack), Stacks::usable_bytes(stack), live);
+        thread.fiber.start(stacks.at(stack), Stacks::usable_bytes(stack), live);
         thread.block = warp.block = block.get();
         thread.warp = &warp;
         thread.index = i;
