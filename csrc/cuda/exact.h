@@ -1,4 +1,5 @@
-// Launching the kernels of the exact influence; without CUDA's headers, streams are cudaStream_t.
+// Launching the kernels of the exact influence; without CUDA's headers, streams are cudaStream_t. Queries are packed
+// before (pack.h), and what the kernels found is added up after (finish.h).
 //
 // Every function returns null or the runtime's error text. None waits, allocates or reads device memory on the host, so
 // that CUDA graphs can capture them.
