@@ -16,6 +16,7 @@ from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.rows import RowLabels
 from tikmix_fast.influence.transfers import read_together, send
 from tikmix_fast.influence.weights import Weights
+from tikmix_fast.ops import device_checks
 
 
 class NoReads(TorchDispatchMode):
@@ -215,7 +216,20 @@ def test_streams_of_a_forward_are_joined(kit, monkeypatch):
     from tikmix_fast.influence.transfers import PassStreams
 
     monkeypatch.setattr(PassStreams, "note", lambda self, tensor: calls.append("note"))
-    monkeypatch.setattr(PassStreams, "join", lambda self: calls.append("join"))
+    monkeypatch.setattr(PassStreams, "join", lambda self, kept=(): calls.append("join"))
     batch = kit.make_batch(2, 3, 8, ids=[0, 1, 0])
     kit.measure(model, {"a": [kit.make_batch(1, 3, 8)]}, [batch], 2, preconditioner="identity")
     assert calls == ["note"] * 2 + ["join"] + ["note"] * 3 + ["join"]  # a task's capture sees no transposed table
+
+
+def test_what_a_kernel_noted_is_said_when_the_matrix_is_read(kit, monkeypatch):
+    """Offsets on a GPU are not read by the host: a kernel leaves a note instead."""
+    monkeypatch.setattr(device_checks, "_flags", {})
+    engine = kit.measure(
+        kit.make_model("attentive"), {"a": [kit.make_batch(1, 3, 8)]}, [], 2, preconditioner="identity"
+    )
+    engine.matrix()
+    device_checks.error_flag(torch.device("cpu")).fill_(device_checks.WRONG_OFFSETS)
+    with pytest.raises(ValueError, match="offsets must start at 0"):
+        engine.matrix()
+    engine.matrix()

@@ -248,7 +248,7 @@ class InfluenceEngine:
             gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
             if not gradients:
                 raise RuntimeError(f"no gradient reached a parameter inside task({name!r}): run loss.backward() in it")
-            capture.streams.join()
+            capture.streams.join(gradients.values())
             found = read_together(
                 {
                     **_unread(stale, weights, parameters, labels, mask, seen, scale),
@@ -273,7 +273,8 @@ class InfluenceEngine:
 
         The backward is the ordinary one: ``p.grad`` accumulates as usual, and with it comes the influence of every
         domain in the batch. The first call freezes the queries. The cost is one pass of the kernel per linear layer
-        instead of the weight-gradient product.
+        instead of the weight-gradient product. On a GPU the host waits for the device once, when the context ends
+        (besides: where ids are a tensor on the GPU, in the first call, and where conservation is checked).
 
         Parameters
         ----------
@@ -450,7 +451,7 @@ class InfluenceEngine:
         The batch is captured once more for the comparison; nothing of it enters the matrix, and ``p.grad`` is
         untouched. Where influence is projected, the derivatives are taken along P_out^T q P_in of the projected queries
         q, whose exact influence the projected one is: what is verified is the capture, not the projection's error.
-        Switch dropout off before (``model.eval()``). Costs float64 copies of the parameters and a few passes
+        Queries that rest in host memory are all brought to the device for it. Switch dropout off before (``model.eval()``). Costs float64 copies of the parameters and a few passes
         over the batch.
 
         Parameters

@@ -88,7 +88,6 @@ def readable_size(size: float) -> str:
 class _Weight:
     """What is known of one parameter: bytes of its stacked sums, of its queries at rest, and of what it passes by."""
 
-    elements: int
     sums: int  # of all queries, as summed
     frozen: int  # of its queries when they freeze
     resting: int  # of its queries after the first pass
@@ -147,7 +146,6 @@ def estimate_memory(
         queries_leave = away and can_leave(p.shape, name in projected)
         panels = name in products and name not in projected
         weights[name] = _Weight(
-            elements=count,
             sums=queries * count * wide,
             frozen=queries * small * wide,
             resting=queries * small * (2 if half else wide),
@@ -164,7 +162,7 @@ def estimate_memory(
     held = sum(w.resting for w in each if not w.queries_leave)
     packed = sum(w.packed for w in each if not w.queries_leave)
     tied = [name for name in weights if name in products and _is_table(model, parameters[name])]
-    visitors, first_pass = _visiting([*tied, *reversed(weights)], weights)
+    visitors, packing, first_pass = _visiting([*tied, *reversed(weights)], weights)
     passing = _passing(parameters, products, projected, queries, domains, dim or 0, dtype, tokens)
     checking = _checking(parameters) if checked else 0
     projected_gradients = 2 * len(projected) * domains * (dim or 0) ** 2 * 4
@@ -178,7 +176,7 @@ def estimate_memory(
         freezing=freezing,
         domains=max(
             _rounding(list(reversed(each))) + first_pass + passing,
-            held + packed + visitors + max(passing, checking),
+            held + packed + visitors + max(packing + passing, checking),
         )
         + projected_gradients,
         host=host,
@@ -251,16 +249,18 @@ def _rounding(weights: Sequence[_Weight]) -> int:
     return peak
 
 
-def _visiting(order: Sequence[str], weights: Mapping[str, _Weight]) -> tuple[int, int]:
-    """Return the place of visitors once their order is known, and what the first pass takes for one at a time."""
+def _visiting(order: Sequence[str], weights: Mapping[str, _Weight]) -> tuple[int, int, int]:
+    """Return the place of visitors once their order is known, what packing one takes, and both in the first pass.
+
+    Then one is there at a time, and those of bfloat16 rows are rounded.
+    """
     leaving = [weights[name] for name in order if weights[name].queries_leave]
     if not leaving:
-        return 0, 0
+        return 0, 0, 0
     pairs = [_room(one.resting) + _room(other.resting) for one, other in pairwise(leaving) if one is not other]
-    packed = max(w.packed for w in leaving)
-    first = max(_room(w.frozen) for w in leaving)
-    rounded = max((w.resting + w.packed if w.resting != w.frozen else w.packed) for w in leaving)
-    return max(pairs, default=_room(leaving[0].resting)) + packed, first + rounded
+    packing = max(w.packed for w in leaving)
+    rounded = max(w.packed + (w.resting if w.resting != w.frozen else 0) for w in leaving)
+    return max(pairs, default=_room(leaving[0].resting)), packing, max(_room(w.frozen) for w in leaving) + rounded
 
 
 def _room(size: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,14 @@ class PassStreams:
         if tensor.device.type == "cuda":
             self._streams.add(torch.cuda.current_stream(tensor.device))
 
-    def join(self) -> None:
-        """Let the current stream of each device wait for the streams noted; the host does not wait."""
-        for stream in self._streams:
+    def join(self, kept: Iterable[Tensor] = ()) -> None:
+        """Let the current stream of each device wait for the streams noted; the host does not wait.
+
+        The memory of ``kept`` was asked for on those and will be read on the current one, also when it is let go.
+        """
+        others = [each for each in self._streams if each != torch.cuda.current_stream(each.device)]
+        for stream in others:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
+        for tensor in kept if others else ():
+            if tensor.device.type == "cuda" and not tensor.is_sparse:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
