@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -56,8 +57,8 @@ def refusal(arguments: Arguments | ProjectedArguments) -> str | None:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one: Triton launches on its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Make a GPU the current one: Triton launches on its current stream. A GPU does not warn of infinities either."""
+    return torch.cuda.device(device) if device.type == "cuda" else numpy.errstate(all="ignore")
 
 
 def group_influence(arguments: Arguments) -> Tensor:

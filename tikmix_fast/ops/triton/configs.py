@@ -103,8 +103,8 @@ _PRODUCTS = {
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return a GPU's compute capability; the interpreter's is (0, 0)."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """Return a GPU's compute capability; the interpreter does what Hopper does."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def tile_configs(device: torch.device, element_bytes: int, with_total: bool) -> 
         Whether the total of all domains is in registers besides.
     """
     if device.type != "cuda":
-        return (Tile(16, 32, 16, 4, 2),)
+        return (Tile(64, 64, 64, 4, 2),)
     kind = "float" if element_bytes == 4 else "wgmma" if capability(device)[0] in (9, 10) else "mma"
     properties: Any = torch.cuda.get_device_properties(device)
     shared = properties.shared_memory_per_block_optin
@@ -142,7 +142,7 @@ def tile_configs(device: torch.device, element_bytes: int, with_total: bool) -> 
 @functools.cache
 def product_configs(device: torch.device, element_bytes: int) -> tuple[Product, ...]:
     """Return what to try for a panel of this element size, the first untuned."""
-    return _PRODUCTS[element_bytes] if device.type == "cuda" else (Product(32, 4, 1),)
+    return _PRODUCTS[element_bytes] if device.type == "cuda" else (Product(128, 4, 1),)
 
 
 def bucket(size: int) -> int:

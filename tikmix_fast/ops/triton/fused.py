@@ -34,7 +34,7 @@ _PRODUCT_ROWS = 64
 _MOST_SPLITS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "domains", "tasks", "splits"])
 def _fused(
     input,
     grad_output,
@@ -137,7 +137,7 @@ def _fused(
             tl.store(place, (before.to(tl.float32) + total).to(before.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _add_totals(
     totals, grad_weight, status, height, width, splits, weight_stride_o, weight_stride_i, BLOCK: tl.constexpr
 ):

@@ -71,7 +71,8 @@ class Call(NamedTuple):
         return (*dtypes, *sizes, *(stride == 1 for stride in layout), self.order is None, self.grad_weight is None)
 
 
-@triton.jit
+# Sizes that change from step to step are not specialized, so that nothing is compiled again for them.
+@triton.jit(do_not_specialize=["rows", "domains"])
 def _check_rows(
     offsets, order, status, flag, rows, domains, OFFSETS: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -155,7 +156,7 @@ def accumulate_rows(
         start = whole
     # The few rows that descriptors leave need no pipeline.
     for t in tl.range(start, end, BLOCK_T, num_stages=None if input_tiles is None else 1):
-        row = t + tl.arange(0, BLOCK_T)  # int64, as the offsets are
+        row = tl.cast(t, tl.int64) + tl.arange(0, BLOCK_T)
         inside = row < end
         if order is not None:
             row = tl.load(order + row, mask=inside, other=0)
@@ -173,17 +174,18 @@ def accumulate_rows(
     return sums
 
 
-@triton.jit
-def _sum_partials(partials, status, values, slots, BLOCK: tl.constexpr):
-    cell = tl.program_id(0).to(tl.int64)
-    sums = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, slots, BLOCK):
-        slot = first + tl.arange(0, BLOCK)
-        sums += tl.load(partials + cell * slots + slot, mask=slot < slots, other=0.0).to(tl.float64)
-    value = tl.sum(sums)
+@triton.jit(do_not_specialize=["cells", "slots"])
+def _sum_partials(partials, status, values, cells, slots, CELLS: tl.constexpr, SLOTS: tl.constexpr):
+    cell = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+    sums = tl.zeros([CELLS, SLOTS], tl.float64)
+    for first in range(0, slots, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        inside = (cell < cells)[:, None] & (slot < slots)[None, :]
+        sums += tl.load(partials + cell[:, None] * slots + slot[None, :], mask=inside, other=0.0).to(tl.float64)
+    value = tl.sum(sums, axis=1)
     if tl.load(status) != 0:
-        value = value * 0 + float("nan")
-    tl.store(values + cell, value)
+        value += float("nan")
+    tl.store(values + cell, value, mask=cell < cells)
 
 
 def prepare(arguments: Arguments, flag: Tensor | None = None) -> Call:
@@ -244,7 +246,8 @@ def finish(arguments: Arguments, call: Call, partials: Tensor) -> Tensor:
     tasks, domains, slots = partials.shape
     values = torch.empty(tasks, domains, dtype=torch.float64, device=partials.device)
     if values.numel():
-        _sum_partials[(values.numel(),)](partials, call.status, values, slots, BLOCK=256)
+        grid = (triton.cdiv(values.numel(), 16),)
+        _sum_partials[grid](partials, call.status, values, values.numel(), slots, CELLS=16, SLOTS=64)
     grad_weight = arguments.grad_weight
     if grad_weight is not None and call.grad_weight is grad_weight:
         increment_version(grad_weight)  # autograd did not see the write
@@ -277,8 +280,7 @@ def descriptors(call: Call, tile: Tile) -> tuple[TensorDescriptor | None, Tensor
 
 def is_describable(tensor: Tensor) -> bool:
     """Return whether the tensor memory accelerator can read a tensor [..., rows, columns] of its own."""
-    device = tensor.device
-    if device.type == "cuda" and capability(device) < (9, 0):
+    if capability(tensor.device) < (9, 0):
         return False
     strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
     aligned = tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 and stride < 2**40 for stride in strides)

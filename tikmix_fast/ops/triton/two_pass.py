@@ -39,7 +39,7 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4  # of the second kernel, whose programs are sma
 _MOST_SPLITS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "domains", "splits"])
 def _write_panel(
     input,
     grad_output,
@@ -117,7 +117,7 @@ def _write_panel(
             tl.store(totals + split * panel_size + within_panel, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["domains", "tasks", "splits"])
 def _multiply_panel(
     panel,
     queries,
