@@ -22,12 +22,14 @@ __global__ void __launch_bounds__(kFinishThreads)
     finish_projected(problem, shared);
 }
 
-__global__ void __launch_bounds__(kFinishThreads) check_order_kernel(const __grid_constant__ ExactProblem problem) {
-    check_order(problem);
+__global__ void __launch_bounds__(kFinishThreads) add_slots_kernel(const __grid_constant__ ProjectedProblem problem) {
+    __shared__ __align__(16) unsigned char shared[kFinishBytes];
+    add_slots(problem, shared);
 }
 
-__global__ void __launch_bounds__(kFinishThreads) add_slots_kernel(const __grid_constant__ ProjectedProblem problem) {
-    add_slots(problem);
+__global__ void __launch_bounds__(kFinishThreads)
+    check_projected_order_kernel(const __grid_constant__ ProjectedProblem problem) {
+    check_projected_order(problem);
 }
 
 template <class Shape>
@@ -76,19 +78,13 @@ const char* launch_finish_projected(const ProjectedProblem& problem, int multipr
     const int64_t pairs = problem.tasks * problem.domains.count;
     finish_projected_kernel<<<blocks_for(pairs * kLanes, multiprocessors), kFinishThreads, 0, on>>>(problem);
     cudaError_t error = cudaGetLastError();
-    if (error == cudaSuccess && problem.domains.order) {
-        ExactProblem order = {};
-        order.rows = problem.rows;
-        order.tasks = problem.tasks;
-        order.domains = problem.domains;
-        order.values = problem.values;
-        order.flag = problem.flag;
-        check_order_kernel<<<blocks_for(problem.rows, multiprocessors), kFinishThreads, 0, on>>>(order);
-        error = cudaGetLastError();
-    }
     if (error == cudaSuccess && problem.slots) {
         const int64_t numbers = problem.domains.count * problem.k_out * problem.k_in;
         add_slots_kernel<<<blocks_for(numbers, multiprocessors), kFinishThreads, 0, on>>>(problem);
+        error = cudaGetLastError();
+    }
+    if (error == cudaSuccess && problem.domains.order) {
+        check_projected_order_kernel<<<blocks_for(problem.rows, multiprocessors), kFinishThreads, 0, on>>>(problem);
         error = cudaGetLastError();
     }
     return text(error);

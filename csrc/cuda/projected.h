@@ -12,14 +12,17 @@
 // Bytes. X and dY are 2 T (I + O) from device memory, 268 MB and 62 us at 4.3 TB/s for T = 16384, O = I = 4096. For
 // every kRows rows all of P comes from L2, kDim / kRows bytes for each byte of the inputs: half of them at 64 of 128
 // (1.5 times 4.3 TB/s through L2), as much again at 128 of 128. A segment end reads the queries from L2, n k_out k_in 4
-// bytes: 147 KB for n = 9 and k = 64, of which a domain has one per block that it touches. Shared memory (kDim = 64,
-// kRows = 128), per slice: 24 KB written, 48 KB read by ldmatrix, 576 clocks at 128 bytes; the slice's 16 KB of inputs
-// take 880 clocks at 132 x 1.75 GHz and 4.3 TB/s. The tensor cores need 256 to 416 of them. That is why two groups of
-// four warps halve the columns of a slice: a warp with all of the 64 sums of 32 rows reads less than one with half of
-// them. Per thread and slice: 6 copies, 12 ldmatrix, 32 mma and some 40 others. y^T x keeps x and y to 16 bits, as the
-// sum of two bfloat16 numbers, in three products: 192 mma of a warp per 128 rows, some 1300 clocks of 113000. One
-// bfloat16, as torch's product returns it, would save 2/3 of that; the rounding would then be 2e-5 of |W| |G|, a
-// thousandth of the projection's own error, and fail the budget of float16 inputs.
+// bytes: 147 KB for n = 9 and k = 64, for every domain that a block meets.
+//
+// A slice of kDim = 64 and kRows = 128 brings 16 KB of inputs, 880 clocks at 132 x 1.75 GHz and 4.3 TB/s. It takes 576
+// clocks of shared memory at 128 bytes (24 KB written, 48 KB read by ldmatrix), 256 to 416 of the tensor cores, and 280
+// of the schedulers (6 copies, 12 ldmatrix, 32 mma and some 90 others per warp). That is why two groups of four warps
+// halve the columns of a slice: a warp with all of the 64 sums of 32 rows reads less than one with half of them.
+//
+// y^T x keeps x and y to 16 bits, as the sum of two bfloat16 numbers, in three products: 192 mma of every tensor core
+// per 128 rows, some 1300 clocks of 113000. One bfloat16, as torch's product returns it, would save 2/3 of that; the
+// rounding would then be 2e-5 of |W| |G|, a thousandth of the projection's own error, but fail the budget of float16
+// inputs.
 #pragma once
 
 #include "epilogue.h"

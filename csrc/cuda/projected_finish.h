@@ -48,18 +48,37 @@ TIKMIX_FAST_DEVICE void finish_projected(const ProjectedProblem& problem, unsign
     }
 }
 
-// gradients = scale times the sums of the slots. What is wrong with the offsets is finish_projected's to say.
-TIKMIX_FAST_DEVICE void add_slots(const ProjectedProblem& problem) {
+// gradients = scale times the sums of the slots. What is wrong with the offsets is finish_projected's to tell.
+TIKMIX_FAST_DEVICE void add_slots(const ProjectedProblem& problem, unsigned char* shared) {
+    const bool is_wrong = offsets_are_wrong(problem.domains, problem.rows, shared);
     const int64_t size = problem.k_out * problem.k_in;
     for (int64_t index = first_of_grid(); index < problem.domains.count * size; index += threads_of_grid()) {
         const int64_t domain = index / size;
-        const SplitRange splits = splits_of_domain(problem, domain);
-        double sum = 0.0;
-        for (int64_t split = splits.first; split < splits.end; ++split) {
-            sum += problem.slots[(domain + split) * size + index % size];
+        double sum = is_wrong ? not_a_number() : 0.0;
+        if (!is_wrong) {
+            const SplitRange splits = splits_of_domain(problem, domain);
+            for (int64_t split = splits.first; split < splits.end; ++split) {
+                sum += problem.slots[(domain + split) * size + index % size];
+            }
         }
         problem.gradients[index] = static_cast<float>(sum * problem.scale);
     }
+}
+
+// After these: every warp that meets a wrong entry overwrites all values and gradients.
+TIKMIX_FAST_DEVICE void check_projected_order(const ProjectedProblem& problem) {
+    bool is_wrong = false;
+    for (int64_t row = first_of_grid(); row < problem.rows; row += threads_of_grid()) {
+        const int64_t place = problem.domains.order[row];
+        is_wrong = is_wrong || place < 0 || place >= problem.rows;
+    }
+    if (!any_lane(is_wrong)) return;
+    const int lane = thread_index() % kLanes;
+    if (lane == 0) atomic_or(problem.flag, kWrongOrder);
+    const int64_t values = problem.tasks * problem.domains.count;
+    const int64_t gradients = problem.slots ? problem.domains.count * problem.k_out * problem.k_in : 0;
+    for (int64_t i = lane; i < values; i += kLanes) problem.values[i] = not_a_number();
+    for (int64_t i = lane; i < gradients; i += kLanes) problem.gradients[i] = static_cast<float>(not_a_number());
 }
 
 }  // namespace tikmix_fast::gpu

@@ -18,8 +18,8 @@ const char* launch_factor(const FactorProblem& problem, int multiprocessors, voi
 // Fills problem.partials, and problem.slots unless null.
 const char* launch_projected(const ProjectedProblem& problem, int multiprocessors, void* stream);
 
-// Then problem.values, and problem.gradients if there are slots. Where offsets or order were wrong all values are NaN
-// and problem.flag says so; gradients are then any numbers.
+// Then problem.values, and problem.gradients if there are slots. Where offsets or order were wrong all of them are NaN
+// and problem.flag says so.
 const char* launch_finish_projected(const ProjectedProblem& problem, int multiprocessors, void* stream);
 
 }  // namespace tikmix_fast::gpu

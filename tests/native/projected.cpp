@@ -82,17 +82,12 @@ void run(const py::dict& given) {
 
     simt::launch(
         blocks, kFinishThreads, kFinishBytes, [&](unsigned char* shared) { finish_projected(problem, shared); }, seed);
-    if (problem.domains.order) {
-        ExactProblem order = {};
-        order.rows = problem.rows;
-        order.tasks = problem.tasks;
-        order.domains = problem.domains;
-        order.values = problem.values;
-        order.flag = problem.flag;
-        simt::launch(blocks, kFinishThreads, 0, [&](unsigned char*) { check_order(order); }, seed);
-    }
     if (problem.slots) {
-        simt::launch(blocks, kFinishThreads, 0, [&](unsigned char*) { add_slots(problem); }, seed);
+        simt::launch(
+            blocks, kFinishThreads, kFinishBytes, [&](unsigned char* shared) { add_slots(problem, shared); }, seed);
+    }
+    if (problem.domains.order) {
+        simt::launch(blocks, kFinishThreads, 0, [&](unsigned char*) { check_projected_order(problem); }, seed);
     }
 }
 

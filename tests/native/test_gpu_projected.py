@@ -91,9 +91,9 @@ class Case:
         offsets = torch.tensor(self.offsets)
         order = None if self.order is None else self.order.contiguous()
         self.partials = torch.full((self.tasks, self.domains, self.splits), NAN)
-        self.values = torch.full((self.tasks, self.domains), NAN, dtype=torch.float64)
+        self.values = torch.full((self.tasks, self.domains), -1.0, dtype=torch.float64)
         slots = torch.full((self.domains + self.splits, self.k_out, self.k_in), NAN)
-        self.gradients = torch.full((self.domains, self.k_out, self.k_in), NAN)
+        self.gradients = torch.full((self.domains, self.k_out, self.k_in), -1.0)
         flag = torch.zeros(1, dtype=torch.int32)
         kernel.run(
             {
@@ -175,10 +175,10 @@ def test_values_of_64(kernel: ModuleType, case: Case, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_values_of_every_kernel(kernel: ModuleType, shape: tuple[int, int]) -> None:
-    """Domains that end in a block, at its end and in the next one; a range of rows of more than one block."""
+    """Domains that end in a block of rows, at its end and in the next one, in ranges of one block and of more."""
     k = shape[0]
     case = Case(
-        *(72, 140, [0, 5, 64, 128, 240, 240, 250]),
+        *(72, 140, [0, 5, 64, 150, 240, 240, 250]),
         k_out=k,
         k_in=100 * k // 128,
         shape=shape,
@@ -226,15 +226,17 @@ def test_wrong_offsets_are_told(kernel: ModuleType, offsets: list[int]) -> None:
     case = Case(30, 40, offsets, rows=90, splits=2, with_gradients=True).run(kernel)
     assert case.flag == 1
     assert case.values.isnan().all()
+    assert case.gradients.isnan().all()
 
 
 @pytest.mark.parametrize("entry", [-1, 90])
 def test_a_wrong_order_is_told(kernel: ModuleType, entry: int) -> None:
-    case = Case(30, 40, [0, 20, 90], with_order=True)
+    case = Case(30, 40, [0, 20, 90], with_order=True, with_gradients=True)
     case.order[70] = entry
     case.run(kernel)
     assert case.flag == 2
     assert case.values.isnan().all()
+    assert case.gradients.isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (128, 128)], ids=str)
