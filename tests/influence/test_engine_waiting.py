@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tikmix_fast import InfluenceEngine, ops, shifted_mask
+from tikmix_fast import InfluenceEngine, Projection, ops, shifted_mask
 from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.rows import RowLabels
 from tikmix_fast.influence.transfers import read_together, send
@@ -233,3 +233,26 @@ def test_what_a_kernel_noted_is_said_when_the_matrix_is_read(kit, monkeypatch):
     with pytest.raises(ValueError, match="offsets must start at 0"):
         engine.matrix()
     engine.matrix()
+
+
+@pytest.mark.parametrize("projection", [None, Projection(dim=16)], ids=["exact", "projected"])
+def test_default_device(kit, projection):
+    """Whatever torch's default device is, what the engine makes lies with the parameters or on the host."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(37, 20), torch.nn.Linear(20, 24), torch.nn.Tanh())
+    model.append(torch.nn.Linear(24, 37))
+    tasks = {"a": [kit.make_batch(seed, 3, 8) for seed in (1, 2)]}
+    batches = [kit.make_batch(seed, 4, 9, ids=[1, 0, 1, 0]) for seed in (3, 4)]
+    options = {"preconditioner": "identity", "projection": projection}
+    expected = kit.measure(model, tasks, batches, 2, **options).matrix()
+    torch.set_default_device("meta")
+    try:
+        engine = kit.measure(model, tasks, batches, 2, **options)
+        found = engine.matrix()
+        with engine.domains(["d0", "d0", "d1"], mask=shifted_mask(batches[0].labels[:3])):
+            kit.mean_loss(model, batches[0]._replace(x=batches[0].x[:3], labels=batches[0].labels[:3])).backward()
+        engine.memory_estimate()
+        assert engine.matrix().microbatches.tolist() == [3, 3]
+    finally:
+        torch.set_default_device(None)
+    assert (found.values == expected.values).all()

@@ -220,3 +220,61 @@ def test_devices_that_cannot_be_relieved():
     assert offload.free_memory(torch.device("cpu")) is None
     with pytest.raises(ValueError, match="queries_device must be None"):
         offload.copier_for(torch.device("meta"))
+
+
+def test_order_on_a_gpus_streams(monkeypatch):
+    """What the copier asks of CUDA, with streams that only write down what is asked of them."""
+    log = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for {event}")
+
+        def record_event(self):
+            return f"what {self.name} did"
+
+        def __enter__(self):
+            log.append(f"on {self.name}")
+
+        def __exit__(self, *_):
+            log.append(f"off {self.name}")
+
+    current, empty, copy = Stream("current"), torch.empty, torch.Tensor.copy_
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *size, pin_memory=False, **options: log.append(f"pinned {pin_memory}") or empty(*size, **options),
+    )
+
+    def noted(self, source, non_blocking=False):
+        log.append(f"copy, waiting {not non_blocking}")
+        return copy(self, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", noted)
+    copier = offload.CudaCopier(torch.device("cpu"))
+    host = copier.to_host(torch.arange(4.0))
+    assert log == ["pinned True", "copy, waiting False"]
+    log.clear()
+    memory = copier.allocate(host.nbytes)
+    assert log == ["pinned False", "kept for side"]
+    log.clear()
+    mark = copier.start(host, memory.view(torch.float32))
+    copier.wait(mark)
+    assert log == [
+        "kept for current",
+        "side waits for current",
+        *("on side", "copy, waiting False", "off side"),
+        "current waits for what side did",
+    ]
+    assert memory.view(torch.float32).tolist() == [0, 1, 2, 3]
+    assert torch.equal(copier.fetch(host), host)

@@ -57,7 +57,8 @@ class InfluenceEngine:
     2508.17677, Eq. 8, with the sign turned so that positive helps). The domain side is one ordinary backward pass: its
     gradients land in ``p.grad`` as usual, so it may be the training step itself. Memory: one gradient per task and
     split, and from the first `domains` on those of the weights once more, packed for the kernel; nothing that grows
-    with the number of domains.
+    with the number of domains. `memory_estimate` tells how much before anything runs, ``queries_device`` moves it to
+    the host.
 
     Parameters
     ----------
@@ -451,8 +452,8 @@ class InfluenceEngine:
         The batch is captured once more for the comparison; nothing of it enters the matrix, and ``p.grad`` is
         untouched. Where influence is projected, the derivatives are taken along P_out^T q P_in of the projected queries
         q, whose exact influence the projected one is: what is verified is the capture, not the projection's error.
-        Queries that rest in host memory are all brought to the device for it. Switch dropout off before (``model.eval()``). Costs float64 copies of the parameters and a few passes
-        over the batch.
+        Queries that rest in host memory are all brought to the device for it. Switch dropout off before
+        (``model.eval()``). Costs float64 copies of the parameters and a few passes over the batch.
 
         Parameters
         ----------

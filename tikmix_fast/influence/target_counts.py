@@ -80,16 +80,24 @@ def watch_losses() -> Iterator[SeenLosses]:
     Losses inside a backward (recomputed by checkpointing) or without gradient are not noted.
     """
     seen = SeenLosses()
-    thread = threading.get_ident()
+    thread, inside = threading.get_ident(), False
     originals = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss")}
 
     def watched(name: str) -> Any:
         original = originals[name]
 
         def loss(input: Tensor, target: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            result = original(input, target, weight, *args, **kwargs)
-            mine = threading.get_ident() == thread and torch._C._current_graph_task_id() == -1
-            if mine and isinstance(result, Tensor) and result.requires_grad:
+            nonlocal inside
+            mine = threading.get_ident() == thread and torch._C._current_graph_task_id() == -1 and not inside
+            if not mine:
+                return original(input, target, weight, *args, **kwargs)
+            # Under a function mode (torch.set_default_device is one) the original calls this a second time.
+            inside = True
+            try:
+                result = original(input, target, weight, *args, **kwargs)
+            finally:
+                inside = False
+            if isinstance(result, Tensor) and result.requires_grad:
                 # Positional leftovers: size_average, ignore_index, reduce, reduction, ...
                 ignored = args[1] if len(args) > 1 else kwargs.get("ignore_index", -100)
                 reduction = args[3] if len(args) > 3 else kwargs.get("reduction", "mean")
