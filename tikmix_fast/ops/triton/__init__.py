@@ -96,5 +96,9 @@ def projected_domain_gradients(arguments: ProjectedArguments) -> Tensor:
     """Compute ``tikmix_fast.ops.projected_domain_gradients``; the queries only tell the sizes."""
     from tikmix_fast.ops.triton import projected
 
-    with _on(arguments.input.device):
-        return projected.projected_domain_gradients(arguments)
+    input, grad_output, offsets, queries, output_factor, input_factor, scale, order = arguments
+    _, k_out, k_in = queries.shape
+    with _on(input.device):
+        return projected.projected_domain_gradients(
+            input, grad_output, offsets, output_factor, input_factor, (k_out, k_in), scale, order
+        )
