@@ -87,6 +87,7 @@ def run_job(
     end: float,
     patience: float | None,
     publish: Callable[[dict[str, Any]], object],
+    last_words: Callable[[], str] = lambda: "",
 ) -> bool:
     """Run one job until it is done, in as many processes as it takes; return whether it was done.
 
@@ -102,6 +103,8 @@ def run_job(
         Seconds without news after which a process is taken for stuck.
     publish : callable (dict) -> object
         Called with what the worker has, whenever that is news.
+    last_words : callable () -> str
+        Returns the end of what the worker printed.
     """
     for _ in range(MOST_STARTS):
         process = start()
@@ -125,7 +128,11 @@ def run_job(
         if late:
             content["stopped"] = "the time was up"
         elif process.returncode != AGAIN:
-            why = f"no news for {patience:.0f} s" if stuck else f"ended with status {process.returncode}"
+            why = (
+                f"no news for {patience:.0f} s"
+                if stuck
+                else f"ended with status {process.returncode} {last_words()}".strip()
+            )
             if "trying" in content:
                 content["trying"].setdefault("why", why)
             else:
@@ -173,6 +180,8 @@ class Runner:
         name = "".join(each if each.isalnum() else "-" for each in job)
         content_path = self.folder / f"{name}.json"
         content_path.unlink(missing_ok=True)
+        log_path = self.folder / f"{name}.log"
+        log_path.unlink(missing_ok=True)
         end = time.monotonic() + seconds
 
         def start() -> subprocess.Popen[bytes]:
@@ -181,14 +190,16 @@ class Runner:
                 *self.interpreter, "-m", "tikmix_fast.benchmarking.gpu_worker", job, "--content", str(content_path),
                 "--root", str(ROOT), "--seconds", str(0.9 * left),
             ]  # fmt: skip
-            with (self.folder / f"{name}.log").open("ab") as log:
+            with log_path.open("ab") as log:
                 return subprocess.Popen(
                     [*command, *(["--rehearse"] if self.arguments.rehearse else [])],
                     cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                     env=os.environ | self.environment | (environment or {}),
                 )  # fmt: skip
 
-        return run_job(start, content_path, end, patience, publish)
+        return run_job(
+            start, content_path, end, patience, publish, lambda: log_path.read_text(errors="replace")[-500:]
+        )  # fmt: skip
 
 
 def run_part(runner: Runner, part: str, seconds: float, results: GpuResults) -> bool:
@@ -202,7 +213,7 @@ def run_part(runner: Runner, part: str, seconds: float, results: GpuResults) -> 
             )
             for job, environment in jobs.items()
         ]  # fmt: skip
-        return all([each.result() for each in running])
+        return min([each.result() for each in running])  # waits for all, whatever the first one says
 
 
 def find_architecture(arguments: argparse.Namespace) -> str | None:
@@ -218,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run what was asked for, and print the tables last."""
     arguments = arguments_of(argv)
     began = time.monotonic()
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
 
     def tell(what: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {what}", flush=True)
@@ -235,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         architecture = find_architecture(arguments)
         if architecture is None:
             print(
-                "no CUDA device is visible to torch: run this on a machine with a GPU, or with --build-only to compile, "
+                "no CUDA device is visible to torch: run this on a machine with a GPU, with --build-only to compile, "
                 "or with --rehearse --out FOLDER to see that everything else runs",
                 file=sys.stderr,
             )
@@ -252,9 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     return measure(arguments, Runner(arguments, folder / "work", site), build, began, tell)
 
 
-def measure(
-    arguments: argparse.Namespace, runner: Runner, build: dict[str, Any], began: float, tell: Tell
-) -> int:
+def measure(arguments: argparse.Namespace, runner: Runner, build: dict[str, Any], began: float, tell: Tell) -> int:
     """Run the parts that are not there yet, and return the exit status."""
     facts: dict[str, Any] = {}
     if not runner.run("describe", 120, facts.update) or "device" not in facts:
@@ -283,7 +293,9 @@ def measure(
         finished = run_part(runner, part, seconds, results)
         results.finish(part, time.monotonic() - start, finished)
         for text in runner.folder.glob(f"{part}-*.txt"):
-            files.write_text(results.path.with_name(f"{results.path.stem}-{text.name}"), text.read_text(errors="replace"))
+            files.write_text(
+                results.path.with_name(f"{results.path.stem}-{text.name}"), text.read_text(errors="replace")
+            )
         tell(f"{part}: {'done' if finished else 'not finished'}")
         for job, content in results.content["parts"][part]["jobs"].items():
             for key in ("failure", "stopped", "crashed", "wrong"):

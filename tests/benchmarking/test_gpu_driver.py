@@ -170,7 +170,7 @@ def test_tests_after_a_crash_and_after_a_lost_device_are_run_all_the_same(gpu: M
     assert content["skipped"] == {f"{name}three": "Skipped: a reason"}
     assert set(content["failed"]) == {f"{name}two", f"{name}four", f"{name}five"}
     assert "not equal" in content["failed"][f"{name}two"]
-    assert content["failed"][f"{name}four"] == "the process died: ended with status 9"
+    assert content["failed"][f"{name}four"].startswith("the process died: ended with status 9")
     assert content["collected"] == 6
 
 
@@ -267,7 +267,7 @@ def test_results_of_something_else_are_not_merged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold results of D 1; got D 2"):
         mine.merge([results_of(tmp_path, "D 2")])
     (tmp_path / "other.json").write_text('{"suite": "ops"}')
-    with pytest.raises(ValueError, match="must hold results of benchmarks/gpu.py; got suite 'ops'"):
+    with pytest.raises(ValueError, match=r"must hold results of benchmarks/gpu\.py; got suite 'ops'"):
         mine.merge([tmp_path / "other.json"])
 
 

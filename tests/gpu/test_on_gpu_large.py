@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ def row_wise(input: Tensor, grad_output: Tensor, offsets: list[int], queries: Te
     sizes = torch.zeros_like(values)
     for task, query in enumerate(queries):
         wide = query.double()
-        for domain, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for domain, (start, end) in enumerate(pairwise(offsets)):
             for first in range(start, end, 1 << 16):
                 rows = slice(first, min(first + (1 << 16), end))
                 products = (input[rows].double() @ wide.T) * grad_output[rows].double()

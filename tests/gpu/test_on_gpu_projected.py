@@ -40,7 +40,10 @@ def check(values: Tensor, call: tuple[Tensor, ...], projection: ops.LayerProject
     )
     # Kernels keep projected rows in 16 bits at the least: what torch loses by that is allowed to a sketch, too.
     rounded = dtype if input.dtype == torch.float32 else input.dtype
-    small = [rows.to(rounded).to(dtype) for rows in (input.to(dtype) @ input_matrix.T, grad_output.to(dtype) @ output_matrix.T)]
+    small = [
+        rows.to(rounded).to(dtype)
+        for rows in (input.to(dtype) @ input_matrix.T, grad_output.to(dtype) @ output_matrix.T)
+    ]
     coarse, _ = testing.eager_group_influence(*small, offsets, queries.to(dtype))
     eager_error = max(
         (testing.influence_error(each, expected, queries, gradients) for each in (eager, coarse)),

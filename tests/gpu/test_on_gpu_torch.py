@@ -1,4 +1,4 @@
-"""The ops on a GPU as torch meets them: schema, compilation, graphs, streams, devices, and errors that nobody waits for."""
+"""The ops on a GPU as torch meets them: schema, compilation, graphs, streams, devices, and late errors."""
 
 from __future__ import annotations
 
@@ -177,8 +177,15 @@ def test_the_host_waits_for_nothing(make_call, backend: str, gpu: torch.device) 
 
 
 @pytest.mark.parametrize(
-    "wrong", [[0, 50, 50, 127, 254], [1, 50, 50, 127, 255], [0, 50, 40, 127, 255], [0, 50, 50, 127, 256], [-5, 0, 9, 9, 2**40]]
-)  # fmt: skip
+    "wrong",
+    [
+        [0, 50, 50, 127, 254],
+        [1, 50, 50, 127, 255],
+        [0, 50, 40, 127, 255],
+        [0, 50, 50, 127, 256],
+        [-5, 0, 9, 9, 2**40],
+    ],
+)
 def test_wrong_offsets_on_the_device_give_nan_and_an_error_later(
     make_call, backend: str, gpu: torch.device, wrong: list[int]
 ) -> None:

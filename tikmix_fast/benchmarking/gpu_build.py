@@ -18,7 +18,9 @@ from tikmix_fast import files
 __all__ = ["Build", "build_package", "gpu_architecture", "interpreter_for", "parse_kernels"]
 
 # As csrc/cuda/resources.py prints them.
-_KERNEL = re.compile(r"^\s*(?P<architecture>sm_\w+)\s+(?P<registers>\d+) registers\s+(?P<spilled>\d+) B spilled\s+(?P<name>.+)$")
+_KERNEL = re.compile(
+    r"^\s*(?P<architecture>sm_\w+)\s+(?P<registers>\d+) registers\s+(?P<spilled>\d+) B spilled\s+(?P<name>.+)$"
+)
 _PACKAGE = "tikmix_fast"
 
 
@@ -75,7 +77,13 @@ def build_package(root: Path, folder: Path, architecture: str, seconds: float = 
     site, log = folder / "site", folder / "kernels.json"
     failure, output = None, ""
     try:
-        output = _compile(root, folder / "cuda", site, ["TIKMIX_FAST_CUDA=ON", f"TIKMIX_FAST_CUDA_ARCHITECTURES={architecture}"], seconds)
+        output = _compile(
+            root,
+            folder / "cuda",
+            site,
+            ["TIKMIX_FAST_CUDA=ON", f"TIKMIX_FAST_CUDA_ARCHITECTURES={architecture}"],
+            seconds,
+        )
     except RuntimeError as error:
         failure = str(error)
         _compile(root, folder / "cpu", site, ["TIKMIX_FAST_CUDA=OFF"], seconds)
@@ -141,5 +149,7 @@ def interpreter_for(site: Path) -> tuple[list[str], dict[str, str]]:
     its own site-packages, and gets them by the path.
     """
     hidden = any(type(finder).__module__.endswith(f"editable_skbc_{_PACKAGE}") for finder in sys.meta_path)
-    inherited = [each for each in sys.path[1:] if each] if hidden else list(filter(None, [os.environ.get("PYTHONPATH")]))
+    inherited = (
+        [each for each in sys.path[1:] if each] if hidden else list(filter(None, [os.environ.get("PYTHONPATH")]))
+    )
     return [sys.executable, *(["-S"] if hidden else [])], {"PYTHONPATH": os.pathsep.join([str(site), *inherited])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,18 +35,18 @@ def measure_ceilings(device: Device, *, gemm: int = 8192, copied: int = 1 << 31,
     where = device.where
 
     def seconds(run: Callable[[], object]) -> float:
-        return time_in_turn(device, {"": [run]}, rounds=rounds, seconds=4).summary("", "")["seconds"]
+        return float(time_in_turn(device, {"": [run]}, rounds=rounds, seconds=4).summary("", "")["seconds"])
 
     with device.watch_clocks() as clocks:
         source = torch.randn(copied // 4, device=where)
         target = torch.empty_like(source)
-        bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+        bandwidth = 2 * source.nbytes / seconds(partial(target.copy_, source))
         del source, target
         flops = {}
         for name in ("bfloat16", "float16", "float32"):
             a, b = (torch.randn(gemm, gemm, device=where).to(getattr(torch, name)) for _ in range(2))
             out = torch.empty_like(a)
-            flops[name] = 2.0 * gemm**3 / seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+            flops[name] = 2.0 * gemm**3 / seconds(partial(torch.mm, a, b, out=out))
         l2, why_not = _measure_l2(device, seconds)
     return {"bandwidth": bandwidth, "flops": flops, "l2": l2, "l2_why_not": why_not, "clocks": clocks}
 

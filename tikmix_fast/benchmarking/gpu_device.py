@@ -72,7 +72,7 @@ class _Events:
         self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def start(self) -> None:
-        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(_HEAD_START_CYCLES)
         self._start.record()
 
     def stop(self) -> None:
@@ -157,6 +157,8 @@ class Cuda:
             process.terminate()
             output = process.communicate()[0]
             rows = [row for row in csv.reader(io.StringIO(output)) if len(row) == len(_WATCHED)]
+            if not rows:  # it kept them to itself; the clocks take a while to fall
+                found.update(read_smi(_WATCHED) or {})
             for name, column in zip(_WATCHED, zip(*rows, strict=True), strict=False):
                 numbers = sorted(number for number in map(_number, column) if isinstance(number, float))
                 if numbers:
@@ -223,7 +225,12 @@ def find_device(rehearse: bool = False) -> Device:
 def _smi_command(fields: tuple[str, ...]) -> list[str]:
     # nvidia-smi numbers the GPUs without regard to CUDA_VISIBLE_DEVICES.
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
-    return ["nvidia-smi", f"--id={torch.cuda.current_device() if uuid is None else f'GPU-{uuid}'}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    return [
+        "nvidia-smi",
+        f"--id={torch.cuda.current_device() if uuid is None else f'GPU-{uuid}'}",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+    ]
 
 
 def _number(text: str) -> float | str:

@@ -24,7 +24,9 @@ _PROJECTED = "with projected influence, k=64"
 GPU_STEPS = (StepCase(24, 16, 1024, 24576, 32, 1024, 26, 9, "bfloat16"),)
 """353 million parameters: 302 in the blocks, 50 in the two tables."""
 
-TINY_GPU_STEPS = (replace(GPU_STEPS[0], layers=1, heads=2, width=96, vocabulary=64, sequences=4, length=16, domains=3, tasks=2),)
+TINY_GPU_STEPS = (
+    replace(GPU_STEPS[0], layers=1, heads=2, width=96, vocabulary=64, sequences=4, length=16, domains=3, tasks=2),
+)
 """To see that everything runs."""
 
 BARS = {_EXACT: (1.10, 1.05), _PROJECTED: (1.04, 1.02)}

@@ -11,7 +11,7 @@ __all__ = ["BLOCK", "read_often"]
 BLOCK = 2048
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _read(source, sums, blocks, passes, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.float32)

@@ -121,9 +121,11 @@ def run_suite_of_tests(
         files.write_text(settings, _SETTINGS)  # several processes may be at it
         recorder = _Recorder(content, time.monotonic() + seconds, save)
         status = pytest.main(["-c", str(settings), f"--rootdir={root}", "--full", "-q", *present], plugins=[recorder])
-        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED) and not (
-            content["failed"] or "stopped" in content or "lost" in content
-        ):
+        if status not in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.TESTS_FAILED,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+        ) and not (content["failed"] or "stopped" in content or "lost" in content):
             content["failed"]["pytest"] = f"ended with {status!r}"
     save(content)
     return "lost" in content

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tikmix_fast.benchmarking.gpu_device import Device
-from tikmix_fast.benchmarking.gpu_methods import gpu_methods
+from tikmix_fast.benchmarking.gpu_methods import AUTOMATIC, gpu_methods
 from tikmix_fast.benchmarking.ops import Case, make_layer
 
 __all__ = ["PROFILED", "TINY_PROFILED", "run_profile", "run_sanitizer"]
@@ -32,9 +32,9 @@ def run_sanitizer(content: dict[str, Any], seconds: float, save: Save, *, root: 
 
     Saves ``clean`` (bool) and the end of the ``output``, or ``why_not``.
     """
-    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    program = shutil.which("compute-sanitizer")
     if program is None:
-        content["why_not"] = "compute-sanitizer is not on PATH nor in /usr/local/cuda/bin"
+        content["why_not"] = "compute-sanitizer is not on PATH"
     else:
         command = [program, "--tool", tool, f"--error-exitcode={_ERRORS_FOUND}", "--print-limit=10"]
         found = _run([*command, *_interpreter(), str(root / "tests/gpu/sanitize_cases.py")], seconds)
@@ -50,7 +50,12 @@ def run_sanitizer(content: dict[str, Any], seconds: float, save: Save, *, root: 
 def _run(command: list[str], seconds: float) -> dict[str, Any]:
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=max(seconds, 1)
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=max(seconds, 1),
         )
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
@@ -103,9 +108,9 @@ def run_profile(device: Device, content: dict[str, Any], seconds: float, save: S
     del runs, layer
     if device.where.type == "cuda":
         torch.cuda.empty_cache()
-    ncu = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
+    ncu = shutil.which("ncu")
     if ncu is None:
-        content["ncu"] = {"why_not": "ncu is not on PATH nor in /usr/local/cuda/bin"}
+        content["ncu"] = {"why_not": "ncu is not on PATH"}
     else:
         command = [
             ncu, "--clock-control", "none", "--profile-from-start", "off", "--section", "SpeedOfLight", "--section",
@@ -129,7 +134,14 @@ def _run_whole(command: list[str], seconds: float, path: Path) -> dict[str, Any]
     return {"kernels": _read_ncu(text)}
 
 
-_READ = ("Duration", "Compute (SM) Throughput", "DRAM Throughput", "L2 Cache Throughput", "Registers Per Thread", "Achieved Occupancy")
+_READ = (
+    "Duration",
+    "Compute (SM) Throughput",
+    "DRAM Throughput",
+    "L2 Cache Throughput",
+    "Registers Per Thread",
+    "Achieved Occupancy",
+)
 
 
 def _read_ncu(text: str) -> list[dict[str, str]]:
@@ -153,13 +165,13 @@ def _read_ncu(text: str) -> list[dict[str, str]]:
 
 
 def _profiled_program() -> None:
-    """Run each of our methods once between the marks that ncu waits for; the program that it starts."""
+    """Run our kernels once between the marks that ncu waits for; the program that it starts."""
     import torch
 
     layer = make_layer(PROFILED, 0, "cuda")
-    runs = [
-        method.prepare(layer) for method in gpu_methods().values() if method.ours and method.refusal(layer) is None
-    ]
+    methods = gpu_methods()
+    forced = [methods[f"{AUTOMATIC}, {each}"] for each in ("cuda fused", "triton fused", "triton two-pass")]
+    runs = [method.prepare(layer) for method in forced if method.refusal(layer) is None]
     for run in runs:
         run()
     torch.cuda.synchronize()

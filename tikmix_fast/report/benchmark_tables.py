@@ -199,7 +199,12 @@ def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
                 f"Peak memory above model and data: {memory['case']}",
                 ["domains", "method", "growth", "above the floor"],
                 [
-                    [str(row["domains"]), row["method"], bytes_text(row["growth_bytes"]), bytes_text(row["above_floor_bytes"])]
+                    [
+                        str(row["domains"]),
+                        row["method"],
+                        bytes_text(row["growth_bytes"]),
+                        bytes_text(row["above_floor_bytes"]),
+                    ]
                     for row in memory["rows"]
                 ],
                 _skipped(memory),

@@ -86,7 +86,9 @@ def _bar_row(case: dict[str, Any]) -> list[str]:
     ours = [row for row in case["rows"] if row["ours"] and (measure == "floor" or "total" in row["gives"])]
 
     def value(row: dict[str, Any]) -> float | None:
-        found: float | None = {"ratio": row["ratio"], "floor": row["floor_ratio"], "scratch": row["scratch_bytes"]}[measure]
+        found: float | None = {"ratio": row["ratio"], "floor": row["floor_ratio"], "scratch": row["scratch_bytes"]}[
+            measure
+        ]
         return found
 
     def text(row: dict[str, Any] | None) -> str:
@@ -159,7 +161,9 @@ def _case_table(case: dict[str, Any]) -> TextTable:
             ]
         )
     clock = case["clocks"].get("clocks.sm")
-    title = f"{case['case']}: {case['tokens_per_domain']:.0f} tokens per domain" + (f", {clock:.0f} MHz" if clock else "")
+    title = f"{case['case']}: {case['tokens_per_domain']:.0f} tokens per domain" + (
+        f", {clock:.0f} MHz" if clock else ""
+    )
     notes = [f"{name} left out: {reason}" for name, reason in case["skipped"].items()]
     notes += [f"{name} is WRONG: {reason}" for name, reason in case["wrong"].items()]
     bold = frozenset(index for index, row in enumerate(case["rows"]) if row["ours"])
