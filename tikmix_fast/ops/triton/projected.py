@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tikmix_fast.ops.checks import check_order, domain_bounds
-from tikmix_fast.ops.device_checks import device_offsets, error_flag
+from tikmix_fast.ops.device_checks import device_offsets, error_flag, mark_errors
 from tikmix_fast.ops.projected_checks import ProjectedArguments
 from tikmix_fast.ops.triton.configs import INTERPRETED, capability, choose, multiprocessors
 from tikmix_fast.ops.triton.gradient import TRITON_DTYPES, precision
@@ -37,6 +37,7 @@ _LARGEST_TILE = 128
 _SMALLEST_TILE = 16
 _OFFSETS_BLOCK = 128
 _STATUS_BLOCK = 128
+_ENTRIES_BLOCK = 1024
 _TASKS_PER_PROGRAM = 8
 
 
@@ -62,10 +63,10 @@ _OF_INTERPRETER = (Blocks(32, 64, 4, 1),)
 # By the kind of the products and the tile's larger side; the first is taken untuned. Those of 16-bit rows were compiled
 # for sm_80 and sm_90 and have no spill in the loops over columns; the tests compile the first of each again.
 _BLOCKS = {
-    ("wgmma", 64): (Blocks(64, 64, 4, 4), Blocks(64, 64, 8, 4), Blocks(32, 128, 4, 3)),
+    ("wgmma", 64): (Blocks(64, 64, 4, 4), Blocks(64, 64, 8, 4), Blocks(32, 64, 4, 4)),
     ("wgmma", 128): (Blocks(64, 64, 8, 3), Blocks(64, 32, 8, 4), Blocks(32, 64, 8, 4)),
-    ("mma", 64): (Blocks(64, 64, 4, 3), Blocks(32, 64, 4, 4)),
-    ("mma", 128): (Blocks(32, 64, 8, 3),),
+    ("mma", 64): (Blocks(32, 64, 4, 4), Blocks(64, 64, 8, 3)),
+    ("mma", 128): (Blocks(32, 32, 8, 4),),
     ("float", 64): (Blocks(32, 32, 8, 3),),
     ("float", 128): (Blocks(16, 32, 8, 3),),
 }
@@ -319,10 +320,12 @@ def projected_group_influence(arguments: ProjectedArguments, flag: Tensor | None
     arguments, flag = _prepare(arguments, flag)
     queries = arguments.queries.contiguous()
     tasks, k_out, k_in = queries.shape
-    blocks = triton.cdiv(k_out * k_in, _entries_block())
+    blocks = triton.cdiv(k_out * k_in, _ENTRIES_BLOCK)
     sums = queries.new_empty(tasks, len(arguments.offsets) - 1, blocks, dtype=torch.float64)
     if sums.numel():
         _reduce(arguments, _fill_slots(arguments), flag, queries, sums)
+    elif queries.device.type == "cuda":
+        return mark_errors(sums.sum(-1), arguments.offsets, arguments.order, len(arguments.input))
     return sums.sum(-1)
 
 
@@ -364,6 +367,8 @@ def projected_domain_gradients(
     gradients = input.new_empty(len(offsets) - 1, *dims, dtype=torch.float32)
     if gradients.numel():
         _reduce(arguments, _fill_slots(arguments), flag, None, gradients)
+    elif input.device.type == "cuda":
+        return mark_errors(gradients, arguments.offsets, arguments.order, len(input))
     return gradients
 
 
@@ -398,10 +403,6 @@ def _product_dtype(rows: Tensor, factor: Tensor) -> torch.dtype:
 
 def _tile(dim: int) -> int:
     return min(max(int(triton.next_power_of_2(dim)), _SMALLEST_TILE), _LARGEST_TILE)
-
-
-def _entries_block() -> int:
-    return 256 if INTERPRETED else 1024
 
 
 def _candidates(device: torch.device, tile: int, *, exact: bool) -> tuple[Blocks, ...]:
@@ -485,7 +486,7 @@ def _reduce(arguments: ProjectedArguments, slots: _Slots, flag: Tensor, queries:
     domains = len(arguments.offsets) - 1
     entries = slots.gradients[0].numel()
     tasks = 0 if queries is None else len(queries)
-    grid = (domains, triton.cdiv(entries, _entries_block()), max(triton.cdiv(tasks, _TASKS_PER_PROGRAM), 1))
+    grid = (domains, triton.cdiv(entries, _ENTRIES_BLOCK), max(triton.cdiv(tasks, _TASKS_PER_PROGRAM), 1))
     _sum_slots[grid](
         slots.gradients,
         slots.status,
@@ -502,6 +503,6 @@ def _reduce(arguments: ProjectedArguments, slots: _Slots, flag: Tensor, queries:
         arguments.scale,
         WITH_QUERIES=queries is not None,
         TASKS=_TASKS_PER_PROGRAM,
-        BLOCK=_entries_block(),
+        BLOCK=_ENTRIES_BLOCK,
         STATUS_BLOCK=_STATUS_BLOCK,
     )
