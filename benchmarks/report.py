@@ -116,6 +116,8 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "choice": (("choice.json",), choice_section),
     "engine": (("engine.json",), tables_section),
     "mixture": (("mixture.json", "sampler.json"), tables_section),
+    "gpu": (("gpu-*.json",), gpu_section),
+    "gpu": (("gpu-*.json",), gpu_section),
 }
 
 
