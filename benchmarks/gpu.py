@@ -70,6 +70,8 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.budget = budgets
     if arguments.build_only and not arguments.architecture:
         arguments.architecture = "90a"
+    arguments.out = arguments.out.resolve()  # workers run elsewhere
+    arguments.folder = arguments.folder.resolve() if arguments.folder else None
     if arguments.rehearse and arguments.out == RESULTS:
         parser.error("--rehearse needs --out: its numbers mean nothing and must not lie among the results")
     return arguments

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -156,8 +157,9 @@ class _Checked(NamedTuple):
     scratch_bytes: int | None
 
 
-def _check(name: str, method: Method, layer: Layer, truth: LayerTruth, answer: Answer, growth: int | None) -> _Checked:
-    """Compare an answer with float64; raise AssertionError if it is wrong."""
+def _check(device: Device, run: Callable[[], Answer], method: Method, layer: Layer, truth: LayerTruth) -> _Checked:
+    """Call for the first time and compare the answer with float64; raise AssertionError if it is wrong."""
+    answer, growth = device.peak_growth(run)
 
     def accept(what: str, found: WorstCell, eager: WorstCell, floor: float) -> float:
         if not math.isfinite(found.error):
@@ -241,18 +243,16 @@ def measure_gpu_case(
         trying(name)
         try:
             reason = method.refusal(layer)
-            if reason is None:
-                prepared = method.prepare(layer)
-                answer, growth = device.peak_growth(prepared)
-                checked[name] = _check(name, method, layer, truth, answer, growth), method.ours
-                runs[name] = [prepared, *(method.prepare(each) for each in layers[1:])]
+            if reason is not None:
+                skipped[name] = reason
+                continue
+            prepared = method.prepare(layer)
+            checked[name] = _check(device, prepared, method, layer, truth), method.ours
+            runs[name] = [prepared, *(method.prepare(each) for each in layers[1:])]
         except AssertionError as error:
             wrong[name] = str(error)
         except Exception as error:  # one method that cannot run must not cost the others
-            reason = _in_one_line(error)
-        if reason is not None:
-            skipped[name] = reason
-        answer = prepared = None
+            skipped[name] = _in_one_line(error)
         device.synchronize()  # raises where the error was the device's: nothing runs any more in this process
     if PLAIN not in runs:
         raise RuntimeError(f"nothing to compare with: {skipped.get(PLAIN) or wrong.get(PLAIN)}")
@@ -292,7 +292,7 @@ def _in_one_line(error: Exception) -> str:
 
 def _floor(case: Case, ceilings: dict[str, Any]) -> float:
     """Return the least time for what the case needs, by the rates measured."""
-    return max(case.useful_flops / ceilings["flops"][case.dtype], case.least_bytes / ceilings["bandwidth"])
+    return float(max(case.useful_flops / ceilings["flops"][case.dtype], case.least_bytes / ceilings["bandwidth"]))
 
 
 def _row(
@@ -315,6 +315,10 @@ def _row(
     }
 
 
+def _run_all(runs: Sequence[Callable[[], object]]) -> list[object]:
+    return [run() for run in runs]
+
+
 def _time_graphs(
     device: Device, runs: dict[str, Sequence[Callable[[], object]]], rounds: int
 ) -> dict[str, dict[str, Any]]:
@@ -323,7 +327,7 @@ def _time_graphs(
     found: dict[str, dict[str, Any]] = {}
     for name, each in runs.items():
         try:
-            graphs[name] = [device.capture(lambda each=each: [run() for run in each])]
+            graphs[name] = [device.capture(partial(_run_all, each))]
         except Exception as error:
             found[name] = {"skipped": _in_one_line(error)}
             device.synchronize()
