@@ -168,7 +168,7 @@ class ProjectedRange {
                 domain = segment.domain;
                 if (segment.begin >= end) break;
                 add_product(product, static_cast<int>(most(segment.begin - begin, 0)),
-                            static_cast<int>(least(segment.end, end) - begin));
+                            static_cast<int>(most(least(segment.end, end) - begin, 0)));
                 if (Shape::kCarried && segment.end > end) break;
                 write(product, domain, Shape::kCarried || segment.begin >= begin);
                 zero(product);
