@@ -117,7 +117,6 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "engine": (("engine.json",), tables_section),
     "mixture": (("mixture.json", "sampler.json"), tables_section),
     "gpu": (("gpu-*.json",), gpu_section),
-    "gpu": (("gpu-*.json",), gpu_section),
 }
 
 
