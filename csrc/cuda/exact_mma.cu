@@ -1,8 +1,7 @@
-#include "exact_mma.h"
-
 #include <cuda_runtime.h>
 
 #include "exact.h"
+#include "exact_mma.h"
 
 namespace tikmix_fast::gpu {
 namespace {

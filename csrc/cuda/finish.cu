@@ -1,7 +1,6 @@
-#include "finish.h"
-
 #include <cuda_runtime.h>
 
+#include "finish.h"
 #include "finish_kernel.h"
 
 namespace tikmix_fast::gpu {
@@ -33,16 +32,16 @@ const char* launch_finish_exact(const ExactProblem& problem, const TileShape& sh
         const int64_t most_blocks = int64_t{multiprocessors} * kBlocksPerMultiprocessor;
         return static_cast<unsigned>(clamp(divide_up(threads, kFinishThreads), 1, most_blocks));
     };
-    finish_values_kernel<<<blocks_for(problem.tasks * problem.domains.count * kLanes), kFinishThreads, 0, on>>>(
-        problem, shape);
+    finish_values_kernel<<<blocks_for(problem.tasks * problem.domains.count * kLanes), kFinishThreads, 0, on>>>(problem,
+                                                                                                                shape);
     cudaError_t error = cudaGetLastError();
     if (error == cudaSuccess && problem.domains.order) {
         check_order_kernel<<<blocks_for(problem.rows), kFinishThreads, 0, on>>>(problem);
         error = cudaGetLastError();
     }
     if (error == cudaSuccess && problem.grad_weight && problem.splits > 1) {
-        const int64_t elements = divide_up(problem.height, shape.rows) * divide_up(problem.width, shape.columns) *
-                                 shape.elements();
+        const int64_t elements =
+            divide_up(problem.height, shape.rows) * divide_up(problem.width, shape.columns) * shape.elements();
         finish_total_kernel<<<blocks_for(elements / 4), kFinishThreads, 0, on>>>(problem, shape);
         error = cudaGetLastError();
     }

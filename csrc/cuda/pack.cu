@@ -1,7 +1,6 @@
-#include "pack.h"
-
 #include <cuda_runtime.h>
 
+#include "pack.h"
 #include "pack_kernel.h"
 
 namespace tikmix_fast::gpu {

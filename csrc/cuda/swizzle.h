@@ -1,5 +1,6 @@
-// Where 16-byte chunks lie in shared memory, and who copies and reads which, for operands stored row by row, 128 numbers
-// of 16 bits to a row. Eight lanes read or write at a time; they have to meet eight different groups of four banks.
+// Where 16-byte chunks lie in shared memory, and who copies and reads which, for operands stored row by row, 128
+// numbers of 16 bits to a row. Eight lanes read or write at a time; they have to meet eight different groups of four
+// banks.
 #pragma once
 
 #include "target.h"
@@ -19,8 +20,8 @@ TIKMIX_FAST_ANYWHERE constexpr int chunk_offset(Chunk chunk) {
     return chunk.row * kOperandRowBytes + (chunk.column ^ chunk.row % 8) * kChunkBytes;
 }
 
-// The place `columns` chunks to the right of one whose column is a multiple of 8, or one more; for columns 0, 2, 4, 6 and
-// an address whose row begins at a multiple of 128.
+// The place `columns` chunks to the right of one whose column is a multiple of 8, or one more; for columns 0, 2, 4, 6
+// and an address whose row begins at a multiple of 128.
 TIKMIX_FAST_ANYWHERE constexpr uint32_t chunks_right(uint32_t address, int columns) {
     return address ^ static_cast<uint32_t>(columns * kChunkBytes);
 }

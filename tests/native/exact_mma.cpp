@@ -85,7 +85,8 @@ void run(const py::dict& given) {
         simt::launch(blocks, kFinishThreads, 0, [&](unsigned char*) { check_order(problem); }, seed);
     }
     if (problem.grad_weight && problem.splits > 1) {
-        simt::launch(blocks, kFinishThreads, 0, [&](unsigned char*) { finish_total(problem, MmaShape::value()); }, seed);
+        simt::launch(
+            blocks, kFinishThreads, 0, [&](unsigned char*) { finish_total(problem, MmaShape::value()); }, seed);
     }
 }
 

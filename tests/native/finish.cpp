@@ -59,8 +59,8 @@ void finish(const std::string& kernel, std::array<int64_t, 5> sizes, int64_t spl
     problem.flag = reinterpret_cast<int32_t*>(flag);
     const TileShape shape = shape_of(kernel);
     simt::launch(
-        blocks, kFinishThreads, kFinishBytes,
-        [&](unsigned char* shared) { finish_values(problem, shape, shared); }, seed);
+        blocks, kFinishThreads, kFinishBytes, [&](unsigned char* shared) { finish_values(problem, shape, shared); },
+        seed);
     if (order) simt::launch(blocks, kFinishThreads, 0, [&](unsigned char*) { check_order(problem); }, seed);
 }
 
