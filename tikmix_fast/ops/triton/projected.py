@@ -26,6 +26,7 @@ from torch import Tensor
 from tikmix_fast.ops.checks import check_order, domain_bounds
 from tikmix_fast.ops.device_checks import device_offsets, error_flag, mark_errors
 from tikmix_fast.ops.projected_checks import ProjectedArguments
+from tikmix_fast.ops.projection import factor_matrix
 from tikmix_fast.ops.triton.configs import INTERPRETED, capability, choose, multiprocessors
 from tikmix_fast.ops.triton.gradient import TRITON_DTYPES, precision
 
@@ -315,7 +316,7 @@ def projected_group_influence(arguments: ProjectedArguments, flag: Tensor | None
     Raises
     ------
     ValueError
-        If offsets or order, where the host may read them, are wrong.
+        If offsets, order or codes, where the host may read them, are wrong.
     """
     arguments, flag = _prepare(arguments, flag)
     queries = arguments.queries.contiguous()
@@ -358,7 +359,7 @@ def projected_domain_gradients(
     Raises
     ------
     ValueError
-        If offsets or order, where the host may read them, are wrong.
+        If offsets, order or codes, where the host may read them, are wrong.
     """
     queries = input.new_empty(0, *dims)
     arguments, flag = _prepare(
@@ -382,6 +383,8 @@ def _prepare(arguments: ProjectedArguments, flag: Tensor | None) -> tuple[Projec
     elif flag is None:
         domain_bounds(offsets, rows)
         check_order(order, rows)
+        for factor, dim in ((output_factor, queries.shape[1]), (input_factor, queries.shape[2])):
+            factor_matrix(factor, dim, factor.dtype)  # raises where a code is no row; on a GPU its column counts as 0
         flag = torch.zeros(1, dtype=torch.int32, device=device)
     order = None if order is None else order.contiguous()
     if INTERPRETED:  # whose arithmetic of bfloat16 is wrong
