@@ -69,10 +69,28 @@ class Epilogue {
     // has one call, in which neither has a domain. All threads call it alike.
     TIKMIX_FAST_DEVICE void end_segment(float (&accumulators)[kBlocks][4], const Segment& segment,
                                         const Segment& next) {
+        Words4 words[2][kAhead];
+        end<false>(accumulators, segment, next, words);
+    }
+
+    // The same in two steps: the first queries are on their way while the caller waits for the accumulators.
+    using Queries = Words4[2][kAhead];
+    TIKMIX_FAST_DEVICE void ask(Queries& words) const {
+        if (problem_.tasks > 0) load(words[0], first_queries(), 0);
+    }
+    TIKMIX_FAST_DEVICE void end_asked_segment(float (&accumulators)[kBlocks][4], const Segment& segment,
+                                              const Segment& next, Queries& words) {
+        end<true>(accumulators, segment, next, words);
+    }
+
+  private:
+    template <bool kAsked>
+    TIKMIX_FAST_DEVICE void end(float (&accumulators)[kBlocks][4], const Segment& segment, const Segment& next,
+                                Queries& words) {
         const bool is_last = next.domain >= problem_.domains.count;
         bool flush = is_last;
         if (segment.domain < problem_.domains.count) {
-            const bool is_finite = multiply(accumulators, segment.domain);
+            const bool is_finite = multiply<kAsked>(accumulators, segment.domain, words);
             rows_ += segment.end - segment.begin;
             if (problem_.tasks > 0) {
                 flush = flush || !is_finite || problem_.tasks > kMostSumsKept ||
@@ -98,7 +116,6 @@ class Epilogue {
         }
     }
 
-  private:
     TIKMIX_FAST_DEVICE int warp() const { return thread_ / kLanes; }
     TIKMIX_FAST_DEVICE int lane() const { return thread_ % kLanes; }
     TIKMIX_FAST_DEVICE int64_t tile_rows() const { return divide_up(problem_.height, Shape::value().rows); }
@@ -135,17 +152,23 @@ class Epilogue {
         }
     }
 
+    static constexpr int kQueryBytes = kBfloat16Queries ? 2 : 4;
+
+    // This lane's of the first task.
+    TIKMIX_FAST_DEVICE const unsigned char* first_queries() const {
+        return static_cast<const unsigned char*>(problem_.queries) +
+               packed_position(Shape::value(), kPerLoad, problem_.tasks, tile_number(), 0, warp(), 0, lane()) *
+                   kQueryBytes;
+    }
+
     // Writes what this block's tile says of every task; returns whether all sums are finite, the same for all threads.
-    TIKMIX_FAST_DEVICE bool multiply(const float (&accumulators)[kBlocks][4], int64_t domain) {
-        constexpr int kQueryBytes = kBfloat16Queries ? 2 : 4;
+    template <bool kAsked>
+    TIKMIX_FAST_DEVICE bool multiply(const float (&accumulators)[kBlocks][4], int64_t domain, Queries& words) {
         constexpr int64_t kTaskBytes = Shape::value().elements() * kQueryBytes;
         const int64_t tasks = problem_.tasks;
         if (tasks == 0) return true;
-        const unsigned char* queries =
-            static_cast<const unsigned char*>(problem_.queries) +
-            packed_position(Shape::value(), kPerLoad, tasks, tile_number(), 0, warp(), 0, lane()) * kQueryBytes;
-        Words4 words[2][kAhead];
-        load(words[0], queries, 0);
+        const unsigned char* queries = first_queries();
+        if (!kAsked) load(words[0], queries, 0);
         bool is_finite = true;
         float not_finite = 0.0f;  // 0 or NaN
         int in_group = 0;

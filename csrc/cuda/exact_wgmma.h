@@ -12,12 +12,15 @@
 // In a cluster of two blocks the tiles are neighbours in a column of tiles and share the rows of the input: each block
 // brings half of them, for both.
 //
-// What limits it, by counting, for one multiprocessor and one stage of 64 rows:
-//   tensor cores      128 * 256 * 64 / 2048 per cycle                                       1024 cycles
-//   shared memory     reads 2 * 4 * (2 + 8) KiB, writes 48 KiB, at 128 bytes per cycle      1024 cycles
-//   L2                48 KiB; 32 KiB in a cluster of two          (48; 32 bytes per cycle, of about 5.5 KB for all)
-// and for each end of a domain and task, on four schedulers: 8 warps * (128 FMA + 128 to unpack bfloat16 + ~30), 580
-// cycles, in which 64 KiB of queries come from L2.
+// What limits it, by counting, for one multiprocessor at 1.755 GHz and one stage of 64 rows:
+//   tensor cores      128 * 256 * 64 products at 2048 per cycle                            1024 cycles
+//   shared memory     80 KiB read for wgmma, 48 KiB written, at 128 bytes per cycle        1024 cycles
+//   L2                48 KiB; 32 KiB in a cluster of two; at 26 bytes per cycle            1890; 1260 cycles
+// and at the end of a domain for every task, while the tensor cores rest:
+//   arithmetic        8 warps * (128 to multiply + 128 to unpack bfloat16 + ~30) / 4       ~580 cycles
+//   L2                64 KiB of queries at 26 bytes per cycle                              2520 cycles
+// 26 bytes are 1/132 of the 6 TB/s that are assumed for L2, not measured: what vendors' products of this shape reach
+// implies about as much. Domains that end at different times in different blocks share it better than these sums say.
 #pragma once
 
 #include "epilogue.h"
@@ -129,6 +132,10 @@ class WgmmaLoader {
           rank_(kCluster > 1 ? cluster_rank() : 0) {}
 
     TIKMIX_FAST_DEVICE void run() {
+        if (thread_ == 0) {
+            prefetch_map(grad_output_);
+            prefetch_map(input_);
+        }
         const int64_t items = wgmma_cluster_items(problem_, kCluster);
         for (int64_t index = block_index() / kCluster; index < items; index += block_count() / kCluster) {
             const WgmmaItem item = wgmma_item(problem_, kCluster, index, rank_);
@@ -159,6 +166,7 @@ class WgmmaLoader {
         } else {
             barrier_wait(ring_.empty(), ring_.parity() ^ 1);
         }
+        sync_warp();  // or a lane that comes late finds the stage filled and emptied, and waits for ever
         if (by_threads) {
             copy_rows(tile, places, static_cast<int>(least(end - row, kBoxRows)));
         } else if (thread_ == 0) {
@@ -270,8 +278,9 @@ class WgmmaMultiplier {
                 const Segment next = next_segment(domains, problem_.rows, item.rows, segment.domain + 1);
                 const int64_t stages = divide_up(segment.end - segment.begin, kBoxRows);
                 if (is_inside) {
-                    add_rows(tile, stages);
-                    epilogue_.end_segment(tile, segment, next);
+                    Queries queries;
+                    add_rows(tile, stages, queries);
+                    epilogue_.end_asked_segment(tile, segment, next, queries);
                 } else {
                     skip_rows(stages);
                 }
@@ -281,9 +290,11 @@ class WgmmaMultiplier {
     }
 
   private:
+    using Epilogue = gpu::Epilogue<WgmmaShape, kBfloat16Queries, kTotal>;
+    using Queries = typename Epilogue::Queries;
     static constexpr int kProductRows = 16;
 
-    TIKMIX_FAST_DEVICE void add_rows(ProductTile& tile, int64_t stages) {
+    TIKMIX_FAST_DEVICE void add_rows(ProductTile& tile, int64_t stages, Queries& queries) {
         const int warpgroup = thread_ / 128;
         for (int64_t stage = 0; stage < stages; ++stage) {
             barrier_wait(ring_.full(), ring_.parity());
@@ -298,6 +309,7 @@ class WgmmaMultiplier {
             if (stage > 0) release(ring_.empty_before(1));
             ring_.advance();
         }
+        if (stages > 0) epilogue_.ask(queries);
         products_wait(tile);
         if (stages > 0) release(ring_.empty_before(1));
     }
@@ -305,6 +317,7 @@ class WgmmaMultiplier {
     TIKMIX_FAST_DEVICE void skip_rows(int64_t stages) {
         for (int64_t stage = 0; stage < stages; ++stage) {
             barrier_wait(ring_.full(), ring_.parity());
+            sync_warp();
             release(ring_.empty());
             ring_.advance();
         }
@@ -323,7 +336,7 @@ class WgmmaMultiplier {
     const ExactProblem& problem_;
     WgmmaRing ring_;
     const int thread_, rank_;
-    Epilogue<WgmmaShape, kBfloat16Queries, kTotal> epilogue_;
+    Epilogue epilogue_;
 };
 
 // `shared` has exact_wgmma_bytes and begins at a multiple of 1024.

@@ -44,7 +44,9 @@ TIKMIX_FAST_DEVICE void barrier_arrive_at(SharedAddress barrier, int rank) {
         ".reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
         "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-        "}" ::"r"(barrier), "r"(rank) : "memory");
+        "}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
 }
 // Waits for arrivals of this block's threads and for bytes.
 TIKMIX_FAST_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
@@ -55,7 +57,10 @@ TIKMIX_FAST_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
             ".reg .pred p;\n"
             "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
             "selp.u32 %0, 1, 0, p;\n"
-            "}" : "=r"(ended) : "r"(barrier), "r"(parity) : "memory");
+            "}"
+            : "=r"(ended)
+            : "r"(barrier), "r"(parity)
+            : "memory");
     } while (!ended);
 }
 // Waits for arrivals of all blocks of the cluster.
@@ -67,7 +72,10 @@ TIKMIX_FAST_DEVICE void barrier_wait_cluster(SharedAddress barrier, uint32_t par
             ".reg .pred p;\n"
             "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
             "selp.u32 %0, 1, 0, p;\n"
-            "}" : "=r"(ended) : "r"(barrier), "r"(parity) : "memory");
+            "}"
+            : "=r"(ended)
+            : "r"(barrier), "r"(parity)
+            : "memory");
     } while (!ended);
 }
 
@@ -142,24 +150,25 @@ TIKMIX_FAST_DEVICE void products_wait(ProductTile& d) {
 
 // d += a b, 64 x 16 times 16 x 256, summed in float32; a whole warpgroup calls it. Both operands lie row by row of K in
 // shared memory, the "transposed" order of wgmma; for the descriptors see swizzle128.h.
-#define TIKMIX_FAST_PRODUCT(element)                                                                                   \
-    asm volatile(                                                                                                      \
-        "{\n"                                                                                                          \
-        ".reg .pred add;\n"                                                                                            \
-        "setp.eq.u32 add, 0, 0;\n"                                                                                     \
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." element "." element "\n"                                        \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,\n"                                     \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,\n"                            \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,\n"                            \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,\n"                            \
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,\n"                            \
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95,\n"                            \
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111,\n"                \
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127},\n"           \
-        "%128, %129, add, 1, 1, 1, 1;\n"                                                                               \
-        "}"                                                                                                            \
-        : TIKMIX_FAST_128(d)                                                                                           \
-        : "l"(a), "l"(b)                                                                                               \
+#define TIKMIX_FAST_PRODUCT(element)                                                                         \
+    asm volatile(                                                                                            \
+        "{\n"                                                                                                \
+        ".reg .pred add;\n"                                                                                  \
+        "setp.eq.u32 add, 0, 0;\n"                                                                           \
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32." element "." element                                   \
+        "\n"                                                                                                 \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,\n"                           \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,\n"                  \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,\n"                  \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,\n"                  \
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,\n"                  \
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95,\n"                  \
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111,\n"      \
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127},\n" \
+        "%128, %129, add, 1, 1, 1, 1;\n"                                                                     \
+        "}"                                                                                                  \
+        : TIKMIX_FAST_128(d)                                                                                 \
+        : "l"(a), "l"(b)                                                                                     \
         : "memory")
 TIKMIX_FAST_DEVICE void multiply_add(BFloat16, ProductTile& d, uint64_t a, uint64_t b) { TIKMIX_FAST_PRODUCT("bf16"); }
 TIKMIX_FAST_DEVICE void multiply_add(Float16, ProductTile& d, uint64_t a, uint64_t b) { TIKMIX_FAST_PRODUCT("f16"); }

@@ -47,7 +47,6 @@ void run(const ExactProblem& problem, int64_t clusters, uint64_t seed) {
     simt::launch_cluster(blocks, kCluster, kWgmmaThreads, exact_wgmma_bytes(problem.tasks), body, seed);
 }
 
-
 // Addresses of arrays on the CPU; 0 where there is none.
 void exact(const std::vector<int64_t>& sizes, int element, const std::vector<int64_t>& input,
            const std::vector<int64_t>& grad_output, int64_t offsets, int64_t order, int query_element, int64_t queries,
@@ -131,8 +130,8 @@ std::vector<std::vector<int64_t>> items(int64_t rows, int64_t height, int64_t wi
 }
 
 // Bits of elements [rows, columns] of an operand after copying boxes of `matrix` with the map, read by its descriptor.
-std::vector<int> box_by_descriptor(const std::vector<int64_t>& matrix, int64_t count, int64_t width, int row, int column,
-                                   int boxes, int first_row, uint64_t seed) {
+std::vector<int> box_by_descriptor(const std::vector<int64_t>& matrix, int64_t count, int64_t width, int row,
+                                   int column, int boxes, int first_row, uint64_t seed) {
     std::vector<int> found;
     const TensorMap map = {{pointer<void>(matrix.at(0)), matrix.at(1)}, count, width};
     simt::launch(

@@ -93,6 +93,13 @@ inline void arrive(Block& block, uint32_t address, int64_t bytes) {
     end_phase_if_complete(barrier);
 }
 
+// Whoever has arrived may not come to run for long, while others take what was released.
+inline void perhaps_leave_turn() {
+    if (random().below(4) != 0) return;
+    thread().warp->patience = 0;
+    yield();
+}
+
 template <class Barrier>
 void wait_for_phase(const char* what, Barrier& barrier, uint32_t parity) {
     wait_until([&] { return (barrier.phase & 1) != parity; }, what, static_cast<int64_t>(parity));
@@ -174,10 +181,12 @@ inline void fence_barrier_init() {
 inline void barrier_arrive(SharedAddress barrier) {
     simt::release(simt::phase_barrier(simt::block(), barrier).clock);
     simt::arrive(simt::block(), barrier, 0);
+    simt::perhaps_leave_turn();
 }
 inline void barrier_arrive_expect(SharedAddress barrier, int bytes) {
     simt::release(simt::phase_barrier(simt::block(), barrier).clock);
     simt::arrive(simt::block(), barrier, bytes);
+    simt::perhaps_leave_turn();
 }
 inline void barrier_arrive_at(SharedAddress barrier, int rank) {
     simt::Block& target = simt::block_of_rank(simt::block(), rank);
@@ -195,6 +204,7 @@ inline void barrier_arrive_at(SharedAddress barrier, int rank) {
         simt::arrive(target, barrier, 0);
         --me.arrivals_under_way;
     });
+    simt::perhaps_leave_turn();
 }
 
 inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
