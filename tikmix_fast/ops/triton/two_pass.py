@@ -33,7 +33,10 @@ from tikmix_fast.ops.triton.gradient import (
 __all__ = ["group_influence", "panel_shape"]
 
 PANEL_BYTES = 32 << 20
-"""What the gradients of all domains in one panel may take, unless a single tile of each takes more."""
+"""What the gradients of all domains in one panel may take, unless a single tile of each takes more.
+
+The total takes up to a tile for each multiprocessor besides.
+"""
 
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # of the second kernel, whose programs are small
 _MOST_SPLITS = 64
@@ -188,16 +191,18 @@ class _Plan(NamedTuple):
     dtype: torch.dtype  # of the panel
 
 
-def panel_shape(domains: int, height: int, width: int, tile: Tile, element_bytes: int) -> tuple[int, int]:
+def panel_shape(height: int, width: int, tile: Tile, bytes_per_weight: int) -> tuple[int, int]:
     """Return height and width of the panels, in whole tiles except where the layer ends.
+
+    All domains together have ``bytes_per_weight`` for each of the panel's weights.
 
     Examples
     --------
     >>> tile = Tile(128, 128, 64, 8, 4)
-    >>> panel_shape(26, 4096, 4096, tile, 2), panel_shape(300, 4096, 4096, tile, 2), panel_shape(4, 100, 64, tile, 4)
+    >>> panel_shape(4096, 4096, tile, 26 * 2), panel_shape(4096, 4096, tile, 300 * 2), panel_shape(100, 64, tile, 16)
     ((128, 4096), (128, 384), (100, 64))
     """
-    numbers = PANEL_BYTES // (element_bytes * max(domains, 1))
+    numbers = PANEL_BYTES // bytes_per_weight
     wide = max(min(numbers // tile.block_o, width + tile.block_i) // tile.block_i, 1) * tile.block_i
     tall = max(numbers // min(wide, width) // tile.block_o, 1) * tile.block_o
     return min(tall, height), min(wide, width)
@@ -259,7 +264,8 @@ def _run(call: Call, partials: Tensor, plan: _Plan, splits: int | None) -> None:
     tile, product, panel_dtype = plan
     tasks, domains, slots = partials.shape
     rows, height, width = len(input), *queries.shape[1:]
-    tall, wide = panel_shape(domains, height, width, tile, panel_dtype.itemsize)
+    bytes_of_total = 0 if grad_weight is None else 4
+    tall, wide = panel_shape(height, width, tile, domains * panel_dtype.itemsize + bytes_of_total)
     programs = multiprocessors(input.device)
     tiles = triton.cdiv(tall, tile.block_o) * triton.cdiv(wide, tile.block_i)
     if splits is None:
