@@ -218,8 +218,9 @@ TIKMIX_FAST_DEVICE void exact_mma(const ExactProblem& problem, unsigned char* sh
     const MmaWalk walk(problem);
     RowLoader loader(problem, walk, shared);
     const BlockMultiplier<Number> multiplier(shared);
-    Epilogue<MmaShape, kBfloat16Queries, kTotal, 8> epilogue(problem, shared + kStages * MmaKernel::kStageBytes,
-                                                             thread_index());
+    constexpr int kAhead = kBfloat16Queries ? 8 : 4;  // as registers allow
+    Epilogue<MmaShape, kBfloat16Queries, kTotal, kAhead> epilogue(problem, shared + kStages * MmaKernel::kStageBytes,
+                                                                  thread_index());
     float accumulators[MmaShape::value().registers() / 4][4] = {};
     for (int stage = 0; stage < kStages - 1; ++stage) loader.copy_next(stage);
     int stage = 0;
