@@ -89,6 +89,8 @@ def test_rows_through_an_order_and_of_any_strides(backend: str, kind: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["f32", "bf16", "f64"])
 def test_a_pair_of_matrices_is_a_projection(backend: str, dtype: torch.dtype) -> None:
+    if (backend, dtype) == ("triton", torch.float64):
+        pytest.skip("the Triton kernels refuse matrices of float64; the reference takes them")
     (input, grad_output, offsets, queries, projection), expected, _ = case(SHAPES[2], torch.float32, "gaussian")
     pair = projection.matrices(dtype)
     values = ops.projected_group_influence(input, grad_output, offsets, queries, pair, backend=backend)
