@@ -180,7 +180,7 @@ class Rehearsal:
     """A CPU in place of the GPU: the same path with small sizes, whose numbers mean nothing."""
 
     where = torch.device("cpu")
-    cache_bytes = 1 << 10
+    cache_bytes = 1 << 12
 
     def describe(self) -> dict[str, Any]:
         """Return a name that cannot be taken for a result's."""
