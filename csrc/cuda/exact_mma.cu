@@ -10,11 +10,19 @@ constexpr int kBlocksPerMultiprocessor = 2;
 // Leaves room for one step past the end.
 constexpr int64_t kMostCounted = (int64_t{1} << 31) - (1 << 20);
 
+// Loads of queries that are under way; as the compiler's allocation of registers for each architecture allows without
+// spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kFloat32Ahead = 4;
+#else
+constexpr int kFloat32Ahead = 8;
+#endif
+
 template <class Number, bool kBfloat16Queries, bool kTotal, int kStages>
 __global__ void __launch_bounds__(MmaKernel::kThreads, kBlocksPerMultiprocessor)
     exact_mma_kernel(const __grid_constant__ ExactProblem problem) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    exact_mma<Number, kBfloat16Queries, kTotal, kStages>(problem, shared);
+    exact_mma<Number, kBfloat16Queries, kTotal, kStages, kBfloat16Queries ? 8 : kFloat32Ahead>(problem, shared);
 }
 
 using Kernel = void (*)(ExactProblem);

@@ -213,12 +213,11 @@ class BlockMultiplier {
 };
 
 // `shared` has MmaKernel::shared_bytes, aligned to 128.
-template <class Number, bool kBfloat16Queries, bool kTotal, int kStages>
+template <class Number, bool kBfloat16Queries, bool kTotal, int kStages, int kAhead = 8>
 TIKMIX_FAST_DEVICE void exact_mma(const ExactProblem& problem, unsigned char* shared) {
     const MmaWalk walk(problem);
     RowLoader loader(problem, walk, shared);
     const BlockMultiplier<Number> multiplier(shared);
-    constexpr int kAhead = kBfloat16Queries ? 8 : 4;  // as registers allow
     Epilogue<MmaShape, kBfloat16Queries, kTotal, kAhead> epilogue(problem, shared + kStages * MmaKernel::kStageBytes,
                                                                   thread_index());
     float accumulators[MmaShape::value().registers() / 4][4] = {};
