@@ -93,15 +93,23 @@ inline void arrive(Block& block, uint32_t address, int64_t bytes) {
     end_phase_if_complete(barrier);
 }
 
-// Whoever has arrived may not come to run for long, while others take what was released.
-inline void perhaps_leave_turn() {
-    if (random().below(4) != 0) return;
+inline void leave_turn() {
     thread().warp->patience = 0;
     yield();
+}
+// Whoever has arrived may not come to run for long, while others take what was released.
+inline void perhaps_leave_turn() {
+    if (random().below(4) == 0) leave_turn();
+}
+// Nor may a lane that is about to wait, while the rest of its warp goes on.
+inline void perhaps_fall_behind() {
+    if (random().below(512) != 0) return;
+    for (uint32_t turns = random().below(256); turns > 0; --turns) leave_turn();
 }
 
 template <class Barrier>
 void wait_for_phase(const char* what, Barrier& barrier, uint32_t parity) {
+    perhaps_fall_behind();
     wait_until([&] { return (barrier.phase & 1) != parity; }, what, static_cast<int64_t>(parity));
     acquire(barrier.clock);
     if (random().below(64) == 0) yield();
