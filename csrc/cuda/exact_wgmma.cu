@@ -16,6 +16,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) unsigned char shared[];
     exact_wgmma<Number, kCluster, kBfloat16Queries, kTotal>(problem, grad_output, input, shared);
+#else
+    __trap();  // no other architecture has the instructions
 #endif
 }
 
