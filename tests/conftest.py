@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 from tikmix_fast import ops
 from tikmix_fast.ops import cpu
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 REQUIRED = tuple(filter(None, os.environ.get("TIKMIX_FAST_REQUIRE", "").split(",")))
 
