@@ -1,11 +1,11 @@
 // Exact influence by mma.sync and cp.async, for sm_80 and newer.
 //
 // What 32 rows of a 128 x 128 tile cost a multiprocessor of an A100, counted in the machine code, not measured: 512
-// cycles of the tensor cores; 384 of shared memory (256 to read fragments, 128 to write rows; parts of 64 x 32 would read
-// for 384); about 220 slots of each scheduler, half of them for addresses and edges of the copies; 16 KiB from L2, 32
-// bytes a cycle of about 47. So the tensor cores limit it, with shared memory and L2 next. A bfloat16 query costs about
-// 310 slots, as much as 19 rows: 9 queries are hidden behind the other block's rows where a domain has many times 170
-// rows, and limit the kernel where it has fewer.
+// cycles of the tensor cores; 384 of shared memory (256 to read fragments, 128 to write rows; parts of 64 x 32 would
+// read for 384); about 220 slots of each scheduler, half of them for addresses and edges of the copies; 16 KiB from L2,
+// 32 bytes a cycle of about 47. So the tensor cores limit it, with shared memory and L2 next. A bfloat16 query costs
+// about 310 slots, as much as 19 rows: 9 queries are hidden behind the other block's rows where a domain has many times
+// 170 rows, and limit the kernel where it has fewer.
 #pragma once
 
 #include "epilogue.h"
