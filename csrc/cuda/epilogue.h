@@ -93,8 +93,8 @@ class Epilogue {
             const bool is_finite = multiply<kAsked>(accumulators, segment.domain, words);
             rows_ += segment.end - segment.begin;
             if (problem_.tasks > 0) {
-                flush = flush || !is_finite || problem_.tasks > kMostSumsKept ||
-                        (next.end - next.begin) * kDigits < rows_;
+                flush =
+                    flush || !is_finite || problem_.tasks > kMostSumsKept || (next.end - next.begin) * kDigits < rows_;
             }
         }
         if (kTotal) {
@@ -142,7 +142,7 @@ class Epilogue {
             for (int j = 0; j < 4; ++j) {
                 const uint32_t word = words[i].word[j];
                 if constexpr (kBfloat16Queries) {
-                    const float(&four)[4] = accumulators[(step * kAhead + i) * 2 + j / 2];
+                    const float (&four)[4] = accumulators[(step * kAhead + i) * 2 + j / 2];
                     sums[j % 2 * 2] += four[j % 2 * 2] * low_bfloat16(word);
                     sums[j % 2 * 2 + 1] += four[j % 2 * 2 + 1] * high_bfloat16(word);
                 } else {
@@ -224,8 +224,8 @@ class Epilogue {
 
     TIKMIX_FAST_DEVICE void store_split_total(const float (&accumulators)[kBlocks][4]) {
         const int64_t tiles = tile_rows() * tile_columns();
-        float* const to = problem_.split_totals + split_total_position(Shape::value(), tiles, split_, tile_number(),
-                                                                       warp(), 0, lane());
+        float* const to = problem_.split_totals +
+                          split_total_position(Shape::value(), tiles, split_, tile_number(), warp(), 0, lane());
         TIKMIX_FAST_UNROLL
         for (int block = 0; block < kBlocks; ++block) {
             Floats4* const four = reinterpret_cast<Floats4*>(to + block * kLanes * 4);

@@ -63,7 +63,7 @@ struct MmaRows {
         next(problem);
     }
     TIKMIX_FAST_DEVICE void next(const ExactProblem& problem) {
-        const Segment segment = next_segment(problem.domains, problem.rows, {begin, end}, domain + 1);
+        const Segment segment = next_segment(problem.domains, {begin, end}, domain + 1);
         domain = static_cast<int>(segment.domain);
         segment_begin = static_cast<int>(segment.begin);
         segment_end = static_cast<int>(segment.end);

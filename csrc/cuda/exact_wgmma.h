@@ -140,8 +140,8 @@ class WgmmaLoader {
         for (int64_t index = block_index() / kCluster; index < items; index += block_count() / kCluster) {
             const WgmmaItem item = wgmma_item(problem_, kCluster, index, rank_);
             const Domains& domains = problem_.domains;
-            for (Segment segment = next_segment(domains, problem_.rows, item.rows, 0); segment.domain < domains.count;
-                 segment = next_segment(domains, problem_.rows, item.rows, segment.domain + 1)) {
+            for (Segment segment = next_segment(domains, item.rows, 0); segment.domain < domains.count;
+                 segment = next_segment(domains, item.rows, segment.domain + 1)) {
                 for (int64_t row = segment.begin; row < segment.end; row += kBoxRows) load(item.tile, row, segment.end);
             }
         }
@@ -273,9 +273,9 @@ class WgmmaMultiplier {
             const WgmmaItem item = wgmma_item(problem_, kCluster, index, rank_);
             const bool is_inside = item.tile.row * kTileWgmma.rows < problem_.height;
             epilogue_.begin_item(item.number, item.split, item.tile);
-            Segment segment = next_segment(domains, problem_.rows, item.rows, 0);
+            Segment segment = next_segment(domains, item.rows, 0);
             do {
-                const Segment next = next_segment(domains, problem_.rows, item.rows, segment.domain + 1);
+                const Segment next = next_segment(domains, item.rows, segment.domain + 1);
                 const int64_t stages = divide_up(segment.end - segment.begin, kBoxRows);
                 if (is_inside) {
                     Queries queries;

@@ -58,8 +58,8 @@ struct WgmmaShape {
 };
 
 // Element number of one lane's registers `load * per_load` ... in the packed queries.
-TIKMIX_FAST_ANYWHERE constexpr int64_t packed_position(const TileShape& shape, int per_load, int64_t tasks, int64_t tile,
-                                                       int64_t task, int warp, int load, int lane) {
+TIKMIX_FAST_ANYWHERE constexpr int64_t packed_position(const TileShape& shape, int per_load, int64_t tasks,
+                                                       int64_t tile, int64_t task, int warp, int load, int lane) {
     const int64_t loads = shape.registers() / per_load;
     return ((((tile * tasks + task) * shape.warps() + warp) * loads + load) * kLanes + lane) * per_load;
 }
@@ -69,8 +69,8 @@ struct QueryPlace {
 };
 
 // The inverse: what lies at an element number of the packed queries.
-TIKMIX_FAST_ANYWHERE QueryPlace packed_element(const TileShape& shape, int per_load, int64_t tasks, int64_t tile_columns,
-                                               int64_t position) {
+TIKMIX_FAST_ANYWHERE QueryPlace packed_element(const TileShape& shape, int per_load, int64_t tasks,
+                                               int64_t tile_columns, int64_t position) {
     const int in_load = static_cast<int>(position % per_load);
     const int lane = static_cast<int>(position / per_load % kLanes);
     int64_t rest = position / per_load / kLanes;

@@ -15,7 +15,8 @@ struct Rows {
     int64_t stride;
 };
 
-// How the rows fall on domains. Neither is trusted: a kernel clamps what it reads, and the last one says what was wrong.
+// How the rows fall on domains. Neither is trusted: a kernel clamps what it reads, and the last one says what was
+// wrong.
 struct Domains {
     const int64_t* offsets;  // [m + 1]
     const int64_t* order;    // [T], or null
@@ -55,8 +56,8 @@ struct ProjectedProblem {
     int64_t dim, rows_at_once, splits;  // as plan_projected in projected_plan.h says
     float* partials;  // [n, m, splits]: what the rows of each split add, scaled; only what a split touches is written
     double* values;   // [n, m]
-    // Projected gradients, where they are wanted (else null): [m + splits, k_out, k_in], of which domain d of split s has
-    // number d + s, and the sum [m, k_out, k_in].
+    // Projected gradients, where they are wanted (else null): [m + splits, k_out, k_in], of which domain d of split s
+    // has number d + s, and the sum [m, k_out, k_in].
     float* slots;
     float* gradients;
     int32_t* flag;

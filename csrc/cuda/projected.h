@@ -164,7 +164,7 @@ class ProjectedRange {
             sync_block();
             const int64_t end = least(begin + Shape::kRows, range.end);
             while (true) {
-                const Segment segment = next_segment(domains, problem_.rows, range, domain);
+                const Segment segment = next_segment(domains, range, domain);
                 domain = segment.domain;
                 if (segment.begin >= end) break;
                 add_product(product, static_cast<int>(most(segment.begin - begin, 0)),

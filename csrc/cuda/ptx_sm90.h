@@ -111,8 +111,8 @@ TIKMIX_FAST_DEVICE int cluster_rank() {
 }
 // Waits for all threads of the cluster; what they wrote and where they arrived before is seen after.
 TIKMIX_FAST_DEVICE void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Takes registers from the pool of the block, or gives them back; a whole warpgroup calls it.

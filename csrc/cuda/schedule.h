@@ -33,7 +33,7 @@ TIKMIX_FAST_ANYWHERE RowRange rows_of_split(int64_t rows, int64_t splits, int64_
 }
 
 struct WorkItem {
-    int64_t tile;   // as tile_at numbers them
+    int64_t tile;  // as tile_at numbers them
     int64_t split;
 };
 

@@ -16,7 +16,7 @@ struct Segment {
 
 // The first domain from `domain` on with rows inside the range. Rows that several domains claim, as only wrong offsets
 // can say, are walked once for each.
-TIKMIX_FAST_ANYWHERE Segment next_segment(const Domains& domains, int64_t rows, RowRange range, int64_t domain) {
+TIKMIX_FAST_ANYWHERE Segment next_segment(const Domains& domains, RowRange range, int64_t domain) {
     for (; domain < domains.count; ++domain) {
         const int64_t begin = clamp(domains.offsets[domain], range.begin, range.end);
         const int64_t end = clamp(domains.offsets[domain + 1], range.begin, range.end);

@@ -93,8 +93,8 @@ void splits(int64_t rows, int64_t count, int64_t block, Address out) {
 int64_t segments(Address offsets, int64_t domains, int64_t rows, int64_t begin, int64_t end, Address out) {
     const Domains all = {numbers(offsets), nullptr, domains};
     int64_t *next = numbers(out), count = 0;
-    for (Segment segment = next_segment(all, rows, {begin, end}, 0); segment.domain < domains && count < domains;
-         segment = next_segment(all, rows, {begin, end}, segment.domain + 1), ++count) {
+    for (Segment segment = next_segment(all, {begin, end}, 0); segment.domain < domains && count < domains;
+         segment = next_segment(all, {begin, end}, segment.domain + 1), ++count) {
         *next++ = segment.domain;
         *next++ = segment.begin;
         *next++ = segment.end;
