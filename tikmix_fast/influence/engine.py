@@ -21,6 +21,7 @@ from tikmix_fast.influence import offload
 from tikmix_fast.influence.capture import Capture
 from tikmix_fast.influence.conservation import check_conservation
 from tikmix_fast.influence.coverage import Coverage
+from tikmix_fast.influence.ekfac import EKFAC
 from tikmix_fast.influence.estimator import Estimator
 from tikmix_fast.influence.gradients import GradientBefore, gradients_set_aside, without_synchronisation
 from tikmix_fast.influence.matrix import InfluenceMatrix
@@ -67,8 +68,8 @@ class InfluenceEngine:
         inside the contexts.
     domains, tasks : sequence of str
         The columns and the rows of the matrix.
-    preconditioner : "adam", "identity" or Preconditioner
-        P. "adam" scales by the optimizer's own second moments.
+    preconditioner : "adam", "identity", "ekfac", "diagonal_fisher" or Preconditioner
+        P. "adam" scales by the optimizer's own second moments; "ekfac" and "diagonal_fisher" are fitted by `fisher`.
     optimizer : torch.optim.Adam, AdamW, or a state dict with names
         Read by "adam" when the queries freeze, never changed.
     projection : Projection or None
@@ -265,6 +266,68 @@ class InfluenceEngine:
             _check_targets(tokens, factor, found["losses"], mask)
             self._tasks.add(index, gradients, float(tokens[0]), factor)
             self._weights = weights
+
+    @contextmanager
+    def fisher(
+        self,
+        stage: Literal["factors", "eigenvalues"] = "eigenvalues",
+        *,
+        sequences: int | None = None,
+        tokens: int | None = None,
+    ) -> Iterator[None]:
+        """Fit the Fisher matrix of "ekfac" or "diagonal_fisher" to one batch: run forward and backward inside.
+
+        Before the first `domains`: "factors" for a number of batches, then "eigenvalues" for the same or others
+        ("diagonal_fisher" needs the second alone). The labels that ``F.cross_entropy`` or ``F.nll_loss`` compares with
+        are replaced by labels sampled from the model wherever they are not ignored. What the loss is divided or scaled
+        by does not matter, as every target that it depends on counts once; terms beside the cross-entropy must be left
+        out. ``p.grad`` is untouched. Costs a forward and a backward and, per layer, products as large as these.
+
+        Parameters
+        ----------
+        stage : "factors" or "eigenvalues"
+        sequences : int, optional
+            How many sequences the batch has: eigenvalues then come from per-sequence gradients, with less noise than
+            from the gradient of the whole batch.
+        tokens : int, optional
+            For losses other than cross-entropy: you sampled the labels yourself, and the loss is the *sum* of the
+            negative log-likelihoods of so many targets. With the data's own labels it is the empirical Fisher matrix.
+
+        Raises
+        ------
+        RuntimeError
+            If the preconditioner is of another kind, the stages are out of order, the queries are frozen, or no
+            cross-entropy or no backward was seen.
+        ValueError
+            If a layer had no part in "factors", or labels cannot be sampled (class weights).
+        FloatingPointError
+            If the result is not finite; nothing of the batch is kept then.
+
+        Examples
+        --------
+        >>> model = nn.Linear(4, 3)
+        >>> engine = InfluenceEngine(model, ["web"], ["qa"], preconditioner="ekfac")
+        >>> for stage in ("factors", "eigenvalues"):
+        ...     with engine.fisher(stage, sequences=8):
+        ...         nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.zeros(8, dtype=torch.long)).backward()
+        """
+        self._require_idle()
+        if not isinstance(self.preconditioner, EKFAC):
+            raise RuntimeError(
+                "fisher(...) fits preconditioner='ekfac' or 'diagonal_fisher'; this engine's is "
+                f"{self.preconditioner.name!r}"
+            )
+        if self._queries is not None:
+            raise RuntimeError(
+                "the queries are frozen since the first domains(...): call engine.refresh() before fisher"
+            )
+        parameters = self.parameters()
+        self._check_parameters(parameters)
+        options = {"sequences": sequences, "tokens": tokens, "batch_dim": self.batch_dim}
+        with ExitStack() as stack:
+            self._enter(stack)
+            stack.enter_context(self.preconditioner.observe(self.model, parameters, stage, **options))
+            yield
 
     @contextmanager
     def domains(

@@ -7,9 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
 from tikmix_fast.influence.optimizer_state import AdamMoment, read_adam
 
-__all__ = ["Adam", "Identity", "Preconditioner", "make_preconditioner"]
+__all__ = ["EKFAC", "Adam", "DiagonalFisher", "Identity", "Preconditioner", "make_preconditioner"]
 
 
 @runtime_checkable
@@ -17,7 +18,33 @@ class Preconditioner(Protocol):
     """Turn task gradients into queries; write your own with these two methods.
 
     ``prepare`` is called once per refresh, when the queries freeze; ``apply`` then once per parameter with the stacked
-    task gradients [q, *shape], which it may change in place, and returns the queries, of the same shape.
+    task gradients [q, *shape], which it may change in place, and returns the queries, of the same shape. S is <P g_i,
+    g_j> whatever P is; it says something about a step if P is symmetric and positive.
+
+    Examples
+    --------
+    Steps in proportion to the size of each parameter, as LARS takes them:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from tikmix_fast import InfluenceEngine
+    >>> class RelativeSteps:
+    ...     name = "relative"
+    ...
+    ...     def prepare(self, parameters, optimizer):
+    ...         self.scale = {name: float(p.detach().square().mean()) for name, p in parameters.items()}
+    ...
+    ...     def apply(self, name, gradients):
+    ...         return gradients.mul_(self.scale[name])
+    >>> model = nn.Linear(4, 1, bias=False)
+    >>> _ = nn.init.constant_(model.weight, 3.0)
+    >>> engine = InfluenceEngine(model, ["web"], ["qa"], preconditioner=RelativeSteps())
+    >>> with engine.task("qa"):
+    ...     model(torch.ones(8, 4)).mean().backward()
+    >>> with engine.domains("web"):
+    ...     model(torch.ones(8, 4)).mean().backward()
+    >>> engine.matrix().values  # 9 times <g, g> = 4
+    array([[36.]])
     """
 
     name: str
@@ -58,6 +85,13 @@ class Adam:
 
     With it S is the decrease of a task's loss per unit step along P times the domain's mean gradient, with v frozen. A
     real Adam step on that domain moves v as well, so its decrease is smaller by a common factor.
+
+    Supported are torch.optim.Adam and AdamW (also fused, foreach, amsgrad) and saved states of them with names. Muon,
+    Shampoo, SOAP and Lion are not: Muon's step U V^T and Lion's sign are no linear map of a gradient, so there is no P
+    that S could be made of, and a state that such optimizers keep is refused rather than misread. Where Muon trains
+    the matrices and AdamW the rest, as is usual: pass that AdamW as ``optimizer`` with ``exclude`` patterns of Muon's
+    matrices for the influence through the rest alone, or use "ekfac" for all, or write a `Preconditioner` that asks an
+    `Adam` or an `EKFAC` by the name of the parameter.
     """
 
     name = "adam"
@@ -96,7 +130,12 @@ def make_preconditioner(choice: str | Preconditioner) -> Preconditioner:
         If it is neither a name nor a `Preconditioner`.
     """
     if isinstance(choice, str):
-        known: dict[str, Callable[[], Preconditioner]] = {"identity": Identity, "adam": Adam}
+        known: dict[str, Callable[[], Preconditioner]] = {
+            "identity": Identity,
+            "adam": Adam,
+            "ekfac": EKFAC,
+            "diagonal_fisher": DiagonalFisher,
+        }
         if choice not in known:
             raise ValueError(f"preconditioner must be one of {', '.join(known)} or a Preconditioner; got {choice!r}")
         return known[choice]()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tikmix_fast import ops
 from tikmix_fast.influence.offload import Copier, Prefetcher, can_leave
-from tikmix_fast.influence.preconditioners import Preconditioner
+
+if TYPE_CHECKING:
+    from tikmix_fast.influence.preconditioners import Preconditioner
 
 __all__ = ["HeldQueries", "Queries", "TaskGradients", "accumulated"]
 
