@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import stat
 
@@ -94,6 +95,79 @@ def test_significant():
     expected = [[True, False, False], [False, True, False]]
     assert full().significant(0.95).tolist() == expected
     assert full().significant(0.5).tolist()[0] == [True, True, True]
+
+
+def test_significant_takes_the_confidence():
+    for level in (0.05, 0.49, 1.0):
+        with pytest.raises(ValueError, match="level must be the confidence, at least"):
+            full().significant(level)
+    with pytest.raises(ValueError, match='correction must be "bh" or None'):
+        full().significant(correction="bonferroni")
+
+
+def test_p_values_agree_with_intervals():
+    matrix = full()
+    p = matrix.p_values()
+    # Of t with 4 degrees of freedom at 10 by a table; with 1 (Cauchy) at 5/4 in closed form; normal at 5/3.
+    np.testing.assert_allclose(
+        p[0], [0.000562, 1 - 2 * math.atan(1.25) / math.pi, math.erfc(5 / 3 / math.sqrt(2))], atol=1e-6
+    )
+    assert np.isnan(p[1, 2])
+    for level in (0.5, 0.9, 0.95, 0.999):
+        np.testing.assert_array_equal(matrix.significant(level), p < 1 - level)
+
+
+def test_benjamini_hochberg_written_out():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(4, 25)) + np.where(random.random((4, 25)) < 0.3, 4.0, 0.0)
+    errors = np.where(random.random((4, 25)) < 0.1, np.nan, 1.0)
+    matrix = InfluenceMatrix.from_values(values, stderr=errors)
+    p = matrix.p_values()
+    ordered = np.sort(p[~np.isnan(p)])
+    passed = np.flatnonzero(ordered <= 0.05 * np.arange(1, len(ordered) + 1) / len(ordered))
+    expected = p <= ordered[passed[-1]]
+    found = matrix.significant(correction="bh")
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < found.sum() < matrix.significant().sum()
+    assert not InfluenceMatrix.from_values(values).significant(correction="bh").any(), "no errors, nothing known"
+
+
+def test_benjamini_hochberg_bounds_false_discoveries():
+    random = np.random.default_rng(1)
+    truth = np.where(random.random((400, 30)) < 0.2, 3.0, 0.0)
+    matrices = [
+        InfluenceMatrix.from_values((row + random.normal(size=30))[None], stderr=np.ones((1, 30))) for row in truth
+    ]
+    found = np.array([matrix.significant(correction="bh")[0] for matrix in matrices])
+    false = (found & (truth == 0)).sum(1) / np.maximum(found.sum(1), 1)
+    assert 0.02 < false.mean() < 0.055
+
+
+def test_relative_error():
+    matrix = full()
+    spread = VALUES[0].std(ddof=1)
+    unmeasured = InfluenceMatrix.from_values(VALUES[:1], stderr=STDERR[:1])
+    assert unmeasured.relative_error()[0] == pytest.approx(np.sqrt((STDERR[0] ** 2).mean()) / spread)
+    # A domain without a value in one task is left out of all; its error is unknown.
+    np.testing.assert_allclose(
+        matrix.relative_error("domain"), 0.8 * np.sqrt((STDERR[:, :2] ** 2).mean(1)) / VALUES[:, :2].std(axis=1, ddof=1)
+    )
+    assert np.isinf(InfluenceMatrix.from_values([[1.0, 2.0]]).relative_error()[0]), "unknown error"
+    assert np.isinf(InfluenceMatrix.from_values([[2.0, 2.0]], stderr=[[1.0, 1.0]]).relative_error()[0])
+    assert np.isnan(InfluenceMatrix.from_values([[2.0]], stderr=[[1.0]]).relative_error()[0]), "one domain"
+    with pytest.raises(ValueError, match="side must be"):
+        matrix.relative_error("task")
+
+
+def test_bad_intervals():
+    with pytest.raises(ValueError, match="method must be"):
+        full().interval(method="bayes")
+    with pytest.raises(ValueError, match="resamples must be at least 2"):
+        full().interval(method="bootstrap", resamples=1)
+    with pytest.raises(ValueError, match="no record"):
+        full().interval(method="bootstrap")
+    with pytest.raises(ValueError, match="draws must be at least 1"):
+        full().split_half(draws=0)
 
 
 def test_save_and_load(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.influence.record import MicrobatchRecord
 
 __all__ = ["Estimator"]
 
@@ -27,6 +28,8 @@ class Estimator:
 
     Influence is bilinear, so each of the two variances also holds the product of both sides' noise. That part is
     estimated from how much noisier the single splits are than their mean, and counted once.
+
+    Beside the sums a bounded `MicrobatchRecord` is kept, for intervals by resampling, split halves and heavy tails.
 
     Parameters
     ----------
@@ -48,6 +51,7 @@ class Estimator:
         # of it that is both sides' noise, and whether all that is known.
         self._task_variance, self._task_spread, self._both = np.zeros((n, m)), np.zeros((n, m)), np.zeros((n, m))
         self._task_known = np.ones((n, m), dtype=bool)
+        self._record: MicrobatchRecord | None = MicrobatchRecord(n, m)
         self._round: _Round | None = None
 
     def begin_round(self, owners: Sequence[int], weights: Sequence[float]) -> None:
@@ -73,6 +77,9 @@ class Estimator:
         if self._round is None:
             raise RuntimeError("no queries: begin a round first")
         combined = self._round.add(products, tokens, self.n)
+        if self._record is not None:
+            shares, first = self._round.first_half(products, self.n)
+            self._record.add(combined, tokens, first, shares[:, None] * tokens)
         self._microbatches += tokens > 0
         self._tokens += tokens
         self._tokens_squared += tokens**2
@@ -107,6 +114,7 @@ class Estimator:
             of_projection = None if projection_variance is None else projection_variance / self._tokens**2
             total = total if of_projection is None else total + of_projection
             dof = total**2 / (domain_variance**2 / (count - 1) + spread / self._tokens**4)
+            dof = np.where(total == 0, np.inf, dof)
         return InfluenceMatrix(
             values=values,
             stderr=np.sqrt(total),
@@ -120,6 +128,8 @@ class Estimator:
             dropped=dropped,
             settings=dict(settings or {}),
             stderr_projection=None if of_projection is None else np.sqrt(of_projection),
+            effective_microbatches=_kish(self._tokens, self._tokens_squared),
+            record=None if self._record is None else self._record.copy(),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,10 +146,14 @@ class Estimator:
             "task_spread": spread.tolist(),
             "both": both.tolist(),
             "task_known": known.tolist(),
+            "record": None if self._record is None else self._record.to_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the sums that `state_dict` gave; nothing changes if they do not fit.
+
+        A state from before there was a record has none, and what is added to it is not recorded either: a record of a
+        part would be taken for the whole.
 
         Raises
         ------
@@ -154,7 +168,7 @@ class Estimator:
                 ("sum", "squares", "cross", "task_variance", "task_spread", "both", "task_known"), (self.n, self.m)
             ),
         }
-        if not isinstance(state, Mapping) or set(state) != set(shapes):
+        if not isinstance(state, Mapping) or set(state) - {"record"} != set(shapes):
             raise ValueError(f"state 'estimator' must be a mapping with {', '.join(shapes)}")
         read: dict[str, Any] = {}
         for name, shape in shapes.items():
@@ -162,6 +176,8 @@ class Estimator:
             read[name] = np.array(state[name], dtype=kind)
             if read[name].shape != shape:
                 raise ValueError(f"state {name!r} must have shape {shape}; got {read[name].shape}")
+        record = state.get("record")
+        self._record = None if record is None else MicrobatchRecord.from_dict(record, self.n, self.m)
         for name, value in read.items():
             setattr(self, f"_{name}", value)
         self._round = None
@@ -194,6 +210,16 @@ class _Round:
         self.sum, self.squares, self.cross = np.zeros((queries, m)), np.zeros((queries, m)), np.zeros((queries, m))
         self.task_squares: dict[int, Array] = {int(task): np.zeros(m) for task in owners}
         self.task_cross: dict[int, Array] = {int(task): np.zeros(m) for task in owners}
+        # Every other split of each task, and their share of its tokens.
+        order = np.array([(owners[:q] == owners[q]).sum() for q in range(queries)], dtype=np.int64)
+        self.first_weights = np.where(order % 2 == 0, self.weights, 0.0)
+
+    def first_half(self, products: Array, n: int) -> tuple[Array, Array]:
+        """Return what share of each task's tokens its first half of splits is [n], and its part of a micro-batch."""
+        share, part = np.zeros(n), np.zeros((n, products.shape[1]))
+        np.add.at(share, self.owners, self.first_weights)
+        np.add.at(part, self.owners, self.first_weights[:, None] * products)
+        return share, part
 
     def add(self, products: Array, tokens: Array, n: int) -> Array:
         """Take one micro-batch and return it for the tasks' combined queries, [n, m]."""
@@ -240,3 +266,8 @@ def _ratio_variance(
         ratio = sums / tokens
         residual = squares - 2 * ratio * cross + ratio**2 * tokens_squared
         return np.asarray(count / (count - 1) * np.maximum(residual, 0))
+
+
+def _kish(tokens: Array, tokens_squared: Array) -> Array:
+    """Return how many equally large micro-batches would tell as much; 0 where there is none."""
+    return np.asarray(tokens**2 / np.where(tokens_squared > 0, tokens_squared, 1.0))
