@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kFinishThreads) check_order_kernel(const __gri
     check_order(problem);
 }
 
-__global__ void __launch_bounds__(kFinishThreads)
+// With one block asked for, ptxas need not spill to fit more.
+__global__ void __launch_bounds__(kFinishThreads, 1)
     finish_total_kernel(const __grid_constant__ ExactProblem problem, const __grid_constant__ TileShape shape) {
     finish_total(problem, shape);
 }
