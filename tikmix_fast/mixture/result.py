@@ -51,10 +51,12 @@ class MixtureResult:
     solver : str
         The solver that found the weights: ``"slsqp"``, ``"interior"``, or ``"none"`` where the prior is returned.
     gap : float
-        What ``fun`` may be above the optimum, before smoothing: a bound for ``"interior"``, the disagreement of two
-        starts for ``"slsqp"``, NaN for ``"none"``.
+        What ``fun`` may be above the optimum, before smoothing and confidence: a bound for ``"interior"``, the
+        disagreement of two starts for ``"slsqp"``, NaN for ``"none"``.
     warnings : tuple of str
         Also given through `warnings.warn`.
+    known : float64 [m] or None
+        With ``confidence``: the share of its way to the solved weight that each domain was allowed.
 
     Raises
     ------
@@ -80,6 +82,7 @@ class MixtureResult:
     solver: str
     gap: float
     warnings: tuple[str, ...]
+    known: Array | None = None
 
     def __post_init__(self) -> None:
         if not (self.weights.ndim == 1 and (self.weights >= 0).all() and abs(self.weights.sum() - 1.0) <= 1e-9):

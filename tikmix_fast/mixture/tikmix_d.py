@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.mixture import interior, slsqp
 from tikmix_fast.mixture.bounds import check_feasible, join_bounds
+from tikmix_fast.mixture.caution import cautious_step, known_shares
 from tikmix_fast.mixture.inputs import Names, label, per_domain, read_matrix, read_number, read_prior
 from tikmix_fast.mixture.problem import TOLERANCE, Limit, Norm, Problem, Solution, entropy, kl_divergence, row_scale
 from tikmix_fast.mixture.result import MixtureResult
@@ -43,6 +44,7 @@ def tikmix_d(
     max_epochs: float = 1.0,
     max_kl: float | None = None,
     smoothing: float = 0.0,
+    confidence: float | None = None,
     solver: Literal["auto", "slsqp", "interior"] = "auto",
 ) -> MixtureResult:
     """Find the mixture that serves all tasks most, by the influence of the domains on them.
@@ -88,6 +90,12 @@ def tikmix_d(
     smoothing : float
         Share of the prior in the answer, 0 to 1: ``w <- smoothing * prior + (1 - smoothing) * w``, after solving. Keeps
         Pareto and the KL limit, which are convex; refused where the prior itself is outside the bounds.
+    confidence : float, optional
+        Between 0 and 1, for an `InfluenceMatrix` with standard errors: every domain moves at most that share of its way
+        from the prior to its solved weight which the lower confidence bound of its column's difference from the prior
+        mixture leaves of that difference. A larger error never moves more weight; a domain whose error is unknown (too
+        few micro-batches) does not move; without error it is the plain solution. 0.5 is mild, 0.95 strict. Refused
+        where the prior itself is outside the bounds.
     solver : {"auto", "slsqp", "interior"}
         SLSQP from two starts, as in the paper, or an interior point method whose systems have the size of the number of
         tasks: the same optimum, several times faster, and what ``"auto"`` takes. Where one fails its checks the other
@@ -145,6 +153,12 @@ def tikmix_d(
         raise ValueError("one of uniformity, influence and diversity must be above 0; got 0 for all")
     if solver not in ("auto", "slsqp", "interior"):
         raise ValueError(f'solver must be "auto", "slsqp" or "interior"; got {solver!r}')
+    if confidence is not None:
+        confidence = read_number("confidence", confidence)
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1; got {confidence:g}")
+        if not isinstance(matrix, InfluenceMatrix):
+            raise ValueError("confidence needs standard errors: pass an InfluenceMatrix, not a plain array")
     limit_kl = None if max_kl is None else read_number("max_kl", max_kl, positive=True)
 
     floors = [Limit("floor", per_domain("floor", floor, domains, m, default=0.0))]
@@ -152,12 +166,12 @@ def tikmix_d(
     if limit_kl is not None:
         caps.append(Limit("max_kl (zero where the prior is)", np.where(start > 0, 1.0, 0.0)))
     lower, upper = join_bounds(floors, caps, start, measured, domains)
-    if smoothing > 0:
+    for argument, value, off in (("smoothing", smoothing or None, 0), ("confidence", confidence, None)):
         outside = np.flatnonzero((start < lower - TOLERANCE) | (start > upper + TOLERANCE))
-        if outside.size:
+        if value is not None and outside.size:
             j = int(outside[0])
             raise ValueError(
-                f"smoothing must be 0 where the prior is outside the bounds; got {smoothing:g}, with the prior of"
+                f"{argument} must be {off} where the prior is outside the bounds; got {value:g}, with the prior of"
                 f" domain {label(domains, j)}, {start[j]:g}, outside [{lower[j]:g}, {upper[j]:g}]"
             )
 
@@ -185,6 +199,14 @@ def tikmix_d(
         wrong = problem.violations(start)
         message += "; the prior is returned" + (f", which itself misses: {'; '.join(wrong)}" if wrong else "")
         warned.append(message)
+    shares = None
+    if confidence is not None:
+        shares = known_shares(matrix, scale, start, confidence)
+        if found is not None:
+            whole = float(np.abs(weights - start).sum())
+            weights = cautious_step(problem, weights, shares)
+            part = float(np.abs(weights - start).sum()) / whole if whole > 0 else 1.0
+            message += f"; confidence {confidence:g} left {part:.0%} of the step"
     names = domains or range(m)
     kept = tuple(names[j] for j in np.flatnonzero(~measured))
     if kept:
@@ -213,6 +235,7 @@ def tikmix_d(
         solver=used,
         gap=found.gap * unit if found else math.nan,
         warnings=tuple(warned),
+        known=shares,
     )
 
 
