@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -33,6 +33,7 @@ from tikmix_fast.influence.projection import Projection, back_project
 from tikmix_fast.influence.queries import Queries, TaskGradients
 from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.rows import RowLabels
+from tikmix_fast.influence.stopping import Batch, until_known
 from tikmix_fast.influence.target_counts import SeenLosses, targets_and_weight, watch_losses
 from tikmix_fast.influence.target_tokens import check_mask, count_target_tokens, masked_targets
 from tikmix_fast.influence.transfers import read_together
@@ -443,6 +444,34 @@ class InfluenceEngine:
         }
         variance = None if self.projection is None else self._projection_variance()
         return self._estimator.matrix(self.task_names, self.domain_names, self.dropped, settings, variance)
+
+    def run_until(self, batches: Iterable[Batch], rel_error: float = 0.2, *, least: int = 8) -> Iterator[Batch]:
+        """Yield batches to measure inside `domains`, until the influence is known well enough for a mixture.
+
+        That is when `InfluenceMatrix.relative_error` of every task is at most ``rel_error``, and every domain has
+        ``least`` micro-batches: as the errors are looked at again and again, few would look good by chance. Ends with a
+        warning in the log where the batches end, or where the tasks' own error is too large for it.
+
+        Raises
+        ------
+        ValueError
+            If ``rel_error`` is not above 0 or ``least`` is below 2.
+
+        Examples
+        --------
+        >>> model = nn.Linear(4, 1)
+        >>> engine = InfluenceEngine(model, ["web", "code"], ["qa"], preconditioner="identity")
+        >>> for _ in range(2):
+        ...     with engine.task("qa"):
+        ...         model(torch.ones(8, 4)).mean().backward()
+        >>> def loader():
+        ...     while True:
+        ...         yield torch.stack([torch.rand(4), 1 + torch.rand(4)])
+        >>> for rows in engine.run_until(loader(), rel_error=0.3):
+        ...     with engine.domains([0, 1]):
+        ...         model(rows).mean().backward()
+        """
+        return until_known(batches, self.matrix, rel_error, least)
 
     def memory_estimate(
         self,
