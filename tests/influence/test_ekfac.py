@@ -251,6 +251,43 @@ def test_diagonal_fisher_is_the_mean_square_of_gradients(tiny):
         np.testing.assert_allclose(solve(fisher, model, name, gradient), expected.detach().numpy(), rtol=1e-8)
 
 
+def test_how_sequences_are_batched_changes_nothing(tiny):
+    model, batches, targets = tiny
+    one = fit_given(EKFAC(), model, batches, targets, 3)
+    alone = [[each for batch in some for each in batch.split(1)] for some in (batches, targets)]
+    kept = [(x, y) for x, y in zip(*alone, strict=True) if (y != -100).any()]
+    other = fit_given(EKFAC(), model, *map(list, zip(*kept, strict=True)), 1)
+    for name in SINGLE:
+        gradient = torch.randn_like(named(model)[name])
+        np.testing.assert_allclose(
+            solve(one, model, name, gradient), solve(other, model, name, gradient), rtol=1e-8, atol=1e-9
+        )
+
+
+def test_where_float32_does_not_converge_float64_does(tiny, monkeypatch):
+    model, batches, targets = tiny
+    model.float()
+    expected = fit_given(EKFAC(), model, batches, targets, 3)
+    eigh, seen = torch.linalg.eigh, []
+
+    def failing(factor):
+        seen.append(factor.dtype)
+        if factor.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(factor)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    found = fit_given(EKFAC(), model, batches, targets, 3)
+    assert set(seen) == {torch.float32, torch.float64}
+    gradient = torch.randn(9, 6)
+    np.testing.assert_allclose(
+        solve(found, model, "head.weight", gradient),
+        solve(expected, model, "head.weight", gradient),
+        rtol=1e-3,
+        atol=1e-2,
+    )
+
+
 def test_absolute_damping(tiny):
     model, batches, targets = tiny
     ekfac = fit_given(EKFAC(absolute_damping=1e12), model, batches, targets, 3)
@@ -644,6 +681,8 @@ def test_bad_batches_leave_what_was_fitted_as_it_was(tiny):
 
     with pytest.raises(FloatingPointError, match="nothing of it was kept"), observe(tokens=5):
         (causal_loss(model, x) * math.nan).backward()
+    with pytest.raises(ValueError, match=r"tokens=5 must be .* had 12 targets of weight 0.0833333"), observe(tokens=5):
+        causal_loss(model, x).backward()
     with pytest.raises(RuntimeError, match=r"run loss.backward\(\)"), observe():
         causal_loss(model, x)
     with pytest.raises(RuntimeError, match=r"no call of F\.cross_entropy"), observe():

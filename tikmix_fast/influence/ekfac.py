@@ -22,6 +22,7 @@ from tikmix_fast.influence.gradients import gradients_set_aside, without_synchro
 from tikmix_fast.influence.optimizer_state import canonical_name
 from tikmix_fast.influence.rows import RowLabels
 from tikmix_fast.influence.sampled_labels import sampled_labels
+from tikmix_fast.influence.target_counts import SeenLosses, targets_and_weight, watch_losses
 
 __all__ = ["EKFAC", "DiagonalFisher"]
 
@@ -60,7 +61,7 @@ class EKFAC:
     max_side : int
         A side of a weight longer than this keeps the identity as its basis (the vocabulary side of a head). Memory:
         4 bytes times the parameter and the squares of its sides, twice that and one gradient while fitting
-        (`factor_memory`); time: one float64 ``eigh`` of every side.
+        (`factor_memory`); time: one ``eigh`` of every side.
     seed : int
         Of the sampled labels.
 
@@ -129,11 +130,13 @@ class EKFAC:
             self._decompose()
             ids = 0 if sequences is None else torch.arange(sequences, device="cpu")
             recorder = EigenvalueRecorder(RowLabels(ids, sequences or 1, batch_dim), self._bases or {})
-        capture = Capture(model, parameters, recorder, fused=False)
+        # Fused, a recorder makes the weight gradient; factors need none.
+        capture = Capture(model, parameters, recorder, fused=stage == "factors")
         with ExitStack() as stack:
             stack.enter_context(gradients_set_aside(model))
             stack.enter_context(without_synchronisation(model))
             seen = stack.enter_context(sampled_labels(self._generator)) if tokens is None else None
+            watched = stack.enter_context(watch_losses()) if seen is None else None
             stack.enter_context(capture.open())
             yield
             capture.streams.join()
@@ -145,6 +148,8 @@ class EKFAC:
                     "no call of F.cross_entropy or F.nll_loss was seen, so no labels were sampled: sample them "
                     "yourself, run the backward of the sum of the token losses, and pass tokens=, their number"
                 )
+            if watched is not None:
+                _check_given(tokens or 0, watched)
             counted = tokens if seen is None else seen.tokens()
             if not counted:
                 raise ValueError(
@@ -407,11 +412,29 @@ class DiagonalFisher(EKFAC):
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:
-    """Return the eigenvectors of a sum of outer products, in its dtype."""
-    wide = factor.double()
-    vectors: Tensor = torch.linalg.eigh((wide + wide.mT) / 2).eigenvectors
+    """Return the eigenvectors of a sum of outer products, in its dtype.
+
+    Eigenvalues are measured afterwards in the basis found, so that vectors that mix directions of like curvature, as
+    rounding makes them do, cost next to nothing; float64 takes twice the time and is there for what does not converge.
+    """
+    symmetric = (factor + factor.mT) / 2
+    try:
+        vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        vectors = torch.linalg.eigh(symmetric.double()).eigenvectors
     # As they come back from a file, so that products with them are the same to the bit.
     return vectors.to(factor.dtype).contiguous()
+
+
+def _check_given(tokens: int, watched: SeenLosses) -> None:
+    """Compare what the user says of the loss with the cross-entropy, where there was one."""
+    found = targets_and_weight([each.cpu() for each in watched.summaries()])
+    if found is not None and (found[0] != tokens or abs(found[1] - 1) > 1e-2):
+        raise ValueError(
+            f"tokens={tokens} must be the number of targets of a loss that is their sum; the cross-entropy had "
+            f"{found[0]} targets of weight {found[1]:.6g} each: use reduction='sum', unscaled, or leave tokens out to "
+            "have labels sampled"
+        )
 
 
 def _require_finite(values: Iterable[Tensor]) -> None:

@@ -300,7 +300,8 @@ class InfluenceEngine:
             If the preconditioner is of another kind, the stages are out of order, the queries are frozen, or no
             cross-entropy or no backward was seen.
         ValueError
-            If a layer had no part in "factors", or labels cannot be sampled (class weights).
+            If a layer had no part in "factors", labels cannot be sampled (class weights), or ``tokens`` disagrees with
+            a cross-entropy that was seen.
         FloatingPointError
             If the result is not finite; nothing of the batch is kept then.
 
@@ -499,7 +500,7 @@ class InfluenceEngine:
         MemoryEstimate
             For batches that fill all ``task_splits`` of every task, and gradients as they are now (a ``p.grad`` that is
             kept is copied where conservation is checked). Within 10% of what the engine allocates; the kernels' own
-            scratch, and what a preconditioner of your own needs, come on top.
+            scratch, and what "ekfac" (its ``factor_memory``) or a preconditioner of your own needs, come on top.
 
         Examples
         --------
