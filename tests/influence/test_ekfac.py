@@ -264,6 +264,23 @@ def test_how_sequences_are_batched_changes_nothing(tiny):
         )
 
 
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_batch_in_the_second_dimension(batch_dim):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)).double()
+    x, y = torch.randint(0, 9, (3, 5)), torch.randint(0, 9, (3, 5))
+    expected = torch.zeros(9, 6, dtype=torch.float64)
+    for xs, ys in zip(x, y, strict=True):
+        loss = F.cross_entropy(model(xs[None])[0], ys, reduction="sum")
+        expected += torch.autograd.grad(loss, model[1].weight)[0].square() / x.numel()
+    fisher = DiagonalFisher()
+    if batch_dim == 1:
+        x, y = x.T, y.T
+    with fisher.observe(model, named(model), sequences=3, tokens=x.numel(), batch_dim=batch_dim):
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").backward()
+    torch.testing.assert_close(fisher.eigenvalues("1.weight"), expected, rtol=1e-10, atol=0)
+
+
 def test_where_float32_does_not_converge_float64_does(tiny, monkeypatch):
     model, batches, targets = tiny
     model.float()
