@@ -161,11 +161,7 @@ class WgmmaLoader {
             problem_.domains.order != nullptr || end - row < kBoxRows || row > kMostMapRows - kBoxRows;
         int64_t places[kSteps] = {};
         if (by_threads) find_rows(places, row, end);
-        if (kCluster > 1) {
-            barrier_wait_cluster(ring_.empty(), ring_.parity() ^ 1);
-        } else {
-            barrier_wait(ring_.empty(), ring_.parity() ^ 1);
-        }
+        barrier_wait(ring_.empty(), ring_.parity() ^ 1);
         sync_warp();  // or a lane that comes late finds the stage filled and emptied, and waits for ever
         if (by_threads) {
             copy_rows(tile, places, static_cast<int>(least(end - row, kBoxRows)));

@@ -37,18 +37,20 @@ TIKMIX_FAST_DEVICE void barrier_arrive_expect(SharedAddress barrier, int bytes) 
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
-// Arrives at the same barrier of block `rank` of the cluster, which may be this one.
+// Arrives at the same barrier of block `rank` of the cluster, which may be this one. It says that reads are over, and
+// shows no writes to the other block: release and acquire at the scope of the cluster would, at the price of a fence of
+// the whole GPU before every arrival (MEMBAR.ALL.GPU) and of the L1 cache after every wait (CCTL.IVALL).
 TIKMIX_FAST_DEVICE void barrier_arrive_at(SharedAddress barrier, int rank) {
     asm volatile(
         "{\n"
         ".reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+        "mbarrier.arrive.release.cta.shared::cluster.b64 _, [there];\n"
         "}" ::"r"(barrier),
         "r"(rank)
         : "memory");
 }
-// Waits for arrivals of this block's threads and for bytes.
+// Waits for arrivals and bytes.
 TIKMIX_FAST_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
     uint32_t ended;
     do {
@@ -63,22 +65,6 @@ TIKMIX_FAST_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
             : "memory");
     } while (!ended);
 }
-// Waits for arrivals of all blocks of the cluster.
-TIKMIX_FAST_DEVICE void barrier_wait_cluster(SharedAddress barrier, uint32_t parity) {
-    uint32_t ended;
-    do {
-        asm volatile(
-            "{\n"
-            ".reg .pred p;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p;\n"
-            "}"
-            : "=r"(ended)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (!ended);
-}
-
 // What this thread wrote to shared memory before is seen by bulk copies and products that others start after a barrier.
 TIKMIX_FAST_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -202,11 +202,7 @@ std::vector<float> small_kernel(const std::string& mistake, uint64_t seed) {
             if (cluster_rank() == 0) found[thread] = tile[0][0];
             if (thread % kLanes < 2) barrier_arrive_at(empty, thread % kLanes);
             if (is("leaves early")) return;
-            if (is("waits for its block only")) {
-                barrier_wait(empty, 0);
-            } else {
-                barrier_wait_cluster(empty, 0);
-            }
+            barrier_wait(empty, 0);
             sync_cluster();
         },
         seed);

@@ -23,7 +23,7 @@ struct PhaseBarrier {
     int64_t bytes = 0;  // still to come; fewer than none where they come before they are expected
     uint32_t phase = 0;
     Thread* maker;
-    bool is_fenced = false, is_known_to_cluster = false, has_remote_arrivals = false;
+    bool is_fenced = false, is_known_to_cluster = false;
     Clock clock;  // what those who arrived know
 };
 
@@ -201,7 +201,6 @@ inline void barrier_arrive_at(SharedAddress barrier, int rank) {
     simt::PhaseBarrier& there = simt::phase_barrier(target, barrier);
     if (&target == &simt::block()) return barrier_arrive(barrier);
     if (!there.is_known_to_cluster) simt::fail("arrives at a barrier that its block has not shown to the cluster");
-    there.has_remote_arrivals = true;
     simt::ThreadOfSm90& me = simt::thread_of_sm90();
     ++me.arrivals_under_way;
     simt::Clock known;
@@ -216,12 +215,7 @@ inline void barrier_arrive_at(SharedAddress barrier, int rank) {
 }
 
 inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
-    simt::PhaseBarrier& here = simt::phase_barrier(simt::block(), barrier);
-    simt::wait_for_phase("barrier_wait", here, parity);
-    if (here.has_remote_arrivals) simt::fail("waits for other blocks of the cluster without barrier_wait_cluster");
-}
-inline void barrier_wait_cluster(SharedAddress barrier, uint32_t parity) {
-    simt::wait_for_phase("barrier_wait_cluster", simt::phase_barrier(simt::block(), barrier), parity);
+    simt::wait_for_phase("barrier_wait", simt::phase_barrier(simt::block(), barrier), parity);
 }
 
 inline void fence_async_proxy() {

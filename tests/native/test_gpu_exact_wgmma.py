@@ -348,7 +348,6 @@ def test_a_descriptor_finds_what_a_map_copied(
         ("products not committed", "waits for products that were not committed"),
         ("leaves early", "which has left the kernel"),
         ("barrier not shown", "has not shown to the cluster"),
-        ("waits for its block only", "without barrier_wait_cluster"),
         ("too few arrivals", "no thread can go on"),
         ("bytes do not come", "no thread can go on"),
     ],
