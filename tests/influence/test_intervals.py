@@ -194,7 +194,7 @@ def test_one_micro_batch_that_decides():
     assert matrix.values[0, 0] > 1.5
     assert tails.winsorised[0, 0] == pytest.approx(1.0, abs=0.35)
     assert tails.winsorised[0, 1] == pytest.approx(matrix.values[0, 1], abs=0.05)
-    assert "heavy tails in 1 of 2 cells" in tails.message
+    assert "heavy tails: 1 of 2 cells" in tails.message
     assert "qa x web: one micro-batch makes 100%" in tails.message
     assert f"winsorised {tails.winsorised[0, 0]:.3g}" in tails.message
 

@@ -182,7 +182,7 @@ class InfluenceMatrix:
         method : {"t", "bootstrap"}
             "t": symmetric, by t quantiles with `dof`. "bootstrap": the domain side resampled in blocks of micro-batches
             and studentised, which follows a skewed distribution, the rest by t quantiles; domains with fewer than eight
-            blocks get the t interval. Costs about 2 ms a domain.
+            blocks get the t interval. Costs a few ms a domain.
         resamples, seed : int
             Of the bootstrap.
 

@@ -48,7 +48,8 @@ class Tails:
         Share of the largest micro-batch in the spread of the cell (its studentised residual, squared). NaN below three
         micro-batches.
     heavy : bool [n, m]
-        Whether that is more than normal noise would give: one false alarm in 20 matrices, whatever their size.
+        Whether that is more than normal noise would give: one false alarm in 20 matrices, whatever their size, if the
+        noise of a micro-batch falls with its tokens; some more where small ones are no noisier than large ones.
     winsorised : float64 [n, m]
         The value with a tenth of the micro-batches on either side (at least one) moved in to the next one. NaN below
         five.
@@ -189,6 +190,6 @@ def _tail_message(matrix: InfluenceMatrix, share: Array, heavy: NDArray[np.bool_
         )
     more = f"; and {len(worst) - 3} more" if len(worst) > 3 else ""
     return (
-        f"heavy tails in {len(worst)} of {heavy.size} cells, whose standard errors are not to be relied on: "
-        f"{'; '.join(cells)}{more}. More micro-batches, or a look at the data, tells which is right"
+        f"heavy tails: {len(worst)} of {heavy.size} cells hang on single micro-batches: "
+        f"{'; '.join(cells)}{more}. More micro-batches, or a look at the data, tells which value is right"
     )
