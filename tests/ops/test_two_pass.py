@@ -119,3 +119,12 @@ def test_other_dtypes_and_odd_rows_are_refused_in_words(dtype: torch.dtype) -> N
     call = arguments([150], 1)
     assert "grouped_mm takes bfloat16" in str(two_pass.refusal(call._replace(input=call.input.to(dtype))))
     assert "16-byte multiples; got input" in str(two_pass.refusal(call._replace(input=call.input[:, 1:])))
+    assert "16-byte multiples; got input" in str(two_pass.refusal(call._replace(input=call.input[:1].expand(150, -1))))
+
+
+def test_more_domains_than_the_vendors_kernel_takes_are_refused() -> None:
+    call = arguments([150], 1)
+    assert two_pass.refusal(call._replace(offsets=torch.full((1024,), 150))) is None
+    assert "up to 1023 groups; got 1024 domains" in str(
+        two_pass.refusal(call._replace(offsets=torch.full((1025,), 150)))
+    )

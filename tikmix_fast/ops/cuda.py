@@ -138,6 +138,11 @@ def _panels(kernel: Kernel, queries: Tensor) -> tuple[torch.Size, torch.dtype]:
     return torch.Size((tiles, tasks, warps, loads, 32, per_load)), dtype
 
 
+def _are_panels(panels: Tensor, kernel: Kernel, queries: Tensor) -> bool:
+    alike = (panels.shape, panels.dtype) == _panels(kernel, queries)
+    return alike and panels.device == queries.device and panels.is_contiguous()
+
+
 def empty_panels(queries: Tensor) -> Tensor:
     """Return memory for `pack_queries`, of no element if no kernel here takes these queries."""
     if unavailable() or _unsupported(queries.device) or queries.dtype not in _CODES:
@@ -200,11 +205,10 @@ def fused(arguments: Arguments) -> Tensor:
     if min(rows, height, width, domains) == 0 or (tasks == 0 and grad_weight is None):
         return mark_errors(input.new_zeros(tasks, domains, dtype=torch.float64), offsets, order, rows)
     kernel = _kernel(device)
-    if panels is None or (panels.shape, panels.dtype) != _panels(kernel, queries) or not panels.is_contiguous():
+    if panels is None or not _are_panels(panels, kernel, queries):
         panels = pack_queries(queries)
     order = None if order is None else order.contiguous()
-    # The kernel adds to rows of float32 or bfloat16; anything else gets the sum afterwards.
-    # Anything that the kernel does not add to gets the sum afterwards.
+    # What the kernel does not add to gets the sum afterwards.
     total = grad_weight
     if grad_weight is not None and not _takes_total(grad_weight):
         total = grad_weight.new_zeros(height, width, dtype=torch.float32)
@@ -276,7 +280,7 @@ def _project(arguments: ProjectedArguments, *, with_gradients: bool) -> tuple[Te
     queries = queries.float().contiguous()
     with torch.cuda.device(device):
         multiprocessors = _multiprocessors(device)
-        plan = _cuda.plan_projected(device=device.index, sizes=(rows, k_out, k_in))
+        plan = _cuda.plan_projected(device=torch.cuda.current_device(), sizes=(rows, k_out, k_in))
         dim, _, splits = plan
         output_matrix = _matrix(output_factor, k_out, dim, input.dtype)
         input_matrix = _matrix(input_factor, k_in, dim, input.dtype)

@@ -13,6 +13,8 @@ __all__ = ["group_influence", "refusal"]
 
 # What a panel of all domains' gradients may take: it should stay in the L2 cache until its second pass.
 _PANEL_BYTES = 32 << 20
+# The vendor's kernel has a thread of one block for each domain.
+_MOST_DOMAINS = 1023
 # A panel's least height: tiles of the grouped product are as high, and each panel reads all rows of input again.
 _PANEL_ROWS = 128
 
@@ -24,10 +26,13 @@ def refusal(arguments: Arguments) -> str | None:
         return f"torch {torch.__version__} has no grouped_mm; 2.10 has"
     if not input.dtype == grad_output.dtype == torch.bfloat16:
         return f"grouped_mm takes bfloat16; got {input.dtype} and {grad_output.dtype}"
+    if len(arguments.offsets) - 1 > _MOST_DOMAINS:
+        return f"grouped_mm takes up to {_MOST_DOMAINS} groups; got {len(arguments.offsets) - 1} domains"
     if input.device.type == "cuda" and torch.cuda.get_device_capability(input.device) < (9, 0):
         return "grouped_mm of this architecture waits for the host"
     for name, rows in (("input", input), ("grad_output", grad_output)):
-        if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.shape[1] % 8 or rows.data_ptr() % 16:
+        apart = rows.stride(0) >= rows.shape[1] and rows.stride(0) % 8 == 0
+        if not apart or rows.stride(1) != 1 or rows.shape[1] % 8 or rows.data_ptr() % 16:
             return f"grouped_mm takes rows of 16-byte multiples; got {name} with strides {rows.stride()}"
     return None
 
