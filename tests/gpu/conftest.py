@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
+from tikmix_fast.ops import cuda, triton
+from tikmix_fast.ops.gpu_choice import GpuCosts
 from tikmix_fast.testing import (
     check_budget,
     domain_gradients,
@@ -62,15 +64,37 @@ def gpu(device: torch.device) -> torch.device:
     return device
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    """Every backend of GPUs in turn."""
-    reason = ops.available_backends()[request.param]
-    if reason is not None and request.param in REQUIRED:
-        pytest.fail(f"TIKMIX_FAST_REQUIRE names {request.param}, but it cannot be used: {reason}")
+def _require(name: str) -> None:
+    reason = ops.available_backends()[name]
+    if reason is not None and name in REQUIRED:
+        pytest.fail(f"TIKMIX_FAST_REQUIRE names {name}, but it cannot be used: {reason}")
     if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
+        pytest.skip(f"{name}: {reason}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend of GPUs in turn; that of CUDA by its own kernels alone."""
+    _require(request.param)
+    # By counting, some of the calls meant for them would go to the vendor's grouped product.
+    monkeypatch.setattr(cuda, "count_gpu_costs", lambda *sizes, **how: GpuCosts(fused=0.0, two_pass=1.0))
     return str(request.param)
+
+
+WAYS = {
+    "vendor": ("cuda", cuda, GpuCosts(fused=1.0, two_pass=0.0)),
+    "triton-fused": ("triton", triton, GpuCosts(fused=0.0, two_pass=1.0)),
+    "triton-two-pass": ("triton", triton, GpuCosts(fused=1.0, two_pass=0.0)),
+}
+
+
+@pytest.fixture(params=[name for name, (backend, *_) in WAYS.items() if backend in BACKENDS])
+def way(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every way between which a backend chooses by counting, in turn, forced; its backend."""
+    backend, module, costs = WAYS[request.param]
+    _require(backend)
+    monkeypatch.setattr(module, "count_gpu_costs", lambda *sizes, **how: costs)
+    return backend
 
 
 @pytest.fixture

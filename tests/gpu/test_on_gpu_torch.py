@@ -13,6 +13,7 @@ from tikmix_fast.ops.device_checks import raise_on_device_errors
 
 EXACT = torch.ops.tikmix_fast.group_influence.default
 PROJECTED = torch.ops.tikmix_fast.projected_group_influence.default
+PACK = torch.ops.tikmix_fast.pack_queries.default
 SIZES = [50, 0, 77, 128]
 HEIGHT, WIDTH, TASKS = 136, 264, 3
 
@@ -37,6 +38,11 @@ def test_opcheck(make_call, backend: str, device: torch.device, ordered: bool, t
     grad_weight = None if total is None else torch.zeros(HEIGHT, WIDTH, dtype=total, device=device)
     panels = ops.pack_queries(call.queries).panels
     torch.library.opcheck(EXACT, (*call.arguments, panels, order, grad_weight, backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_opcheck_of_packing(device: torch.device, dtype: torch.dtype) -> None:
+    torch.library.opcheck(PACK, (torch.ones(TASKS, HEIGHT, WIDTH, dtype=dtype, device=device),))
 
 
 def test_opcheck_of_the_projected_op(make_call, backend: str, device: torch.device) -> None:
@@ -155,6 +161,7 @@ def test_work_is_on_the_current_stream(make_call, backend: str, gpu: torch.devic
     assert torch.equal(small, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_host_waits_for_nothing(make_call, backend: str, gpu: torch.device) -> None:
     call, projection = make_call(HEIGHT, WIDTH, SIZES, TASKS), projection_on(gpu)
     packed, small = ops.pack_queries(call.queries), projection.project(call.queries)

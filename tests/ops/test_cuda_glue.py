@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tikmix_fast import ops
 from tikmix_fast.ops import cuda, device_checks, projected_kernels, reference, schema
 from tikmix_fast.ops.checks import Arguments
+from tikmix_fast.ops.gpu_choice import GpuCosts
 from tikmix_fast.ops.projected_checks import ProjectedArguments
 
 native = pytest.importorskip("tikmix_fast._cuda", reason="the CUDA module is not compiled in")
@@ -243,6 +244,18 @@ def test_a_single_row_of_any_stride(module: Module, stride: int) -> None:
     call = call._replace(input=call.input.as_strided(call.input.shape, (stride, 1)))
     assert cuda._are_aligned(call.input)
     assert torch.equal(cuda.fused(call), reference.group_influence(call))
+
+
+@pytest.mark.parametrize("cheapest", ["fused", "two_pass"])
+def test_only_bfloat16_queries_may_meet_rounded_gradients(
+    module: Module, monkeypatch: pytest.MonkeyPatch, cheapest: str
+) -> None:
+    costs = GpuCosts(fused=float(cheapest != "fused"), two_pass=float(cheapest == "fused"))
+    monkeypatch.setattr(cuda, "count_gpu_costs", lambda *sizes, **how: costs)
+    for queries, kernel in ((torch.bfloat16, cheapest == "fused"), (torch.float32, True)):
+        module.calls.clear()
+        cuda.group_influence(make_call(torch.bfloat16, queries))
+        assert ("group_influence" in module.calls) == kernel
 
 
 def test_panels_of_another_kernel_or_device_are_not_read(module: Module) -> None:
