@@ -18,6 +18,7 @@ from tikmix_fast._version import __version__
 if TYPE_CHECKING:
     from tikmix_fast import ops
     from tikmix_fast.data.sampler import MixtureSampler
+    from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
     from tikmix_fast.influence.engine import InfluenceEngine
     from tikmix_fast.influence.masks import shifted_mask
     from tikmix_fast.influence.matrix import InfluenceMatrix
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from tikmix_fast.mixture.tikmix_d import tikmix_d
 
 __all__ = [
+    "EKFAC",
+    "DiagonalFisher",
     "InfluenceEngine",
     "InfluenceMatrix",
     "MixtureResult",
@@ -38,6 +41,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "EKFAC": "tikmix_fast.influence.ekfac",
+    "DiagonalFisher": "tikmix_fast.influence.ekfac",
     "InfluenceEngine": "tikmix_fast.influence.engine",
     "InfluenceMatrix": "tikmix_fast.influence.matrix",
     "MixtureResult": "tikmix_fast.mixture.result",

@@ -29,7 +29,15 @@ LAYERS = {
     "cli": 6,
     "__main__": 7,
 }
-TORCH_FREE = ["mixture", "influence/matrix.py", "files.py", "_version.py", "__init__.py"]
+TORCH_FREE = [
+    "mixture",
+    "influence/matrix.py",
+    "influence/record.py",
+    "influence/resampling.py",
+    "files.py",
+    "_version.py",
+    "__init__.py",
+]
 
 
 def imported_modules(path: Path, *, also_lazy: bool = True) -> set[str]:

@@ -33,6 +33,9 @@ def mix(
     cap: Annotated[str, typer.Option(help="Largest weight: a number for all, or name=weight,...")] = "1",
     max_kl: Annotated[float | None, typer.Option(help="Largest KL divergence from the prior, in nats.")] = None,
     smoothing: Annotated[float, typer.Option(help="Share of the prior in the answer, 0 to 1.")] = 0.0,
+    confidence: Annotated[
+        float | None, typer.Option(help="Move only as far as the influence is known, with this confidence, 0 to 1.")
+    ] = None,
     pareto: Annotated[bool, typer.Option(help="Predict no task to fare worse than under the prior.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -56,6 +59,7 @@ def mix(
             "cap": _read_limit("cap", cap),
             "max_kl": max_kl,
             "smoothing": smoothing,
+            "confidence": confidence,
             "pareto": pareto,
         }
         with warnings.catch_warnings():
