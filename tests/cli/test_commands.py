@@ -77,6 +77,7 @@ def test_mix_solves_as_the_function_does(matrix_file: Path) -> None:
 
 def test_every_option_of_mix_arrives(matrix_file: Path, tmp_path: Path) -> None:
     options = {"uniformity": 0.5, "influence": 2.0, "diversity": 0.7, "floor": 0.02, "max_kl": 0.05, "smoothing": 0.25}
+    options["confidence"] = 0.6
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     out = tmp_path / "w.json"
     assert run("mix", matrix_file, *words, "--no-pareto", "--out", out).exit_code == 0

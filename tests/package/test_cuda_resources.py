@@ -57,9 +57,7 @@ def test_a_spill_fails_the_build(resources: ModuleType, capsys: pytest.CaptureFi
 
 
 def test_serialized_matrix_products_fail_the_build(resources: ModuleType) -> None:
-    warning = (
-        "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
-    )
+    warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
     assert resources.main(compiler(warning)) == 1
 
 
