@@ -58,28 +58,30 @@ const char* make_map(TensorMap* map, const Rows& rows, int64_t count, int64_t wi
 
 template <class Number, int kCluster, bool kBfloat16Queries, bool kTotal>
 const char* launch(const ExactProblem& problem, int64_t multiprocessors, cudaStream_t stream) {
-    TensorMap grad_output, input;
-    if (const char* error =
-            make_map(&grad_output, problem.grad_output, problem.rows, problem.height, problem.element)) {
-        return error;
-    }
-    if (const char* error = make_map(&input, problem.input, problem.rows, problem.width, problem.element)) return error;
-
     const auto kernel = exact_wgmma_kernel<Number, kCluster, kBfloat16Queries, kTotal>;
+    const auto shared_bytes = static_cast<int>(exact_wgmma_bytes(problem.tasks));
+    // First, since it makes the device's context this thread's, if none of its calls has done so.
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    TensorMap grad_output, input;
+    if (const char* wrong =
+            make_map(&grad_output, problem.grad_output, problem.rows, problem.height, problem.element)) {
+        return wrong;
+    }
+    if (const char* wrong = make_map(&input, problem.input, problem.rows, problem.width, problem.element)) return wrong;
+
     const int64_t clusters = least(wgmma_cluster_items(problem, kCluster), most(1, multiprocessors / kCluster));
     cudaLaunchConfig_t config = {};
     config.gridDim = static_cast<unsigned>(clusters * kCluster);
     config.blockDim = kWgmmaThreads;
-    config.dynamicSmemBytes = static_cast<size_t>(exact_wgmma_bytes(problem.tasks));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {kCluster, 1, 1};
     config.attrs = &cluster;
     config.numAttrs = 1;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(config.dynamicSmemBytes));
-    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, problem, grad_output, input);
+    error = cudaLaunchKernelEx(&config, kernel, problem, grad_output, input);
     if (error == cudaSuccess) error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
