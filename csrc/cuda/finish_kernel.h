@@ -70,16 +70,21 @@ TIKMIX_FAST_DEVICE void finish_values(const ExactProblem& problem, const TileSha
     }
 }
 
+// Whether this warp met a wrong entry of the order; the flag is set then.
+TIKMIX_FAST_DEVICE bool meets_wrong_order(const Domains& domains, int64_t rows, int32_t* flag) {
+    bool is_wrong = false;
+    for (int64_t row = first_of_grid(); row < rows; row += threads_of_grid()) {
+        is_wrong = is_wrong || domains.order[row] < 0 || domains.order[row] >= rows;
+    }
+    is_wrong = any_lane(is_wrong);
+    if (is_wrong && thread_index() % kLanes == 0) atomic_or(flag, kWrongOrder);
+    return is_wrong;
+}
+
 // After finish_values: every warp that meets a wrong entry overwrites all values.
 TIKMIX_FAST_DEVICE void check_order(const ExactProblem& problem) {
-    bool is_wrong = false;
-    for (int64_t row = first_of_grid(); row < problem.rows; row += threads_of_grid()) {
-        const int64_t place = problem.domains.order[row];
-        is_wrong = is_wrong || place < 0 || place >= problem.rows;
-    }
-    if (!any_lane(is_wrong)) return;
+    if (!meets_wrong_order(problem.domains, problem.rows, problem.flag)) return;
     const int lane = thread_index() % kLanes;
-    if (lane == 0) atomic_or(problem.flag, kWrongOrder);
     const int64_t pairs = problem.tasks * problem.domains.count;
     for (int64_t pair = lane; pair < pairs; pair += kLanes) problem.values[pair] = not_a_number();
 }

@@ -67,14 +67,8 @@ TIKMIX_FAST_DEVICE void add_slots(const ProjectedProblem& problem, unsigned char
 
 // After these: every warp that meets a wrong entry overwrites all values and gradients.
 TIKMIX_FAST_DEVICE void check_projected_order(const ProjectedProblem& problem) {
-    bool is_wrong = false;
-    for (int64_t row = first_of_grid(); row < problem.rows; row += threads_of_grid()) {
-        const int64_t place = problem.domains.order[row];
-        is_wrong = is_wrong || place < 0 || place >= problem.rows;
-    }
-    if (!any_lane(is_wrong)) return;
+    if (!meets_wrong_order(problem.domains, problem.rows, problem.flag)) return;
     const int lane = thread_index() % kLanes;
-    if (lane == 0) atomic_or(problem.flag, kWrongOrder);
     const int64_t values = problem.tasks * problem.domains.count;
     const int64_t gradients = problem.slots ? problem.domains.count * problem.k_out * problem.k_in : 0;
     for (int64_t i = lane; i < values; i += kLanes) problem.values[i] = not_a_number();
