@@ -6,6 +6,7 @@
 #include <set>
 #include <vector>
 
+#include "arguments.h"
 #include "finish_kernel.h"
 
 namespace py = pybind11;
@@ -13,33 +14,14 @@ using namespace tikmix_fast::gpu;
 
 namespace {
 
-template <class T>
-T* address(const py::dict& given, const char* name) {
-    return reinterpret_cast<T*>(given[name].cast<uintptr_t>());
-}
-int64_t number(const py::dict& given, const char* name) { return given[name].cast<int64_t>(); }
-Element element(const py::dict& given, const char* name) { return static_cast<Element>(number(given, name)); }
-
 ExactProblem problem_of(const py::dict& given) {
-    ExactProblem problem = {};
-    problem.rows = number(given, "rows");
-    problem.height = number(given, "height");
-    problem.width = number(given, "width");
-    problem.tasks = number(given, "tasks");
-    problem.element = element(given, "element");
-    problem.input = {address<void>(given, "input"), number(given, "input_stride")};
-    problem.grad_output = {address<void>(given, "grad_output"), number(given, "grad_output_stride")};
-    problem.domains = {address<int64_t>(given, "offsets"), address<int64_t>(given, "order"), number(given, "domains")};
+    ExactProblem problem = common_fields<ExactProblem>(given);
     problem.query_element = element(given, "query_element");
     problem.queries = address<void>(given, "queries");
     problem.grad_weight = address<void>(given, "grad_weight");
     problem.grad_weight_element = element(given, "grad_weight_element");
     problem.grad_weight_stride = number(given, "grad_weight_stride");
-    problem.splits = number(given, "splits");
-    problem.partials = address<float>(given, "partials");
     problem.split_totals = address<float>(given, "split_totals");
-    problem.values = address<double>(given, "values");
-    problem.flag = address<int32_t>(given, "flag");
     return problem;
 }
 

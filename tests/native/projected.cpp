@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 
+#include "arguments.h"
 #include "factor.h"
 #include "projected_finish.h"
 
@@ -13,37 +14,18 @@ using namespace tikmix_fast::gpu;
 
 namespace {
 
-template <class T>
-T* address(const py::dict& given, const char* name) {
-    return reinterpret_cast<T*>(given[name].cast<uintptr_t>());
-}
-int64_t number(const py::dict& given, const char* name) { return given[name].cast<int64_t>(); }
-Element element(const py::dict& given, const char* name) { return static_cast<Element>(number(given, name)); }
-
 ProjectedProblem problem_of(const py::dict& given) {
-    ProjectedProblem problem = {};
-    problem.rows = number(given, "rows");
-    problem.height = number(given, "height");
-    problem.width = number(given, "width");
-    problem.tasks = number(given, "tasks");
+    ProjectedProblem problem = common_fields<ProjectedProblem>(given);
     problem.k_out = number(given, "k_out");
     problem.k_in = number(given, "k_in");
-    problem.element = element(given, "element");
-    problem.input = {address<void>(given, "input"), number(given, "input_stride")};
-    problem.grad_output = {address<void>(given, "grad_output"), number(given, "grad_output_stride")};
-    problem.domains = {address<int64_t>(given, "offsets"), address<int64_t>(given, "order"), number(given, "domains")};
     problem.queries = address<float>(given, "queries");
     problem.input_matrix = address<void>(given, "input_matrix");
     problem.output_matrix = address<void>(given, "output_matrix");
     problem.scale = given["scale"].cast<double>();
     problem.dim = number(given, "dim");
     problem.rows_at_once = number(given, "rows_at_once");
-    problem.splits = number(given, "splits");
-    problem.partials = address<float>(given, "partials");
-    problem.values = address<double>(given, "values");
     problem.slots = address<float>(given, "slots");
     problem.gradients = address<float>(given, "gradients");
-    problem.flag = address<int32_t>(given, "flag");
     return problem;
 }
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tikmix_fast.testing import (
+    aligned_rows,
     check_budget,
     domain_gradients,
     eager_group_influence,
@@ -38,14 +39,6 @@ class Native:
 @pytest.fixture(scope="module")
 def native(build_module) -> Native:
     return Native(build_module("exact_mma", ["exact_mma.cpp"]), build_module("finish", ["finish.cpp"]))
-
-
-def aligned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """[rows, columns] of a matrix whose rows begin at multiples of 16 bytes and have NaN between them."""
-    stride = -(-columns // 8) * 8 + 8
-    memory = torch.full((rows * stride + 16,), NAN, dtype=dtype)
-    skip = -memory.data_ptr() % 16 // memory.element_size()
-    return memory[skip : skip + rows * stride].view(rows, stride)[:, :columns]
 
 
 @dataclass
@@ -76,9 +69,9 @@ class Case:
         if self.rows < 0:
             self.rows = self.offsets[-1]
         self.order = torch.randperm(self.rows, generator=random) if self.with_order else None
-        self.grad_output = aligned(self.rows, self.height, self.dtype)
+        self.grad_output = aligned_rows(self.rows, self.height, self.dtype)
         self.grad_output.copy_(numbers(self.rows, self.height))
-        self.input = aligned(self.rows, self.width, self.dtype)
+        self.input = aligned_rows(self.rows, self.width, self.dtype)
         self.input.copy_(numbers(self.rows, self.width))
         self.queries = numbers(self.tasks, self.height, self.width).to(self.query_dtype)
         # Rows of the total have other numbers between them, which stay.
@@ -90,7 +83,7 @@ class Case:
 
     def run(self, native: Native) -> None:
         tiles = -(-self.height // TILE) * -(-self.width // TILE)
-        packed = aligned(1, max(1, tiles * self.tasks * TILE * TILE), self.query_dtype)
+        packed = aligned_rows(1, max(1, tiles * self.tasks * TILE * TILE), self.query_dtype)
         native.finish.pack(
             "mma",
             self.queries.shape,
@@ -106,7 +99,7 @@ class Case:
         for row, place in self.wrong_order.items():
             order[row] = place
         partials = torch.full((self.tasks, self.domains, self.splits * tiles), NAN)
-        split_totals = aligned(1, self.splits * tiles * TILE * TILE, torch.float32)
+        split_totals = aligned_rows(1, self.splits * tiles * TILE * TILE, torch.float32)
         self.values = torch.full((self.tasks, self.domains), 123.0, dtype=torch.float64)
         self.total = self.before.clone()
         flag = torch.zeros(1, dtype=torch.int32)

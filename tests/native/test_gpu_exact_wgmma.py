@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tikmix_fast.testing import aligned_rows
+
 TILE = (128, 256)
 ROW_BLOCK = 64
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -20,14 +22,6 @@ ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 @pytest.fixture(scope="module")
 def kernel(build_module) -> ModuleType:
     return build_module("exact_wgmma", ["exact_wgmma.cpp"])
-
-
-def aligned(rows: int, columns: int, dtype: torch.dtype, fill: float = float("nan")) -> torch.Tensor:
-    """[rows, columns] of a matrix whose rows begin at multiples of 16 bytes and have `fill` between them."""
-    stride = -(-columns // 8) * 8 + 8
-    memory = torch.full((rows * stride + 16,), fill, dtype=dtype)
-    skip = -memory.data_ptr() % 16 // memory.element_size()
-    return memory[skip : skip + rows * stride].view(rows, stride)[:, :columns]
 
 
 @dataclass
@@ -58,9 +52,9 @@ class Case:
 
         self.rows = self.offsets[-1]
         self.order = torch.randperm(self.rows, generator=random) if self.with_order else None
-        self.grad_output = aligned(self.rows, self.height, self.dtype)
+        self.grad_output = aligned_rows(self.rows, self.height, self.dtype)
         self.grad_output.copy_(numbers(self.rows, self.height))
-        self.input = aligned(self.rows, self.width, self.dtype)
+        self.input = aligned_rows(self.rows, self.width, self.dtype)
         self.input.copy_(numbers(self.rows, self.width))
         self.clean_input = self.input.clone()
         if self.poison is not None:
@@ -86,7 +80,7 @@ class Case:
     def run(self, kernel: ModuleType) -> None:
         items = self.tiles * self.splits
         per_tile = TILE[0] * TILE[1]
-        packed = aligned(1, max(self.tasks, 1) * self.tiles * per_tile, self.query_dtype)
+        packed = aligned_rows(1, max(self.tasks, 1) * self.tiles * per_tile, self.query_dtype)
         pack = kernel.pack_bfloat16 if self.query_dtype == torch.bfloat16 else kernel.pack_float32
         pack(self.tasks, self.height, self.width, self.queries.data_ptr(), packed.data_ptr())
         offsets = torch.tensor(self.offsets) + self.first_row
@@ -329,7 +323,7 @@ def test_a_descriptor_finds_what_a_map_copied(
     matrix = torch.zeros(256, 600, dtype=torch.int16)
     inside = matrix[:100, :201]
     inside.copy_(torch.arange(1, 1 + inside.numel(), dtype=torch.int16).view(inside.shape))
-    memory = aligned(100, 201, torch.bfloat16)
+    memory = aligned_rows(100, 201, torch.bfloat16)
     memory.view(torch.int16).copy_(inside)
     found = kernel.box_by_descriptor(
         [memory.data_ptr(), memory.stride(0)], *inside.shape, row, column, boxes, first_row, seed

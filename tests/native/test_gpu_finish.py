@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+
+from tikmix_fast.testing import aligned_rows
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KERNELS = ["mma", "wgmma"]
@@ -21,12 +22,6 @@ LANES = 32
 @pytest.fixture(scope="module")
 def native(build_module) -> ModuleType:
     return build_module("finish", ["finish.cpp"])
-
-
-def aligned(count: int, dtype: torch.dtype) -> Tensor:
-    memory = torch.full((count + 16,), NAN, dtype=dtype)
-    skip = -memory.data_ptr() % 16 // memory.element_size()
-    return memory[skip : skip + count]
 
 
 def places_in_tile(layout: tuple[int, int, int, int]) -> np.ndarray:
@@ -85,7 +80,7 @@ def test_queries_are_packed_in_the_order_of_registers(
         layout = native.layout(kernel)
         per_load = 8 if to == torch.bfloat16 else 4
         right = packed_by_model(queries.to(to).float().numpy(), layout, per_load)
-        packed = aligned(right.size, to)
+        packed = aligned_rows(1, right.size, to)[0]
         native.pack(
             kernel,
             queries.shape,
@@ -106,7 +101,7 @@ def test_every_16_bit_query_is_packed_as_it_is(native: ModuleType) -> None:
         (torch.float16, torch.float32),
     ):
         queries = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, 256, 256)
-        packed = aligned(2**16, to)
+        packed = aligned_rows(1, 2**16, to)[0]
         native.pack(
             "mma",
             queries.shape,
@@ -236,7 +231,7 @@ def test_split_totals_are_added_once(
     down, across = -(-height // rows), -(-width // columns)
     random = torch.Generator().manual_seed(height)
     parts = torch.randn(splits, down * rows, across * columns, generator=random)
-    packed = aligned(parts.numel(), torch.float32)
+    packed = aligned_rows(1, parts.numel(), torch.float32)[0]
     # Four registers of a lane lie together, as float32 queries of as many tasks as splits, but split by split.
     order = [packed_by_model(part[None].numpy(), layout, 4) for part in parts]
     packed.copy_(torch.from_numpy(np.concatenate(order).ravel()))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tikmix_fast.ops.projection import LayerProjection, factor_matrix
+from tikmix_fast.testing import aligned_rows
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FACTORS = ELEMENTS | {torch.int8: 3, torch.int32: 4}
@@ -26,17 +27,9 @@ def kernel(build_module) -> ModuleType:
     return build_module("projected", ["projected.cpp"])
 
 
-def aligned(rows: int, columns: int, dtype: torch.dtype, padding: int = 8) -> Tensor:
-    """NaN [rows, columns] of a matrix whose rows begin at multiples of 16 bytes."""
-    stride = -(-columns // 8) * 8 + padding
-    memory = torch.full((rows * stride + 16,), NAN, dtype=dtype)
-    skip = -memory.data_ptr() % 16 // memory.element_size()
-    return memory[skip : skip + rows * stride].view(rows, stride)[:, :columns]
-
-
 def write_factor(kernel: ModuleType, factor: Tensor, k: int, dim: int, dtype: torch.dtype) -> Tensor:
     columns = factor.shape[-1]
-    matrix = aligned(dim, kernel.matrix_stride(columns), dtype, padding=0)
+    matrix = aligned_rows(dim, kernel.matrix_stride(columns), dtype, padding=0)
     kernel.factor(factor.data_ptr(), FACTORS[factor.dtype], k, columns, ELEMENTS[dtype], matrix.data_ptr(), dim, 2)
     return matrix
 
@@ -66,7 +59,7 @@ class Case:
         random = torch.Generator().manual_seed(self.seed)
 
         def rows(columns: int) -> Tensor:
-            return aligned(self.rows, columns, self.dtype).copy_(torch.randn(self.rows, columns, generator=random))
+            return aligned_rows(self.rows, columns, self.dtype).copy_(torch.randn(self.rows, columns, generator=random))
 
         if self.rows < 0:
             self.rows = self.offsets[-1]
