@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tikmix_fast.influence.loss_calls import intercept_losses
 from tikmix_fast.influence.views import ParameterView
 
 __all__ = ["SampledLosses", "draw_labels", "sampled_labels"]
@@ -53,49 +52,29 @@ def sampled_labels(generator: Callable[[torch.device], torch.Generator]) -> Iter
     that it depends on gets weight one in the backward: what flows is the gradient of the *sum* of the token losses.
     """
     seen = SampledLosses()
-    thread, inside = threading.get_ident(), False
-    originals = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss")}
 
-    def sampled(name: str) -> Any:
-        original = originals[name]
-        signature = inspect.signature(original)
+    def sampled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(*args, **kwargs)
+        given.apply_defaults()
+        logits, target = given.arguments["input"], given.arguments["target"]
+        differentiable = torch.is_grad_enabled() and isinstance(logits, Tensor) and logits.requires_grad
+        # Logits that met no data are refused in the backward.
+        if not differentiable or isinstance(logits, ParameterView):
+            return original(*args, **kwargs)
+        _refuse(original.__name__, given.arguments)
+        if target.is_floating_point():
+            valid = torch.ones_like(logits.select(min(1, logits.ndim - 1), 0), dtype=torch.bool)
+        else:
+            valid = target != given.arguments["ignore_index"]
+        ignored = -100
+        labels = draw_labels(logits, generator(logits.device)).masked_fill_(~valid, ignored)
+        each = original(logits, labels, ignore_index=ignored, reduction="none")
+        seen.calls += 1
+        found: Tensor = _UnitWeight.apply(each, valid, given.arguments["reduction"], seen)  # type: ignore[no-untyped-call]
+        return found
 
-        def loss(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
-            logits, target = given.arguments["input"], given.arguments["target"]
-            differentiable = torch.is_grad_enabled() and isinstance(logits, Tensor) and logits.requires_grad
-            # Under a function mode (torch.set_default_device is one) the original calls this a second time. Logits that
-            # met no data are refused in the backward.
-            view = isinstance(logits, ParameterView)
-            if inside or threading.get_ident() != thread or not differentiable or view:
-                return original(*args, **kwargs)
-            _refuse(name, given.arguments)
-            if target.is_floating_point():
-                valid = torch.ones_like(logits.select(min(1, logits.ndim - 1), 0), dtype=torch.bool)
-            else:
-                valid = target != given.arguments["ignore_index"]
-            ignored = -100
-            labels = draw_labels(logits, generator(logits.device)).masked_fill_(~valid, ignored)
-            inside = True
-            try:
-                each = original(logits, labels, ignore_index=ignored, reduction="none")
-            finally:
-                inside = False
-            seen.calls += 1
-            found: Tensor = _UnitWeight.apply(each, valid, given.arguments["reduction"], seen)  # type: ignore[no-untyped-call]
-            return found
-
-        return loss
-
-    try:
-        for name in originals:
-            setattr(F, name, sampled(name))
+    with intercept_losses(sampled):
         yield seen
-    finally:
-        for name, original in originals.items():
-            setattr(F, name, original)
 
 
 def _refuse(name: str, given: dict[str, Any]) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from tikmix_fast.influence.loss_calls import intercept_losses
 
 __all__ = ["SeenLosses", "targets_and_weight", "watch_losses"]
 
@@ -80,46 +80,34 @@ def watch_losses() -> Iterator[SeenLosses]:
     Losses inside a backward (recomputed by checkpointing) or without gradient are not noted.
     """
     seen = SeenLosses()
-    thread, inside = threading.get_ident(), False
-    originals = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss")}
 
-    def watched(name: str) -> Any:
-        original = originals[name]
-
-        def loss(input: Tensor, target: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            mine = threading.get_ident() == thread and torch._C._current_graph_task_id() == -1 and not inside
-            if not mine:
-                return original(input, target, weight, *args, **kwargs)
-            # Under a function mode (torch.set_default_device is one) the original calls this a second time.
-            inside = True
-            try:
-                result = original(input, target, weight, *args, **kwargs)
-            finally:
-                inside = False
-            if isinstance(result, Tensor) and result.requires_grad:
-                # Positional leftovers: size_average, ignore_index, reduce, reduction, ...
-                ignored = args[1] if len(args) > 1 else kwargs.get("ignore_index", -100)
-                reduction = args[3] if len(args) > 3 else kwargs.get("reduction", "mean")
-                if target.is_floating_point():
-                    valid: Tensor | int = target.numel() // max(input.shape[min(1, input.ndim - 1)], 1)
-                else:
-                    valid = target.detach() != ignored
-                noted = _Loss(valid, reduction, known=weight is None)
-                seen.losses.append(noted)
-
-                def arrived(gradient: Tensor) -> None:
-                    noted.gradient = gradient.detach()
-
-                result.register_hook(arrived)
+    def watched(
+        original: Callable[..., Any],
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        result = original(input, target, weight, *args, **kwargs)
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward or not isinstance(result, Tensor) or not result.requires_grad:
             return result
+        # Positional leftovers: size_average, ignore_index, reduce, reduction, ...
+        ignored = args[1] if len(args) > 1 else kwargs.get("ignore_index", -100)
+        reduction = args[3] if len(args) > 3 else kwargs.get("reduction", "mean")
+        if target.is_floating_point():
+            valid: Tensor | int = target.numel() // max(input.shape[min(1, input.ndim - 1)], 1)
+        else:
+            valid = target.detach() != ignored
+        noted = _Loss(valid, reduction, known=weight is None)
+        seen.losses.append(noted)
 
-        return loss
+        def arrived(gradient: Tensor) -> None:
+            noted.gradient = gradient.detach()
 
-    try:
-        for name in originals:
-            setattr(F, name, watched(name))
+        result.register_hook(arrived)
+        return result
+
+    with intercept_losses(watched):
         yield seen
-    finally:
-        for name, original in originals.items():
-            setattr(F, name, original)
