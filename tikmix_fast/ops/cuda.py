@@ -178,8 +178,7 @@ def _stream(device: torch.device) -> int:
 
 def group_influence(arguments: Arguments) -> Tensor:
     """Compute ``tikmix_fast.ops.group_influence`` the way that is counted to cost least."""
-    # Two passes round gradients to bfloat16, which only queries of that dtype allow.
-    if arguments.queries.dtype == torch.bfloat16 and two_pass.refusal(arguments) is None:
+    if two_pass.refusal(arguments) is None:
         tasks, height, width = arguments.queries.shape
         costs = count_gpu_costs(
             len(arguments.input),

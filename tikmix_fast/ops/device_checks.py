@@ -1,6 +1,6 @@
 """Checks of offsets and order that lie on a GPU, where reading them would make the host wait.
 
-The kernels clamp what they read, write NaN where something was wrong, and leave a note on the device.
+The kernels read no memory that is not theirs, write NaN where something was wrong, and leave a note on the device.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def group_influence(
         ``grad_output``. Entries are checked to be row numbers; that none repeats is the caller's promise.
     grad_weight : float32 | bfloat16 Tensor [O, I], optional
         The gradient summed over all domains is added to it in the same pass. It must not share memory with any other
-        argument. Added once per block of 1024 rows (2048 of bfloat16), so that begin with zeros where what is there
-        already is far larger than what comes.
+        argument. On a CPU it is added once per block of 1024 rows (2048 of bfloat16), so that begin with zeros where
+        what is there already is far larger than what comes.
     backend : str, optional
         A key of `available_backends`; see `use_backend` for the order of choice.
 
@@ -63,6 +63,10 @@ def group_influence(
 
     Notes
     -----
+    On a GPU nothing waits for the device, so that offsets and ``order`` there are not checked before: where they are
+    wrong every value is NaN, and `tikmix_fast.ops.device_checks.raise_on_device_errors` raises (``engine.matrix()``
+    calls it). A call that a CUDA graph captures must have run once before.
+
     Costs the weight gradient's ``2 T O I`` operations plus ``2 m n O I``; memory beyond the arguments does not grow
     with the number of domains, except for partial sums of the result's shape (up to 256, or 32 MiB of them). Where
     domains have a row or two and counting says that it costs less, the CPU measures row by row instead, which takes

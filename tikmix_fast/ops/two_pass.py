@@ -26,6 +26,8 @@ def refusal(arguments: Arguments) -> str | None:
         return f"torch {torch.__version__} has no grouped_mm; 2.10 has"
     if not input.dtype == grad_output.dtype == torch.bfloat16:
         return f"grouped_mm takes bfloat16; got {input.dtype} and {grad_output.dtype}"
+    if arguments.queries.dtype != torch.bfloat16:
+        return f"it rounds gradients to bfloat16, which queries of {arguments.queries.dtype} do not allow"
     if len(arguments.offsets) - 1 > _MOST_DOMAINS:
         return f"grouped_mm takes up to {_MOST_DOMAINS} groups; got {len(arguments.offsets) - 1} domains"
     if input.device.type == "cuda" and torch.cuda.get_device_capability(input.device) < (9, 0):
@@ -60,17 +62,10 @@ def group_influence(arguments: Arguments) -> Tensor:
         transposed = grad_output[:, panel].T
         if tasks and domains:
             gradients = F.grouped_mm(transposed, input, offs=ends)  # [m, panel, I]
-            values += _products(queries[:, panel].flatten(1), gradients.flatten(1))
+            values += _wide_product(queries[:, panel].flatten(1), gradients.flatten(1).T)
         if grad_weight is not None:
             grad_weight[panel] += _wide_product(transposed, input)
     return mark_errors(values, offsets, order, rows)
-
-
-def _products(queries: Tensor, gradients: Tensor) -> Tensor:
-    """Return ``queries @ gradients.T`` [n, m] of long rows, summed in float32."""
-    if queries.dtype == gradients.dtype:
-        return _wide_product(queries, gradients.T)
-    return queries.float() @ gradients.float().T
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
