@@ -379,8 +379,9 @@ class InfluenceEngine:
         stale = [] if self.allow_stale else self._stale_flags(weights, "the tasks were measured")
         if self._queries is None:
             projections = self.projection.layers(self.model, parameters, self._refreshes) if self.projection else {}
-            self._queries = self._tasks.freeze(parameters, self.preconditioner, self.optimizer, projections)
-            self._estimator.begin_round(self._queries.owners, self._queries.weights)
+            queries = self._tasks.freeze(parameters, self.preconditioner, self.optimizer, projections)
+            self._estimator.begin_round(queries.owners, queries.weights)
+            self._queries = queries
         held = self._queries.held
         checking = self.check_every > 0 and self._passes % self.check_every == 0
         before = {name: GradientBefore(p, checking) for name, p in parameters.items()}
@@ -624,15 +625,28 @@ class InfluenceEngine:
         self.dropped = self._dropped_in_row = 0
         self._begin_tasks()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was measured as plain JSON types, without the queries: a resumed run measures its tasks anew."""
+    def state_dict(self, *, within_round: bool = False) -> dict[str, Any]:
+        """Return what was measured as plain JSON types, without the queries: a resumed run measures its tasks anew.
+
+        Parameters
+        ----------
+        within_round : bool
+            False: the resumed run may measure its tasks on any batches, at any weights. True: it measures them at the
+            same weights on the same batches in the same order, and goes on to the same matrix, bit for bit, as if it
+            had not been interrupted (where torch computes the same bits again). Influence that is projected adds
+            tensors, under "projected".
+        """
+        open_round = self._estimator.in_round
+        going_on = open_round and within_round
+        variance = self._closed_projection_variance if going_on else self._projection_variance()
         return {
             **self._identity(),
             "dropped": self.dropped,
             "captured": sorted(self._captured),
-            "estimator": self._estimator.state_dict(),
-            "refreshes": self._refreshes + (self._queries is not None),
-            "projection_variance": self._projection_variance().tolist(),
+            "estimator": self._estimator.state_dict(within_round=within_round),
+            "refreshes": self._refreshes + (open_round and not going_on),
+            "projection_variance": variance.tolist(),
+            **({"projected": dict(self._projected)} if going_on and self._projected else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -659,9 +673,13 @@ class InfluenceEngine:
         variance = np.array(state.get("projection_variance", np.zeros(self._shape)), dtype=np.float64)
         if variance.shape != self._shape:
             raise ValueError(f"state 'projection_variance' must have shape {self._shape}; got {variance.shape}")
+        projected, parameters = state.get("projected", {}), self.parameters()
+        if not set(projected) <= set(parameters) or not all(isinstance(each, Tensor) for each in projected.values()):
+            raise ValueError(f"state 'projected' must hold tensors of this model's parameters; got {list(projected)}")
         self._estimator.load_state_dict(state.get("estimator", {}))
         self._begin_projections()
         self._refreshes, self._closed_projection_variance = refreshes, variance
+        self._projected = {name: each.to(parameters[name].device, copy=True) for name, each in projected.items()}
         self.dropped, self._captured = dropped, set(captured)
         self._begin_tasks()
 
@@ -694,6 +712,8 @@ class InfluenceEngine:
     def _projection_variance(self) -> NDArray[np.float64]:
         """Return what projecting added to the variance of the sums [n, m] over all micro-batches."""
         variance = self._closed_projection_variance.copy()
+        if self._projected and self._queries is None:
+            return variance * np.nan  # the round was loaded, and its queries are not measured yet
         if self._projected and self._queries is not None:
             queries = self._queries.by_task(len(self.task_names), self._projected)
             for name, gradients in self._projected.items():

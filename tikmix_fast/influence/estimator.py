@@ -53,16 +53,38 @@ class Estimator:
         self._task_known = np.ones((n, m), dtype=bool)
         self._record: MicrobatchRecord | None = MicrobatchRecord(n, m)
         self._round: _Round | None = None
+        self._interrupted = False  # the round was loaded, and waits for its queries
+
+    @property
+    def in_round(self) -> bool:
+        """Whether a round is open."""
+        return self._round is not None
 
     def begin_round(self, owners: Sequence[int], weights: Sequence[float]) -> None:
-        """Start a round of frozen queries: query q belongs to task ``owners[q]`` and weighs ``weights[q]`` in it."""
+        """Start a round of frozen queries: query q belongs to task ``owners[q]`` and weighs ``weights[q]`` in it.
+
+        A round that was loaded goes on instead, if these are its queries.
+
+        Raises
+        ------
+        ValueError
+            If a round that was loaded had other ones.
+        """
+        if self._round is not None and self._interrupted:
+            if (self._round.owners.tolist(), self._round.weights.tolist()) != (list(owners), list(weights)):
+                raise ValueError(
+                    "the tasks must be measured on the same batches as before the interruption; their target tokens "
+                    "differ. Call engine.refresh() first to measure others"
+                )
+            self._interrupted = False
+            return
         self.end_round()
         self._round = _Round(np.asarray(owners, dtype=np.int64), np.asarray(weights, dtype=np.float64), self.m)
 
     def end_round(self) -> None:
         """Close the round: its task-side variance is kept, its queries are forgotten."""
         self._task_variance, self._task_spread, self._both, self._task_known = self._task_side()
-        self._round = None
+        self._round, self._interrupted = None, False
 
     def add(self, products: Array, tokens: Array) -> None:
         """Take one micro-batch.
@@ -132,9 +154,13 @@ class Estimator:
             record=None if self._record is None else self._record.copy(),
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums as plain JSON types. The open round is closed in them: queries are not saved."""
-        variance, spread, both, known = self._task_side()
+    def state_dict(self, *, within_round: bool = False) -> dict[str, Any]:
+        """Return the sums as plain JSON types. The open round is closed in them, unless it is to go on."""
+        if within_round and self._round is not None:
+            variance, spread, both = self._task_variance, self._task_spread, self._both
+            known, open_round = self._task_known, {"round": self._round.state_dict()}
+        else:
+            (variance, spread, both, known), open_round = self._task_side(), {}
         return {
             "microbatches": self._microbatches.tolist(),
             "tokens": self._tokens.tolist(),
@@ -147,6 +173,7 @@ class Estimator:
             "both": both.tolist(),
             "task_known": known.tolist(),
             "record": None if self._record is None else self._record.to_dict(),
+            **open_round,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -168,19 +195,15 @@ class Estimator:
                 ("sum", "squares", "cross", "task_variance", "task_spread", "both", "task_known"), (self.n, self.m)
             ),
         }
-        if not isinstance(state, Mapping) or set(state) - {"record"} != set(shapes):
+        if not isinstance(state, Mapping) or set(state) - {"record", "round"} != set(shapes):
             raise ValueError(f"state 'estimator' must be a mapping with {', '.join(shapes)}")
-        read: dict[str, Any] = {}
-        for name, shape in shapes.items():
-            kind = {"microbatches": np.int64, "task_known": np.bool_}.get(name, np.float64)
-            read[name] = np.array(state[name], dtype=kind)
-            if read[name].shape != shape:
-                raise ValueError(f"state {name!r} must have shape {shape}; got {read[name].shape}")
-        record = state.get("record")
+        read = _read_arrays(state, shapes, {"microbatches": np.int64, "task_known": np.bool_})
+        record, interrupted = state.get("record"), state.get("round")
+        open_round = None if interrupted is None else _Round.from_state(interrupted, self.n, self.m)
         self._record = None if record is None else MicrobatchRecord.from_dict(record, self.n, self.m)
         for name, value in read.items():
             setattr(self, f"_{name}", value)
-        self._round = None
+        self._round, self._interrupted = open_round, open_round is not None
 
     def _task_side(self) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
         """Return, of sum a_b, the task side's variance [n, m], its square over dof, both sides' part, what is known."""
@@ -200,6 +223,11 @@ class Estimator:
         return variance, spread, both, known
 
 
+# What a round is kept in a file as: per query, per domain, per query and domain, per task of the round and domain.
+_OF_QUERY, _OF_DOMAIN = ("owners", "weights"), ("tokens", "tokens_squared", "count")
+_CELLS, _BY_TASK = ("sum", "squares", "cross"), ("task_squares", "task_cross")
+
+
 class _Round:
     """The sums of one round of frozen queries, split by split."""
 
@@ -213,6 +241,36 @@ class _Round:
         # Every other split of each task, and their share of its tokens.
         order = np.array([(owners[:q] == owners[q]).sum() for q in range(queries)], dtype=np.int64)
         self.first_weights = np.where(order % 2 == 0, self.weights, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        by_task = {name: [each.tolist() for each in getattr(self, name).values()] for name in _BY_TASK}
+        return {name: getattr(self, name).tolist() for name in (*_OF_QUERY, *_OF_DOMAIN, *_CELLS)} | by_task
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], n: int, m: int) -> _Round:
+        """Read what `state_dict` returned for n tasks and m domains.
+
+        Raises
+        ------
+        ValueError
+            If a part is missing, of another shape, or of an unknown task.
+        """
+        names = {*_OF_QUERY, *_OF_DOMAIN, *_CELLS, *_BY_TASK}
+        if not isinstance(state, Mapping) or set(state) != names:
+            raise ValueError(f"state 'round' must be a mapping with {', '.join(sorted(names))}")
+        queries, tasks = len(state["owners"]), list(dict.fromkeys(state["owners"]))
+        if not set(tasks) <= set(range(n)):
+            raise ValueError(f"state 'owners' must lie in 0 ... {n - 1}; got {tasks}")
+        shapes = dict.fromkeys(_OF_QUERY, (queries,)) | dict.fromkeys(_OF_DOMAIN, (m,))
+        shapes |= dict.fromkeys(_CELLS, (queries, m)) | dict.fromkeys(_BY_TASK, (len(tasks), m))
+        read = _read_arrays(state, shapes, {"owners": np.int64})
+        found = cls(read["owners"], read["weights"], m)
+        for name in (*_OF_DOMAIN, *_CELLS):
+            setattr(found, name, read[name])
+        for name in _BY_TASK:
+            setattr(found, name, dict(zip(tasks, read[name], strict=True)))
+        return found
 
     def first_half(self, products: Array, n: int) -> tuple[Array, Array]:
         """Return what share of each task's tokens its first half of splits is [n], and its part of a micro-batch."""
@@ -266,6 +324,17 @@ def _ratio_variance(
         ratio = sums / tokens
         residual = squares - 2 * ratio * cross + ratio**2 * tokens_squared
         return np.asarray(count / (count - 1) * np.maximum(residual, 0))
+
+
+def _read_arrays(
+    state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, Any] | None = None
+) -> dict[str, NDArray[Any]]:
+    read: dict[str, NDArray[Any]] = {}
+    for name, shape in shapes.items():
+        read[name] = np.array(state[name], dtype=(kinds or {}).get(name, np.float64))
+        if read[name].shape != shape:
+            raise ValueError(f"state {name!r} must have shape {shape}; got {read[name].shape}")
+    return read
 
 
 def _kish(tokens: Array, tokens_squared: Array) -> Array:
