@@ -21,7 +21,7 @@ def check_conservation(
     sums: Mapping[str, Tensor],
     queries: Mapping[str, Tensor],
     before: Mapping[str, Tensor | None],
-    parameters: Mapping[str, Tensor],
+    after: Mapping[str, Tensor | None],
     tolerance: float,
     projections: Mapping[str, ops.LayerProjection] | None = None,
 ) -> None:
@@ -32,8 +32,7 @@ def check_conservation(
     sums : float64 [q, m] by name
         Captured, in the units of the gradient that flowed.
     queries : [q, *shape] by name
-    before : gradient before the pass, or None, by name
-    parameters : by name; their ``.grad`` is the gradient after the pass
+    before, after : gradient before and after the pass, or None, by name
     projections : by name, optional
         Of these parameters the projected gradient is compared.
     tolerance : float
@@ -48,13 +47,14 @@ def check_conservation(
     """
     deviations: list[tuple[str, Tensor, Tensor, float, float]] = []
     for name, captured in sums.items():
-        gradient, earlier = parameters[name].grad, before[name]
+        gradient, earlier = after.get(name), before.get(name)
         if gradient is None or (earlier is not None and not bool(torch.isfinite(_dense(earlier)).all())):
             continue
-        after = _dense(gradient)
-        added = after if earlier is None else after - _dense(earlier)
+        added = now = _dense(gradient)
+        if earlier is not None:
+            added = now - _dense(earlier)
         # Adding to a gradient that was there rounds by its size and dtype.
-        rounding = 0.0 if earlier is None else 8 * torch.finfo(gradient.dtype).eps * float(after.norm())
+        rounding = 0.0 if earlier is None else 8 * torch.finfo(gradient.dtype).eps * float(now.norm())
         if projections and name in projections:
             added = projections[name].project(added)
         flat = added.reshape(-1)

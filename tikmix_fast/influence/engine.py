@@ -23,7 +23,13 @@ from tikmix_fast.influence.conservation import check_conservation
 from tikmix_fast.influence.coverage import Coverage
 from tikmix_fast.influence.ekfac import EKFAC
 from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.influence.gradients import GradientBefore, gradients_set_aside, without_synchronisation
+from tikmix_fast.influence.gradients import (
+    GradientBefore,
+    gradients_set_aside,
+    local_gradients,
+    synchronises,
+    without_synchronisation,
+)
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.influence.memory import MemoryEstimate, estimate_memory, readable_size
 from tikmix_fast.influence.offload import Copier
@@ -31,6 +37,7 @@ from tikmix_fast.influence.optimizer_state import canonical_name
 from tikmix_fast.influence.preconditioners import Adam, Preconditioner, make_preconditioner
 from tikmix_fast.influence.projection import Projection, back_project
 from tikmix_fast.influence.queries import Queries, TaskGradients
+from tikmix_fast.influence.ranks import PendingMicrobatches, add_by_name, ranks_of
 from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.rows import RowLabels
 from tikmix_fast.influence.stopping import Batch, until_known
@@ -102,6 +109,14 @@ class InfluenceEngine:
         memory; each visits the GPU when its weight's turn comes, the next one on its way meanwhile, with the same
         results. "auto": "cpu" where they do not fit on the GPU, decided (and logged) at the first task; see
         `memory_estimate`. Means nothing for parameters on the CPU.
+    process_group : ProcessGroup, "auto" or None
+        The processes that measure one matrix together, each on batches of its own; "auto": those of
+        DistributedDataParallel around the model; None: this one alone. The queries are then those of all ranks'
+        task batches (summed when they freeze), the matrix that of all their micro-batches (gathered when it is read):
+        what one process with all of it would find, whichever rank had which domain. Every rank makes the same calls
+        of `refresh`, `matrix`, `state_dict` and the first `domains`, has at least one batch of some task, and keeps
+        (q + 1) x m numbers per micro-batch between two read-outs, q = tasks x ``task_splits``. A rank that stops makes
+        the others raise when the group's timeout is over.
 
     Raises
     ------
@@ -144,6 +159,7 @@ class InfluenceEngine:
         allow_stale: bool = False,
         max_dropped_in_row: int = 10,
         queries_device: str | torch.device | None = None,
+        process_group: torch.distributed.ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -176,7 +192,6 @@ class InfluenceEngine:
         self._passes = 0
         self._dropped_in_row = 0
         self._copiers: dict[torch.device, Copier] | None = None  # not decided yet
-        self._begin_tasks()
         everything = [name for name, _ in self._trainable()]
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in everything):
@@ -189,6 +204,8 @@ class InfluenceEngine:
                 raise TypeError(f"{name!r} is complex, which influence is not defined for: leave it out with exclude=")
         if not self.parameters():
             raise ValueError("model must have a trainable parameter that is not excluded")
+        self._ranks = ranks_of(model, process_group, next(iter(self.parameters().values())).device)
+        self._begin_tasks()
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that influence covers, by name: trainable, not excluded."""
@@ -239,7 +256,7 @@ class InfluenceEngine:
         stale = self._stale_flags(weights, "the first task")
         if self._copiers is None:
             self._copiers = self._choose_copiers()
-            self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers)
+            self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers, self._ranks)
         capture = Capture(self.model, parameters, None, fused=False)
         with ExitStack() as stack:
             self._enter(stack)
@@ -314,6 +331,11 @@ class InfluenceEngine:
         ...         nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.zeros(8, dtype=torch.long)).backward()
         """
         self._require_idle()
+        if self._ranks is not None:
+            raise RuntimeError(
+                "fisher(...) fits on one process: fit with process_group=None, save the preconditioner, and give every "
+                "rank an engine with what EKFAC.load or DiagonalFisher.load returns"
+            )
         if not isinstance(self.preconditioner, EKFAC):
             raise RuntimeError(
                 "fisher(...) fits preconditioner='ekfac' or 'diagonal_fisher'; this engine's is "
@@ -384,12 +406,14 @@ class InfluenceEngine:
             self._queries = queries
         held = self._queries.held
         checking = self.check_every > 0 and self._passes % self.check_every == 0
-        before = {name: GradientBefore(p, checking) for name, p in parameters.items()}
+        reduced = checking and synchronises(self.model)
+        before = {name: GradientBefore(p, checking and not reduced) for name, p in parameters.items()}
         recorder = Recorder(labels, held, self._queries.projections)
         capture = Capture(self.model, parameters, recorder, fused=self.grad == "fused")
         with ExitStack() as stack:
             self._enter(stack)
             seen = stack.enter_context(watch_losses())
+            local = stack.enter_context(local_gradients(parameters)) if reduced else {}
             stack.enter_context(capture.open())
             held.begin_pass()
             yield
@@ -413,13 +437,16 @@ class InfluenceEngine:
         _check_targets(tokens, factor, found["losses"], mask)
         if checking:
             low = any(p.dtype in _HALF for p in parameters.values()) or recorder.saw_half
-            kept = {name: gradient.kept(parameters[name]) for name, gradient in before.items()}
             tolerance = 2e-2 if low else 1e-3
-            check_conservation(recorder.sums, held, kept, parameters, tolerance, self._queries.projections)
-        for name, gradients in recorder.projected.items():
-            gradients = gradients.mul_(factor)
-            self._projected[name] = self._projected[name].add_(gradients) if name in self._projected else gradients
-        self._estimator.add(products, tokens)
+            kept = {} if reduced else {name: gradient.kept(parameters[name]) for name, gradient in before.items()}
+            after = local if reduced else {name: p.grad for name, p in parameters.items()}
+            check_conservation(recorder.sums, held, kept, after, tolerance, self._queries.projections)
+        projected = {name: gradients.mul_(factor) for name, gradients in recorder.projected.items()}
+        if self._ranks is None:
+            self._estimator.add(products, tokens)
+            add_by_name(self._projected, projected)
+        else:
+            self._pending.add(products, tokens, projected)
         self._captured |= set(recorder.sums)
         self._passes += 1
         if self._passes == 1:
@@ -437,6 +464,7 @@ class InfluenceEngine:
             If a kernel on a GPU met offsets that it could not use.
         """
         raise_on_device_errors()
+        dropped = self._tell_ranks()
         settings = {
             "preconditioner": self.preconditioner.name,
             "task_splits": self.task_splits,
@@ -445,7 +473,7 @@ class InfluenceEngine:
             "projection": self._projection_settings(),
         }
         variance = None if self.projection is None else self._projection_variance()
-        return self._estimator.matrix(self.task_names, self.domain_names, self.dropped, settings, variance)
+        return self._estimator.matrix(self.task_names, self.domain_names, dropped, settings, variance)
 
     def run_until(self, batches: Iterable[Batch], rel_error: float = 0.2, *, least: int = 8) -> Iterator[Batch]:
         """Yield batches to measure inside `domains`, until the influence is known well enough for a mixture.
@@ -611,6 +639,7 @@ class InfluenceEngine:
     def refresh(self) -> None:
         """Forget the queries, so that tasks can be measured at new weights; the influence measured so far is kept."""
         self._require_idle()
+        self._tell_ranks()
         self._closed_projection_variance = self._projection_variance()
         self._projected = {}
         self._refreshes += 1
@@ -628,6 +657,8 @@ class InfluenceEngine:
     def state_dict(self, *, within_round: bool = False) -> dict[str, Any]:
         """Return what was measured as plain JSON types, without the queries: a resumed run measures its tasks anew.
 
+        With several ranks it is the same on all of them, and may be loaded by any number of ranks.
+
         Parameters
         ----------
         within_round : bool
@@ -636,12 +667,13 @@ class InfluenceEngine:
             had not been interrupted (where torch computes the same bits again). Influence that is projected adds
             tensors, under "projected".
         """
+        dropped = self._tell_ranks()
         open_round = self._estimator.in_round
         going_on = open_round and within_round
         variance = self._closed_projection_variance if going_on else self._projection_variance()
         return {
             **self._identity(),
-            "dropped": self.dropped,
+            "dropped": dropped,
             "captured": sorted(self._captured),
             "estimator": self._estimator.state_dict(within_round=within_round),
             "refreshes": self._refreshes + (open_round and not going_on),
@@ -680,7 +712,9 @@ class InfluenceEngine:
         self._begin_projections()
         self._refreshes, self._closed_projection_variance = refreshes, variance
         self._projected = {name: each.to(parameters[name].device, copy=True) for name, each in projected.items()}
-        self.dropped, self._captured = dropped, set(captured)
+        # Those that all ranks dropped together are counted by the first from here on.
+        self.dropped = dropped if self._ranks is None or self._ranks.index == 0 else 0
+        self._captured = set(captured)
         self._begin_tasks()
 
     def _identity(self) -> dict[str, Any]:
@@ -720,8 +754,17 @@ class InfluenceEngine:
                 variance += ops.projection_stderr(gradients, queries[name]).square().cpu().numpy()
         return variance
 
+    def _tell_ranks(self) -> int:
+        """Share what the ranks measured since they last did, and return how many micro-batches they dropped."""
+        if self._ranks is None:
+            return self.dropped
+        if self._queries is not None:
+            self._pending.tell(self._ranks, self._estimator, self._queries, self._projected)
+        return int(self._ranks.total(np.array([self.dropped]))[0])
+
     def _begin_tasks(self) -> None:
-        self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers)
+        self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers, self._ranks)
+        self._pending = PendingMicrobatches()
         self._queries = None
         self._weights = None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["GradientBefore", "gradients_set_aside", "without_synchronisation"]
+__all__ = ["GradientBefore", "gradients_set_aside", "local_gradients", "synchronises", "without_synchronisation"]
 
 
 class GradientBefore:
@@ -41,7 +42,42 @@ def gradients_set_aside(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def without_synchronisation(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep DistributedDataParallel from reducing gradients inside."""
-    no_sync = getattr(model, "no_sync", None)
-    return no_sync() if callable(no_sync) else nullcontext()
+@contextmanager
+def without_synchronisation(model: nn.Module) -> Iterator[None]:
+    """Keep DistributedDataParallel from talking to other ranks inside, which may make another number of passes."""
+    wrapper = _data_parallel(model)
+    if wrapper is None:
+        yield
+        return
+    buffers = wrapper.require_forward_param_sync
+    try:
+        wrapper.require_forward_param_sync = False
+        with wrapper.no_sync():
+            yield
+    finally:
+        wrapper.require_forward_param_sync = buffers
+
+
+def synchronises(model: nn.Module) -> bool:
+    """Whether the next backward leaves the mean over several ranks in ``p.grad``."""
+    wrapper = _data_parallel(model)
+    return wrapper is not None and bool(wrapper.require_backward_grad_sync) and wrapper.process_group.size() > 1
+
+
+@contextmanager
+def local_gradients(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Collect by name what the backward inside adds to each parameter, before other ranks have a part in it."""
+    collected: dict[str, Tensor] = {}
+
+    def collect(name: str, gradient: Tensor) -> None:
+        collected[name] = collected[name] + gradient if name in collected else gradient.detach().clone()
+
+    with ExitStack() as stack:
+        for name, parameter in parameters.items():
+            stack.callback(parameter.register_hook(lambda gradient, name=name: collect(name, gradient)).remove)
+        yield collected
+
+
+def _data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    wrapper = getattr(model, "_orig_mod", model)
+    return wrapper if isinstance(wrapper, DistributedDataParallel) else None

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tikmix_fast import ops
@@ -14,6 +16,7 @@ from tikmix_fast.influence.offload import Copier, Prefetcher, can_leave
 
 if TYPE_CHECKING:
     from tikmix_fast.influence.preconditioners import Preconditioner
+    from tikmix_fast.influence.ranks import Ranks
 
 __all__ = ["HeldQueries", "Queries", "TaskGradients", "accumulated"]
 
@@ -139,10 +142,18 @@ class TaskGradients:
     splits : int
     copiers : mapping of torch.device to Copier, optional
         For the devices whose sums rest in host memory.
+    ranks : Ranks, optional
+        Who else adds batches of the same tasks.
     """
 
-    def __init__(self, names: Sequence[str], splits: int, copiers: Mapping[torch.device, Copier] | None = None) -> None:
-        self._names, self._splits = names, splits
+    def __init__(
+        self,
+        names: Sequence[str],
+        splits: int,
+        copiers: Mapping[torch.device, Copier] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._names, self._splits, self._ranks = names, splits, ranks
         self._copiers = copiers or {}
         self._batches = [0] * len(names)
         self._sums: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -155,7 +166,9 @@ class TaskGradients:
 
     def add(self, task: int, gradients: Mapping[str, Tensor], tokens: float, factor: float) -> None:
         """Add one batch: ``factor`` times the gradients is the gradient of the summed loss of its ``tokens``."""
-        split = task, self._batches[task] % self._splits
+        # Dealt as if the ranks' batches came in turn: one batch a rank fills the splits too.
+        first, stride = (0, 1) if self._ranks is None else (self._ranks.index, self._ranks.size)
+        split = task, (first + self._batches[task] * stride) % self._splits
         sums = self._sums.setdefault(split, {})
         for name, gradient in gradients.items():
             dense = gradient.to_dense() if gradient.is_sparse else gradient
@@ -179,37 +192,49 @@ class TaskGradients:
     ) -> Queries:
         """Turn the means per target token into queries, parameter by parameter, freeing the sums as it goes.
 
+        With several ranks the sums are those of all of them: one reduction per parameter, of all splits.
+
         Raises
         ------
         RuntimeError
             If a task has no batch.
         """
-        unmeasured = [name for name, count in zip(self._names, self._batches, strict=True) if not count]
+        tokens = np.zeros((len(self._names), self._splits))
+        for split, count in self._tokens.items():
+            tokens[split] = count
+        tokens = tokens if self._ranks is None else self._ranks.total(tokens)
+        unmeasured = [name for name, counts in zip(self._names, tokens, strict=True) if not counts.any()]
         if unmeasured:
             raise RuntimeError(
                 f"tasks come first: run engine.task(...) for {', '.join(map(repr, unmeasured))} before domains(...)"
             )
         preconditioner.prepare(parameters, optimizer)
-        splits = sorted(self._sums)
+        splits = [(int(task), int(split)) for task, split in np.argwhere(tokens)]
         held = HeldQueries(copiers=self._copiers)
         for name, parameter in parameters.items():
-            values = preconditioner.apply(name, self._take_means(name, parameter, splits))
+            values = preconditioner.apply(name, self._take_means(name, parameter, splits, tokens))
             if name in projections:
                 values = projections[name].project(values)
             held.hold(name, values, may_leave=can_leave(parameter.shape, name in projections))
             del values
-        of_task = {task: sum(self._tokens[split] for split in splits if split[0] == task) for task, _ in splits}
-        owners, weights = [task for task, _ in splits], [self._tokens[s] / of_task[s[0]] for s in splits]
+        owners = [task for task, _ in splits]
+        weights = [float(tokens[split] / tokens[split[0]].sum()) for split in splits]
         return Queries(held, owners, weights, projections)
 
-    def _take_means(self, name: str, parameter: Tensor, splits: Sequence[tuple[int, int]]) -> Tensor:
+    def _take_means(
+        self, name: str, parameter: Tensor, splits: Sequence[tuple[int, int]], tokens: NDArray[np.float64]
+    ) -> Tensor:
         copier = self._copiers.get(parameter.device) if can_leave(parameter.shape) else None
         means = parameter.new_zeros((len(splits), *parameter.shape), dtype=accumulated(parameter))
         for mean, split in zip(means, splits, strict=True):
             # A parameter that this split's batches did not reach has no gradient there.
-            total = self._sums[split].pop(name, None)
+            total = self._sums.get(split, {}).pop(name, None)
             if total is not None:
-                torch.div(copier.fetch(total) if copier else total, self._tokens[split], out=mean)
+                mean.copy_(copier.fetch(total) if copier else total)
+        if self._ranks is not None:
+            self._ranks.add_up(means)
+        for mean, split in zip(means, splits, strict=True):
+            mean.div_(float(tokens[split]))
         return means
 
 
