@@ -102,18 +102,18 @@ def per_domain(name: str, given: Any, domains: Names, count: int, default: float
     return numbers
 
 
-def read_prior(prior: Any, domains: Names, count: int) -> Array:
-    """Return the prior mixture [count], scaled to sum to 1 exactly.
+def read_prior(prior: Any, domains: Names, count: int, name: str = "prior") -> Array:
+    """Return a mixture [count], scaled to sum to 1.
 
     Raises
     ------
     TypeError, ValueError
         As `per_domain`, or if it does not sum to 1 within 1e-6.
     """
-    weights = per_domain("prior", prior, domains, count)
+    weights = per_domain(name, prior, domains, count)
     total = float(weights.sum())
     if not abs(total - 1.0) <= 1e-6:
-        raise ValueError(f"prior must sum to 1 within 1e-6; got {total:g}; divide it by its sum (token counts too)")
+        raise ValueError(f"{name} must sum to 1 within 1e-6; got {total:g}; divide it by its sum (token counts too)")
     return weights / total
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-__all__ = ["MixtureResult"]
+__all__ = ["MixtureResult", "plain_types"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +102,15 @@ class MixtureResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as plain JSON types; a number that is not finite becomes None."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {field.name: plain_types(getattr(self, field.name)) for field in fields(self)}
 
 
-def _plain(value: Any) -> Any:
+def plain_types(value: Any) -> Any:
+    """Return arrays, sequences and mappings of numbers and strings as JSON types; not finite numbers become None."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain_types(each) for each in value]
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain_types(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
