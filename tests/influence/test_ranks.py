@@ -42,7 +42,9 @@ def same(one, other):
     # Projected gradients are summed in float32.
     tolerance = 1e-7 if "stderr_projection" in one else 1e-9
     for part, value in one.items():
-        np.testing.assert_allclose(other[part], value, rtol=tolerance, atol=tolerance * np.nanmax(np.abs(value)), err_msg=part)
+        np.testing.assert_allclose(
+            other[part], value, rtol=tolerance, atol=tolerance * np.nanmax(np.abs(value)), err_msg=part
+        )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,9 @@ def test_gradients_are_the_mean_over_ranks(found):
     for rank in found:
         for name, parameter in model.named_parameters():
             mean = parameter.grad / len(found)
-            torch.testing.assert_close(torch.tensor(rank["gradients"][name], dtype=torch.float64), mean, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                torch.tensor(rank["gradients"][name], dtype=torch.float64), mean, rtol=1e-9, atol=1e-12
+            )
 
 
 def test_state_is_the_same_everywhere_and_fits_any_number_of_ranks(found):
