@@ -12,11 +12,10 @@ from torch import nn
 
 from tikmix_fast import InfluenceEngine, InfluenceMatrix, Projection, shifted_mask
 from tikmix_fast.influence.conservation import ConservationError
-from tikmix_fast.influence.views import UncapturedParameterError
 
 
 class Model(nn.Module):
-    """Two weights large enough to be projected by 16 or 32, one that is too narrow, a table, a norm, biases."""
+    """Two weights and a table large enough for 16 or 32, a weight that is too narrow, a norm, biases."""
 
     def __init__(self):
         super().__init__()
@@ -38,6 +37,7 @@ def model():
     return Model()
 
 
+PROJECTED = {"tokens.weight", "up.weight", "down.weight"}
 TASKS = {"a": (1, 2), "b": (3, 4)}
 
 
@@ -83,7 +83,7 @@ def test_values_are_those_of_projected_gradients(kit, model, kind):
     projection = Projection(dim=32, kind=kind, seed=5)
     engine, tasks, given = measure(kit, model, projection)
     layers = projection.layers(model, engine.parameters())
-    assert set(layers) == {"up.weight", "down.weight"}
+    assert set(layers) == PROJECTED
     values, scale = truth(kit, model, tasks, given, layers)
     assert (np.abs(engine.matrix().values - values) / scale).max() < 1e-6
 
@@ -115,14 +115,14 @@ def test_gradients_are_bit_identical(kit, model):
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     kit.mean_loss(model, given[0]).backward()
-    for name in ("up.weight", "down.weight"):
+    for name in PROJECTED:
         assert torch.equal(found[name], model.get_parameter(name).grad)
 
 
 def test_queries_are_small(kit, model):
     engine, _, _ = measure(kit, model, Projection(dim=16))
     assert engine._queries.held["up.weight"].shape == (4, 16, 16)
-    assert not {name for name, _ in engine._queries.held._packed} & {"up.weight", "down.weight"}
+    assert not {name for name, _ in engine._queries.held._packed} & PROJECTED
 
 
 def test_verify(kit, model):
@@ -187,20 +187,64 @@ def test_the_matrix_is_saved_whole(kit, model, tmp_path):
     assert again.settings["projection"] == {"dim": 16, "kind": "countsketch", "seed": 0}
 
 
-def test_tables_shared_with_a_head_are_exact(kit, model):
-    model.head = nn.Linear(40, 37, bias=False)
-    model.narrow = nn.Identity()
-    model.head.weight = model.tokens.weight
-    assert set(Projection(dim=16).layers(model, dict(model.named_parameters()))) == {"up.weight", "down.weight"}
-    engine, tasks, given = measure(kit, model, Projection(dim=16))
-    values, scale = truth(kit, model, tasks, given, Projection(dim=16).layers(model, engine.parameters()))
-    assert (np.abs(engine.matrix().values - values) / scale).max() < 1e-6
+class Tables(nn.Module):
+    """A table tied to its head, padding in it, positions looked up once, a weight used as it is and derived."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.tokens = nn.Embedding(37, 40, padding_idx=3)
+        self.positions = nn.Embedding(24, 40)
+        self.up = nn.Linear(40, 40, bias=False)
+        self.head = head
+
+    def forward(self, x):
+        where = torch.arange(x.shape[1])[None]
+        h = self.tokens(x) + 0.5 * self.positions(where).to(torch.float32)
+        h = h + torch.tanh(self.up(h)) * self.up.weight[0]
+        h = h + torch.tanh(h @ (self.up.weight.t() * 2))
+        return self.head(self, h)
 
 
-def test_another_use_is_refused(kit, model):
-    model.forward = lambda x: model.tokens(x) @ (model.up.weight[:37] * 2).t()
-    with pytest.raises(UncapturedParameterError, match=r"up\.weight.*projection=None"):
-        measure(kit, model, Projection(dim=16))
+HEADS = {
+    "product": lambda model, h: F.linear(h, model.tokens.weight),
+    "transposed": lambda model, h: h @ model.tokens.weight.t(),
+}
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 1], [2, 2, 2, 2], "positions"], ids=["sequences", "single", "positions"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kind", ["countsketch", "gaussian"])
+def test_tables_and_derived_weights_are_projected_in_all_their_uses(kit, head, ids, kind):
+    torch.manual_seed(2)
+    model = Tables(HEADS[head])
+    projection = Projection(dim=16, kind=kind)
+    if ids == "positions":
+        ids = torch.randint(0, 3, (4, 9), generator=torch.Generator().manual_seed(0))
+    batches = [kit.make_batch(10 + seed, 4, 9, ids=ids, masked=0.2) for seed in range(2)]
+    tasks = {name: [kit.make_batch(seed, 3, 9) for seed in seeds] for name, seeds in TASKS.items()}
+    engine = kit.measure(model, tasks, batches, 3, preconditioner="identity", projection=projection)
+    layers = projection.layers(model, engine.parameters())
+    assert set(layers) == {"tokens.weight", "positions.weight", "up.weight"}
+    values, lengths, tokens = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3), torch.zeros(3)
+    queries = engine._queries.by_task(2)
+    for domain in range(3):
+        total = dict.fromkeys(queries, torch.zeros(()))
+        for batch in batches:
+            losses = kit.token_losses(model, batch.x, batch.labels)
+            mine = batch.ids.reshape(4, -1).expand(4, 9) == domain
+            tokens[domain] += (shifted_mask(batch.labels) & mine).sum()
+            found = torch.autograd.grad(losses[mine].sum(), list(engine.parameters().values()), materialize_grads=True)
+            total = {name: total[name] + each for name, each in zip(total, found, strict=True)}
+        for name, layer in layers.items():
+            total[name] = layer.project(total[name])
+            # What the error bar is made of.
+            assert (engine._projected[name][domain] - total[name]).norm() <= 1e-5 * total[name].norm()
+        for name, each in total.items():
+            values[:, domain] += (queries[name].double() * each).flatten(1).sum(1)
+            lengths[domain] += each.square().sum()
+    scale = torch.stack([each.flatten(1).square().sum(1) for each in queries.values()]).sum(0)[:, None] * lengths
+    errors = (torch.as_tensor(engine.matrix().values) - values / tokens).abs() / (scale.sqrt() / tokens)
+    assert errors[:, tokens > 0].max() < 1e-6
 
 
 @pytest.mark.parametrize(

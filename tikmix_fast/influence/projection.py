@@ -77,17 +77,17 @@ class Projection:
 
 
 def projected_weights(model: nn.Module, parameters: Mapping[str, Tensor], dim: int) -> set[str]:
-    """Return the names of the weights that are measured through projections to ``dim``."""
-    products: set[int] = set()
+    """Return the names of the weights and tables that are measured through projections to ``dim``."""
+    matrices: set[int] = set()
     others: set[int] = set()
     for module in model.modules():
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        known = isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
         for parameter in module._parameters.values():
-            (products if linear else others).add(id(parameter))
+            (matrices if known else others).add(id(parameter))
     return {
         name
         for name, parameter in parameters.items()
-        if parameter.ndim == 2 and min(parameter.shape) > dim and id(parameter) in products - others
+        if parameter.ndim == 2 and min(parameter.shape) > dim and id(parameter) in matrices - others
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor
 from tikmix_fast import ops
 from tikmix_fast.influence.queries import HeldQueries
 from tikmix_fast.influence.rows import Layout, RowLabels
-from tikmix_fast.influence.views import ParameterView, UncapturedParameterError
+from tikmix_fast.influence.views import ParameterView
+from tikmix_fast.ops.projected_lookup import projected_lookup_gradients
 
 __all__ = ["LOOKED_UP_TOGETHER", "Recorder"]
 
@@ -85,16 +86,19 @@ class Recorder:
         layout = self.labels.layout(rows.shape[:-1], rows.device)
         if self.is_projected(weight):
             name = weight.sources[0].name
-            projected = ops.projected_domain_gradients(
-                right, left, layout.offsets, self.projections[name], order=layout.order
+            self._add_projected(
+                name,
+                ops.projected_domain_gradients(right, left, layout.offsets, self.projections[name], order=layout.order),
             )
-            self.projected[name] = self.projected[name] + projected if name in self.projected else projected
-            self._add(name, self.queries[name].flatten(1).double() @ projected.flatten(1).double().t())
             return
         carried: Iterable[tuple[str, Tensor | ops.PackedQueries]]
         if weight.is_parameter:
             carried = [(weight.sources[0].name, self.queries.packed(weight.sources[0].name, dtype))]
         else:
+            of_rows = layout.domain_of_rows()
+            self._add_derived(
+                weight, lambda domain: _wide(left[of_rows == domain]).t() @ _wide(right[of_rows == domain])
+            )
             carried = self._carried(weight)
         for name, queries in carried:
             found = ops.group_influence(right, left, layout.offsets, queries, order=layout.order, grad_weight=total)
@@ -115,6 +119,9 @@ class Recorder:
             self.features(view, gradient)
             return
         layout = self.labels.layout(gradient.shape[:-1], gradient.device)
+        of_rows = layout.domain_of_rows().reshape(*gradient.shape[:-1], 1)
+        shape = view.plain.shape
+        self._add_derived(view, lambda domain: (_wide(gradient) * (of_rows == domain)).sum_to_size(shape))
         for name, queries in self._carried(view):
             # Align on the right, as broadcasting does.
             aligned = queries.reshape(len(queries), *(1,) * (gradient.ndim - queries.ndim + 1), *queries.shape[1:])
@@ -131,6 +138,10 @@ class Recorder:
         runs = layout.sum_runs(per_row.reshape(-1, per_row.shape[-1]))
         if self.queries:
             of_domains = layout.sum_domains(runs)
+            shape = view.plain.shape
+            self._add_derived(
+                view, lambda domain: of_domains[domain].expand(*shape[:-1], -1).sum_to_size(shape).to(runs.dtype)
+            )
             for name, queries in self._carried(view):
                 features = queries.reshape(len(queries), -1).expand(-1, runs.shape[-1])
                 self._add(name, features.double() @ of_domains.t())
@@ -145,7 +156,14 @@ class Recorder:
         flat_ids, flat = ids.reshape(-1), _wide(gradient.reshape(-1, gradient.shape[-1]))
         if padding is not None:
             flat = flat * (flat_ids != padding).unsqueeze(1)
-        ((name, queries),) = self._carried(view)
+        name = view.sources[0].name
+        if name in self.projections:
+            projected = projected_lookup_gradients(
+                flat_ids, flat, layout.offsets, self.projections[name], order=layout.order
+            )
+            self._add_projected(name, projected)
+            return
+        queries = self.queries[name]
         # Rows by the hundred, so that what is looked up stays in a CPU's cache until it is multiplied; a GPU is busier
         # with more at a time.
         some = 256 if flat.device.type == "cpu" else LOOKED_UP_TOGETHER
@@ -156,14 +174,37 @@ class Recorder:
         self._add_rows(name, torch.cat(dots), layout)
 
     def _carried(self, view: ParameterView) -> Iterable[tuple[str, Tensor]]:
-        for source in view.sources:
-            if source.name in self.projections:
-                raise UncapturedParameterError(
-                    f"the projected influence of {source.name!r} cannot be captured: it is used other than as the "
-                    "weight of a product. Measure with projection=None, or leave it out with "
-                    f"exclude=[{source.name!r}]"
-                )
-        return view.queries(self.queries)
+        return view.queries(self.queries, without=self.projections)
+
+    def _add_derived(self, view: ParameterView, gradient_of: Callable[[int], Tensor]) -> None:
+        """Record the projected parameters that a view was derived from, given the gradient of it for any domain.
+
+        One such gradient is formed at a time, which takes as long as the ordinary one for all rows together.
+        """
+        derived = [index for index, source in enumerate(view.sources) if source.name in self.projections]
+        if not derived:
+            return
+        labels = self.labels
+        present = labels.ids.unique().tolist() if isinstance(labels.ids, Tensor) else [labels.ids]
+        for domain in present:
+            gradient = gradient_of(domain)
+            for index in derived:
+                name, lookup = view.sources[index].name, view.sources[index].lookup
+                pulled, projection = view.pull_back(index, gradient), self.projections[name]
+                if lookup is None:
+                    projected = projection.project(pulled)
+                else:
+                    rows = lookup.masked(pulled).reshape(-1, pulled.shape[-1])
+                    ends = torch.tensor([0, len(rows)], device=rows.device)
+                    projected = projected_lookup_gradients(lookup.ids.reshape(-1), rows, ends, projection)[0]
+                gradients = projected.new_zeros(labels.n_domains, *projected.shape)
+                gradients[domain] = projected
+                self._add_projected(name, gradients)
+
+    def _add_projected(self, name: str, gradients: Tensor) -> None:
+        """Record the domains' projected gradients [m, k_out, k_in] of a parameter, and their influence."""
+        self.projected[name] = self.projected[name] + gradients if name in self.projected else gradients
+        self._add(name, self.queries[name].flatten(1).double() @ gradients.flatten(1).double().t())
 
     def _note(self, gradient: Tensor) -> None:
         self.saw_half = self.saw_half or gradient.dtype in (torch.bfloat16, torch.float16)

@@ -32,6 +32,10 @@ class Layout:
     run: int
     domains: Tensor
 
+    def domain_of_rows(self) -> Tensor:
+        """Return the domain of every row, int64 [T], in the activation's own order."""
+        return self.domains.repeat_interleave(self.run)
+
     def sum_runs(self, rows: Tensor) -> Tensor:
         """Sum ``rows`` [T, C] over each run: [T / run, C], at least float32."""
         wide = torch.promote_types(rows.dtype, torch.float32)

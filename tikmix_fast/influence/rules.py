@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tikmix_fast.influence.row_history import refuse_gathered_rows
 from tikmix_fast.influence.taps import fused_product, spread, tap
-from tikmix_fast.influence.views import ParameterView, Source, UncapturedParameterError, plain
+from tikmix_fast.influence.views import Lookup, ParameterView, Source, UncapturedParameterError, plain
 
 if TYPE_CHECKING:
     from tikmix_fast.influence.capture import Capture
@@ -126,13 +126,8 @@ def _embedding(
     if labels.are_rows(input.shape):
         _refuse_relative_positions(weight, func, input, labels)
         return tap(found, lambda gradient: recorder.lookup(weight, input, padding, gradient))
-
     # Positions looked up once for all sequences, [S] or [1, S]: wait for the operation where they meet the batch.
-    def lift(queries: Tensor) -> Tensor:
-        rows = queries[:, input]
-        return rows if padding is None else rows * (input != padding)[..., None]
-
-    source = Source(weight.sources[0].name, found.detach(), lift)
+    source = Source(weight.sources[0].name, found.detach(), Lookup(input, padding))
     return ParameterView.make(found, capture, (source,))
 
 
@@ -259,7 +254,7 @@ def _other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 def _backward(capture: Capture, func: Any, loss: ParameterView, *args: Any, **kwargs: Any) -> Any:
     """Refuse a loss that met no data: nothing it was looked up from was recognised as rows of the batch."""
     for source in loss.sources:
-        if source.lift is not None:
+        if source.lookup is not None:
             capture.recorder.labels.layout(source.value.shape[:-1], torch.device("cpu"))
     raise _refusal(
         loss,

@@ -8,14 +8,14 @@ checkpointing recomputes a forward inside the backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["ParameterView", "Source", "UncapturedParameterError", "plain"]
+__all__ = ["Lookup", "ParameterView", "Source", "UncapturedParameterError", "plain"]
 
 
 class UncapturedParameterError(RuntimeError):
@@ -27,15 +27,28 @@ class Handler(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
-    """A parameter, or rows looked up in one, that a view is made from.
+class Lookup:
+    """The rows ``ids`` [...] of a table [V, C]; those of the row ``padding`` pass no gradient on."""
 
-    ``lift`` takes queries of the parameter, [q, *parameter.shape], to queries of ``value``, [q, *value.shape].
-    """
+    ids: Tensor
+    padding: int | None
+
+    def lift(self, queries: Tensor) -> Tensor:
+        """Take queries of the table, [q, V, C], to queries of what was found, [q, ..., C]."""
+        return self.masked(queries[:, self.ids])
+
+    def masked(self, rows: Tensor) -> Tensor:
+        """Return ``rows`` [..., *ids.shape, C] with zeros where padding was looked up."""
+        return rows if self.padding is None else rows * (self.ids != self.padding).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter, or rows looked up in one, that a view is made from."""
 
     name: str
     value: Tensor
-    lift: Callable[[Tensor], Tensor] | None = None
+    lookup: Lookup | None = None
 
 
 class ParameterView(torch.Tensor):
@@ -88,16 +101,18 @@ class ParameterView(torch.Tensor):
     @property
     def is_parameter(self) -> bool:
         """Whether this is a parameter itself, untouched."""
-        return self.build is None and self.sources[0].lift is None
+        return self.build is None and self.sources[0].lookup is None
 
-    def queries(self, of: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield for each source its name and its queries carried to this view, [q, *view.shape].
+    def queries(self, of: Mapping[str, Tensor], without: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Yield for each source but some its name and its queries carried to this view, [q, *view.shape].
 
         ``of`` holds the queries of every parameter, [q, *parameter.shape]. An inner product with the gradient of the
         parameter equals one of the carried query with the gradient of the view: <q, J^T g> = <J q, g>.
         """
         for index, source in enumerate(self.sources):
-            lifted = of[source.name] if source.lift is None else source.lift(of[source.name])
+            if source.name in without:
+                continue
+            lifted = of[source.name] if source.lookup is None else source.lookup.lift(of[source.name])
             yield source.name, lifted if self.build is None else self._push_forward(index, lifted)
 
     def _push_forward(self, index: int, lifted: Tensor) -> Tensor:
@@ -113,6 +128,16 @@ class ParameterView(torch.Tensor):
             (back,) = torch.autograd.grad(made, values[index], weights, create_graph=True)
             pushed = [torch.autograd.grad(back, weights, query, retain_graph=True)[0] for query in lifted]
         return torch.stack(pushed)
+
+    def pull_back(self, index: int, gradient: Tensor) -> Tensor:
+        """Carry a gradient of this view back to the value of one of its sources, J^T g: the adjoint of `queries`."""
+        if self.build is None:
+            return gradient
+        with torch.enable_grad():
+            values = [source.value.to(gradient.dtype).detach() for source in self.sources]
+            values[index].requires_grad_()
+            made = self.build(*values)
+        return torch.autograd.grad(made, values[index], gradient.to(made.dtype))[0]
 
 
 def plain(value: Any) -> Any:
