@@ -1,0 +1,34 @@
+"""Every arm of the study, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from study.baselines.ado import ADO
+from study.baselines.dga import DGA
+from study.baselines.doge import DoGE
+from study.baselines.fixed import half_and_half, natural, own_domains, uniform
+from study.baselines.odm import ODM
+from study.baselines.regmix import RegMix
+from study.baselines.tikmix_d import TikmixD
+from study.settings import StudySettings
+from study.training import Method, Study
+
+__all__ = ["arms"]
+
+
+def arms(settings: StudySettings) -> dict[str, Callable[[Study], Method]]:
+    """Return what makes each arm's method."""
+    return {
+        "uniform": uniform,
+        "natural": natural,
+        "own domains": own_domains,
+        "half and half": half_and_half,
+        "odm": ODM,
+        "ado": ADO,
+        "doge": DoGE,
+        "dga": DGA,
+        **{f"regmix {count}": partial(RegMix, count=count) for count in settings.proxies},
+        "tikmix-d": TikmixD,
+    }

@@ -1,0 +1,68 @@
+"""TiKMiX-D in stages: measure Group Influence at each boundary and solve for the mixture."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from study import counting
+from study.training import Array, Method, Study, Trainee
+from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.mixture.result import MixtureResult
+from tikmix_fast.mixture.tikmix_d import tikmix_d
+from tikmix_fast.training.measuring import measure, rows_measured
+
+__all__ = ["TikmixD", "measuring_flops"]
+
+
+class TikmixD(Method):
+    """Train the first stage on the uniform mixture, then follow the influence measured at each boundary."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__(study.uniform)
+        self._study = study
+        self._random = np.random.default_rng([study.seed, 1])
+
+    def update(self, arm: Trainee) -> Array | None:
+        """Measure and solve at a stage boundary."""
+        settings, problem = self._study.main, self._study.problem
+        if arm.step not in settings.boundaries:
+            return None
+        matrix = measure(arm.model, arm.optimizer, problem.domains, problem.steered, settings, self._random)
+        self.flops += measuring_flops(self._study)
+        solution = self.solve(matrix, arm)
+        self.log.append(
+            {
+                "step": arm.step,
+                "influence": matrix.values.tolist(),
+                "stderr": [[None if np.isnan(each) else each for each in row] for row in matrix.stderr.tolist()],
+                "message": "; ".join([solution.message, *solution.warnings]),
+            }
+        )
+        return solution.weights
+
+    def solve(self, matrix: InfluenceMatrix, arm: Trainee) -> MixtureResult:
+        """Return TiKMiX-D's answer with the study's settings."""
+        settings = self._study.main
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the result holds them
+            return tikmix_d(
+                matrix,
+                arm.weights,
+                uniformity=settings.uniformity,
+                influence=settings.influence,
+                diversity=settings.diversity,
+                floor=settings.floor,
+                smoothing=settings.smoothing,
+            )
+
+
+def measuring_flops(study: Study) -> float:
+    """Return the operations of one measurement: its passes, and every inner product that the kernel takes."""
+    settings, domains, tasks = study.main, len(study.problem.domains), len(study.problem.steered)
+    tokens = rows_measured(settings, domains, tasks) * settings.model.length
+    return float(
+        counting.training(settings.model, tokens)
+        + counting.inner_products(settings.model, settings.domain_batches * domains * tasks)
+    )

@@ -1,0 +1,533 @@
+"""Does S predict? Influence of a small GPT trained here, against what training does.
+
+OMP_NUM_THREADS=1 python benchmarks/study/prediction.py --setting small    # seeds 0, 1, 2 into build/prediction/
+python benchmarks/study/prediction.py --report                             # tables and plots of what is there
+
+Three parts per seed, each stored as a JSON file of its own when it is done, so that an interrupted run goes on:
+additivity (S w against the influence of sampled mixtures), counterfactual (S against the change of the tasks' losses
+after k real optimizer steps on one domain, and two such runs against each other) and calibration (how often 95%
+intervals hold the truth). The report is written to benchmarks/results/ as prediction.json, .md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from prediction_report import write_report
+from torch import Tensor
+
+from tikmix_fast import files
+from tikmix_fast.data.corpora import Corpora, Sequences, gather
+from tikmix_fast.data.sampler import MixtureSampler
+from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
+from tikmix_fast.influence.engine import InfluenceEngine
+from tikmix_fast.influence.estimator import Estimator
+from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.influence.preconditioners import Preconditioner
+from tikmix_fast.influence.projection import Projection
+from tikmix_fast.report.environment import describe_environment
+from tikmix_fast.training.arm import Arm
+from tikmix_fast.training.gpt import GPT, GPTSettings
+from tikmix_fast.training.settings import DemoSettings
+
+REPOSITORY = Path(__file__).parents[2]
+Array = NDArray[np.float64]
+Texts = Mapping[str, Sequences]
+Stage = Literal["additivity", "counterfactual", "calibration", "long"]
+STAGES: tuple[Stage, ...] = ("counterfactual", "additivity", "calibration", "long")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to measure S.
+
+    Attributes
+    ----------
+    preconditioner : {"identity", "adam", "ekfac", "diagonal_fisher"}
+    dim : int or None
+        Of the projection; None = exact.
+    weights : {"current", "averaged", "decayed", "path"}
+        Where gradients are taken: at the checkpoint; at the moving average of the weights; after a few steps on the
+        uniform mixture at a rate that falls to zero; or at the checkpoint and a few steps before it, averaging S.
+    damping : float
+        Of "ekfac" and "diagonal_fisher".
+    """
+
+    preconditioner: str
+    dim: int | None = None
+    weights: Literal["current", "averaged", "decayed", "path"] = "current"
+    damping: float = 0.1
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        parts = [self.preconditioner.replace("_", " ")]
+        parts += [f"k={self.dim}"] if self.dim else []
+        parts += [f"{self.weights} weights"] if self.weights != "current" else []
+        parts += [f"damping {self.damping:g}"] if self.damping != 0.1 else []
+        return ", ".join(parts)
+
+
+METHODS = (
+    Method("identity"),
+    Method("adam"),
+    Method("ekfac"),
+    Method("diagonal_fisher"),
+    Method("identity", 64),
+    Method("identity", 32),
+    Method("adam", 64),
+    Method("adam", 32),
+    Method("ekfac", damping=0.01),
+    Method("ekfac", damping=1.0),
+    Method("identity", weights="averaged"),
+    Method("adam", weights="averaged"),
+    Method("ekfac", weights="averaged"),
+    Method("adam", weights="decayed"),
+    Method("adam", weights="path"),
+)
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """Every number of the study.
+
+    Attributes
+    ----------
+    training : DemoSettings
+        Of the run that the checkpoint is taken from; its seed is replaced.
+    checkpoint : int
+        Step of it.
+    averaging : float
+        Decay of the moving average of the weights.
+    decay_steps : int
+        Steps with a falling rate before "decayed" is measured.
+    path_steps : tuple of int
+        Steps before the checkpoint at which "path" measures besides.
+    methods : tuple of Method
+    task_rows, domain_rows : int
+        Sequences per task, and per domain, that S is measured on.
+    fisher_rows : int
+        Sequences that curvature is fitted to, of all domains in equal parts.
+    steps : tuple of int
+        k: optimizer steps on one domain after which losses are taken; ``long_steps`` are taken at the full rate alone,
+        in a stage of their own.
+    rates : tuple of float
+        Multiples of the learning rate at the checkpoint.
+    evaluation_rows : int
+        Sequences per task that the change of the loss is taken on, of the half that S does not see.
+    mixtures, mixture_rows : int
+        Mixtures drawn from Dirichlet(1), and sequences of each that its influence is measured on.
+    additivity_rows : int
+        Sequences per domain for S in S w.
+    pool_domain, pool_task : int
+        Micro-batches per domain and per task in the pool that repeated measurements draw from.
+    repetitions : int
+        Repeated measurements per seed.
+    """
+
+    training: DemoSettings
+    checkpoint: int
+    averaging: float = 0.95
+    decay_steps: int = 10
+    path_steps: tuple[int, ...] = (40, 20)
+    methods: tuple[Method, ...] = METHODS
+    task_rows: int = 48
+    domain_rows: int = 48
+    fisher_rows: int = 144
+    batch_rows: int = 36
+    steps: tuple[int, ...] = (1, 10)
+    long_steps: tuple[int, ...] = (100,)
+    rates: tuple[float, ...] = (1.0, 0.1)
+    evaluation_rows: int = 24
+    mixtures: int = 128
+    mixture_rows: int = 32
+    additivity_rows: int = 96
+    pool_domain: int = 64
+    pool_task: int = 16
+    repetitions: int = 400
+
+    def __post_init__(self) -> None:
+        if not 0 < self.checkpoint <= self.training.steps:
+            raise ValueError(f"checkpoint must lie in 1 ... {self.training.steps}; got {self.checkpoint}")
+        if max(self.path_steps, default=0) >= self.checkpoint:
+            raise ValueError(f"path_steps must be below the checkpoint; got {self.path_steps}")
+
+
+SETTINGS = {
+    "small": PredictionSettings(DemoSettings(), checkpoint=400),
+    "full": PredictionSettings(
+        DemoSettings(),
+        checkpoint=600,
+        task_rows=192,
+        domain_rows=192,
+        fisher_rows=576,
+        evaluation_rows=96,
+        mixture_rows=128,
+        additivity_rows=512,
+        pool_domain=256,
+        pool_task=48,
+        repetitions=2000,
+    ),
+    "quick": PredictionSettings(
+        DemoSettings(
+            steps=20,
+            batch=4,
+            warm_up=2,
+            model=GPTSettings(layers=1, heads=2, width=48, length=32),
+            domain_bytes=20_000,
+            task_bytes=16_000,
+        ),
+        checkpoint=10,
+        decay_steps=2,
+        path_steps=(2,),
+        methods=(Method("adam"), Method("ekfac"), Method("adam", 32), Method("identity", weights="averaged")),
+        task_rows=4,
+        domain_rows=4,
+        fisher_rows=9,
+        steps=(1, 2),
+        long_steps=(3,),
+        evaluation_rows=4,
+        mixtures=12,
+        mixture_rows=8,
+        additivity_rows=16,
+        pool_domain=4,
+        pool_task=4,
+        repetitions=10,
+    ),
+}
+
+
+@dataclass
+class Subject:
+    """A model in training, what it reads, and where its weights were."""
+
+    settings: PredictionSettings
+    seed: int
+    arm: Arm
+    domains: Texts
+    tasks: Texts
+    reports: Texts
+    averaged: dict[str, Tensor]
+    path: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(settings: PredictionSettings, seed: int, corpora: Corpora, folder: Path) -> Subject:
+    """Return the checkpoint of a seed, trained now or read from ``folder``."""
+    training = dataclasses.replace(settings.training, seed=seed)
+    length = training.model.length
+    domains = {name: Sequences(text, length) for name, text in corpora.domains.items()}
+    measured = {name: Sequences(task.measure, length) for name, task in corpora.tasks.items()}
+    reported = {name: Sequences(task.report, length) for name, task in corpora.tasks.items()}
+    arm = Arm(training, domains)
+    subject = Subject(settings, seed, arm, domains, measured, reported, {})
+    path = folder / f"checkpoint-{seed}.pt"
+    if not path.exists():
+        while arm.step < settings.checkpoint:
+            arm.train_step()
+            for name, value in arm.model.state_dict().items():
+                average = subject.averaged.setdefault(name, value.clone())
+                average.lerp_(value, 1 - settings.averaging)
+            if settings.checkpoint - arm.step in settings.path_steps:
+                state = {"model": arm.model.state_dict(), "optimizer": arm.optimizer.state_dict()}
+                subject.path.append(copy.deepcopy(state))
+        state = {"model": arm.model.state_dict(), "optimizer": arm.optimizer.state_dict()}
+        partial = path.with_suffix(".part")
+        torch.save({**state, "averaged": subject.averaged, "path": subject.path}, partial)
+        partial.replace(path)
+    saved = torch.load(path)
+    arm.model.load_state_dict(saved["model"])
+    arm.optimizer.load_state_dict(saved["optimizer"])
+    arm.step = settings.checkpoint
+    subject.averaged, subject.path = saved["averaged"], saved["path"]
+    return subject
+
+
+def draw(text: Sequences, rows: int, random: np.random.Generator) -> Tensor:
+    """Return ``rows`` sequences, without repetition where there are enough."""
+    chosen = random.choice(len(text), rows, replace=rows > len(text))
+    return text.all()[torch.from_numpy(chosen)]
+
+
+def interleaved(texts: Texts, rows: int, batch: int, random: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of sequences and their domains: ``rows`` of each domain, as many in every batch as fit."""
+    each = max(1, min(rows, batch // len(texts)))
+    drawn = [draw(text, rows, random).split(each) for text in texts.values()]
+    for parts in zip(*drawn, strict=True):
+        yield torch.cat(parts), torch.arange(len(texts)).repeat_interleave(len(parts[0]))
+
+
+def influence(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    subject: Subject,
+    preconditioner: str | Preconditioner,
+    samples: Iterator[tuple[Tensor, Tensor]],
+    columns: list[str],
+    *,
+    random: np.random.Generator,
+    projection: Projection | None = None,
+) -> InfluenceMatrix:
+    """Measure S of whatever the columns are; the tasks' sequences are drawn first, so that one seed draws the same."""
+    settings = subject.settings
+    tasks = {name: draw(text, settings.task_rows, random) for name, text in subject.tasks.items()}
+    engine = InfluenceEngine(
+        model, columns, list(tasks), preconditioner=preconditioner, optimizer=optimizer, projection=projection
+    )
+    for name, rows in tasks.items():
+        for batch in rows.split(-(-len(rows) // 4)):
+            with engine.task(name):
+                model.loss(batch).backward()
+    for batch, ids in samples:
+        with engine.domains(ids):
+            model.loss(batch).backward()
+        model.zero_grad()
+    return engine.matrix()
+
+
+def curvature(model: GPT, subject: Subject, method: Method) -> str | Preconditioner:
+    """Return the preconditioner of a method, fitted to the domains in equal parts."""
+    if method.preconditioner not in ("ekfac", "diagonal_fisher"):
+        return method.preconditioner
+    random = np.random.default_rng([subject.seed, 3])
+    rows = -(-subject.settings.fisher_rows // len(subject.domains))
+    batches = [batch for batch, _ in interleaved(subject.domains, rows, subject.settings.batch_rows, random)]
+    kind = EKFAC if method.preconditioner == "ekfac" else DiagonalFisher
+    return kind(damping=method.damping, seed=subject.seed).fit(model, batches, lambda model, batch: model.loss(batch))
+
+
+def measurement_points(subject: Subject, method: Method) -> list[tuple[GPT, torch.optim.Optimizer]]:
+    """Return the weights that a method takes gradients at, each with the optimizer that goes with them."""
+    arm = subject.arm
+    if method.weights == "current":
+        return [(arm.model, arm.optimizer)]
+    branch = arm.branch()
+    if method.weights == "averaged":
+        branch.model.load_state_dict(subject.averaged)
+        return [(branch.model, branch.optimizer)]
+    if method.weights == "decayed":
+        random = np.random.default_rng([subject.seed, 4])
+        count, rate = subject.settings.decay_steps, arm.learning_rate()
+        rows = arm.settings.batch
+        texts = list(subject.domains.values())
+        for step in range(count):
+            which = random.permutation(np.arange(rows) % len(texts))
+            batch = torch.cat([draw(texts[each], 1, random) for each in which])
+            optimizer_step(branch, batch, rate * (1 - (step + 0.5) / count))
+        return [(branch.model, branch.optimizer)]
+    points = [(arm.model, arm.optimizer)]
+    for state in subject.path:
+        branch = arm.branch()
+        branch.model.load_state_dict(state["model"])
+        branch.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        points.append((branch.model, branch.optimizer))
+    return points
+
+
+def measure_method(subject: Subject, method: Method) -> Array:
+    """Return S [n, m] by a method; every method sees the same sequences."""
+    settings = subject.settings
+    values = []
+    for number, (model, optimizer) in enumerate(measurement_points(subject, method)):
+        random = np.random.default_rng([subject.seed, 1, number])
+        samples = np.random.default_rng([subject.seed, 2, number])
+        projection = None if method.dim is None else Projection(dim=method.dim, seed=subject.seed)
+        batches = interleaved(subject.domains, settings.domain_rows, settings.batch_rows, samples)
+        preconditioner = curvature(model, subject, method)
+        matrix = influence(
+            model,
+            optimizer,
+            subject,
+            preconditioner,
+            batches,
+            list(subject.domains),
+            random=random,
+            projection=projection,
+        )
+        values.append(matrix.values)
+    return np.asarray(np.mean(values, axis=0), dtype=np.float64)
+
+
+def optimizer_step(arm: Arm, batch: Tensor, rate: float) -> None:
+    """Take the step that training would take on this batch, at this rate."""
+    for group in arm.optimizer.param_groups:
+        group["lr"] = rate
+    arm.optimizer.zero_grad()
+    arm.model.loss(batch).backward()
+    torch.nn.utils.clip_grad_norm_(arm.model.parameters(), arm.settings.clip)
+    arm.optimizer.step()
+
+
+@torch.no_grad()
+def losses(model: GPT, rows: Mapping[str, Tensor]) -> Array:
+    """Return the loss of every task [n]."""
+    return np.array([float(model.loss(each)) for each in rows.values()])
+
+
+def gains(subject: Subject, rates: tuple[float, ...], steps: tuple[int, ...]) -> dict[str, Any]:
+    """Train on one domain at a time from the checkpoint; return by how much each task's loss fell.
+
+    Two draws of the training sequences, ``"RATE/STEPS"`` to [2, n, m].
+    """
+    arm, settings = subject.arm, subject.settings
+    rows = {}
+    for name, text in subject.reports.items():
+        count = min(settings.evaluation_rows, len(text))
+        rows[name] = text.all()[torch.arange(count) * len(text) // count]
+    before, rate = losses(arm.model, rows), arm.learning_rate()
+    found = {
+        f"{each:g}/{k}": np.zeros((2, len(rows), len(subject.domains))).tolist() for each in rates for k in steps
+    }
+    for each in rates:
+        for number in range(2):
+            for column, text in enumerate(subject.domains.values()):
+                random = np.random.default_rng([subject.seed, 5, number, column])
+                branch = arm.branch()
+                for step in range(1, max(steps) + 1):
+                    optimizer_step(branch, draw(text, arm.settings.batch, random), rate * each)
+                    if step in steps:
+                        fell = before - losses(branch.model, rows)
+                        for task, value in enumerate(fell.tolist()):
+                            found[f"{each:g}/{step}"][number][task][column] = value
+    return found
+
+
+def counterfactual(subject: Subject) -> dict[str, Any]:
+    """Return real gains, and S by every method."""
+    influences = {method.name: measure_method(subject, method).tolist() for method in subject.settings.methods}
+    return {"gains": gains(subject, subject.settings.rates, subject.settings.steps), "influence": influences}
+
+
+def long(subject: Subject) -> dict[str, Any]:
+    """Return the gains after more steps, at the full rate."""
+    return {"gains": gains(subject, (1.0,), subject.settings.long_steps)}
+
+
+def additivity(subject: Subject) -> dict[str, Any]:
+    """Measure S, the influence of sampled mixtures, and what of both is sampling noise.
+
+    Both use the tasks' same sequences, as the validation set is given; the domains' are drawn independently. Every
+    mixture is one column of the engine.
+    """
+    settings, arm = subject.settings, subject.arm
+    names = list(subject.domains)
+    samples = np.random.default_rng([subject.seed, 6])
+    batches = interleaved(subject.domains, settings.additivity_rows, settings.batch_rows, samples)
+    seed = [subject.seed, 7]
+    matrix = influence(
+        arm.model, arm.optimizer, subject, "adam", batches, names, random=np.random.default_rng(seed)
+    )
+    weights = np.random.default_rng([subject.seed, 8]).dirichlet(np.ones(len(names)), settings.mixtures)
+    lengths = {name: len(text) for name, text in subject.domains.items()}
+    everything = torch.cat([text.all() for text in subject.domains.values()])
+    order = []
+    for number, mixture in enumerate(weights):
+        # As a training run would draw them.
+        sampler = MixtureSampler(lengths, dict(zip(names, mixture.tolist(), strict=True)), seed=1000 * subject.seed + number)
+        order.append(list(islice(sampler, settings.mixture_rows)))
+    chosen = torch.tensor(order)  # [mixtures, rows]
+    ids = torch.arange(settings.mixtures)
+    sampled = influence(
+        arm.model,
+        arm.optimizer,
+        subject,
+        "adam",
+        ((everything[column], ids) for column in chosen.T),
+        [f"mixture {number}" for number in range(settings.mixtures)],
+        random=np.random.default_rng(seed),
+    )
+    predicted = matrix.values @ weights.T
+    # What sampling leaves of a perfect prediction: noise of both sides, that of S w being shared between mixtures.
+    error = matrix.stderr_domain**2
+    centred = weights - weights.mean(0)
+    noise_predicted = (error[:, None, :] * centred[None] ** 2).sum(2).mean(1)
+    return {
+        "tasks": list(subject.tasks),
+        "predicted": predicted.tolist(),
+        "measured": sampled.values.tolist(),
+        "noise_predicted": noise_predicted.tolist(),
+        "noise_measured": (sampled.stderr_domain**2).mean(1).tolist(),
+        "tokens_per_mixture": float(sampled.tokens[0]),
+        "tokens_per_domain": float(matrix.tokens[0]),
+    }
+
+
+def calibration(subject: Subject) -> dict[str, Any]:
+    """Repeat measurements of the demonstration's size and count how often intervals hold the truth.
+
+    S is bilinear, so a table of the influence of every task micro-batch of a pool on every domain micro-batch of a pool
+    holds all measurements that can be drawn from the pools. Repetitions draw from them with replacement; the truth is
+    the mean of the whole table, which is known exactly.
+    """
+    settings, training, arm = subject.settings, subject.settings.training, subject.arm
+    random = np.random.default_rng([subject.seed, 9])
+    n, m = len(subject.tasks), len(subject.domains)
+    names = [f"{task} {number}" for task in subject.tasks for number in range(settings.pool_task)]
+    columns = [f"{domain} {number}" for domain in subject.domains for number in range(settings.pool_domain)]
+    engine = InfluenceEngine(
+        arm.model, columns, names, preconditioner="adam", optimizer=arm.optimizer, task_splits=1, check_every=0
+    )
+    for task, text in subject.tasks.items():
+        for number, batch in enumerate(draw(text, settings.pool_task * training.task_rows, random).split(training.task_rows)):
+            with engine.task(f"{task} {number}"):
+                arm.model.loss(batch).backward()
+    for first, text in enumerate(subject.domains.values()):
+        rows = draw(text, settings.pool_domain * training.domain_rows, random)
+        ids = first * settings.pool_domain + torch.arange(settings.pool_domain).repeat_interleave(training.domain_rows)
+        for batch, each in zip(rows.split(settings.batch_rows), ids.split(settings.batch_rows), strict=True):
+            with engine.domains(each):
+                arm.model.loss(batch).backward()
+            arm.model.zero_grad()
+    table = engine.matrix().values.reshape(n, settings.pool_task, m, settings.pool_domain)
+    truth = table.mean((1, 3))
+    tokens = float(training.domain_rows * training.model.length)
+    shares: dict[str, list[float]] = {}
+    for splits in (2, training.task_splits):
+        kept = [covered(table, truth, splits, training, tokens, random) for _ in range(settings.repetitions)]
+        shares[f"{splits} splits"] = np.mean(kept, axis=(1, 2)).tolist()
+        shares[f"{splits} splits, without the task side"] = []
+    shares = {name: values for name, values in shares.items() if values}
+    return {"shares": shares, "cells": n * m}
+
+
+def covered(
+    table: Array, truth: Array, splits: int, training: DemoSettings, tokens: float, random: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Tell of which cells [n, m] the 95% interval of one drawn measurement holds the truth."""
+    n, pool_task, m, pool_domain = table.shape
+    batches = random.integers(0, pool_task, (n, training.task_batches))
+    micro = random.integers(0, pool_domain, (m, training.domain_batches))
+    # [n, m, task batches, domain batches]
+    drawn = np.stack([[table[i][np.ix_(batches[i], [j], micro[j])][:, 0] for j in range(m)] for i in range(n)])
+    dealt = [np.arange(split, training.task_batches, splits) for split in range(splits)]
+    queries = np.stack([drawn[:, :, each].mean(2) for each in dealt], axis=1)  # [n, splits, m, domain batches]
+    estimator = Estimator(n, m)
+    estimator.begin_round(
+        np.repeat(np.arange(n), splits).tolist(), [len(each) / training.task_batches for each in dealt] * n
+    )
+    for number in range(training.domain_batches):
+        estimator.add(queries[..., number].reshape(n * splits, m) * tokens, np.full(m, tokens))
+    matrix = estimator.matrix([f"task{i}" for i in range(n)], [f"domain{j}" for j in range(m)])
+    low, high = matrix.interval()
+    return np.asarray((low <= truth) & (truth <= high))
+
+
+PARTS: dict[Stage, Callable[[Subject], dict[str, Any]]] = {
+    "counterfactual": counterfactual,
+    "additivity": additivity,
+    "calibration": calibration,
+    "long": long,
+}
