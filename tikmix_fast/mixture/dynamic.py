@@ -34,6 +34,7 @@ __all__ = ["DynamicMixture", "Solver"]
 
 _FORMAT = "tikmix_fast.dynamic_mixture"
 _VERSION = 1
+_ROUNDING = 1e-12
 _OWN_OPTIONS = ("supply", "stage_tokens", "max_epochs")
 
 
@@ -317,6 +318,9 @@ class DynamicMixture:
             weights /= weights.sum()
         else:
             weights = read_prior(warm_up, self.domains, m, name="warm_up")
+            given = per_domain("warm_up", warm_up, self.domains, m)
+            # A sum that is off by rounding alone is left as it is, so that kept weights are those that were given.
+            weights = given if abs(given.sum() - 1.0) <= _ROUNDING else weights
         beyond = np.flatnonzero(weights > most + TOLERANCE)
         if beyond.size:
             j = int(beyond[0])
