@@ -1,0 +1,257 @@
+"""Turn text files into one token file, once: what was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tikmix_fast import files
+from tikmix_fast.data.text_files import Piece, read_text
+
+__all__ = ["BYTES", "Tokenizer", "tokenize"]
+
+_VERSION = 1
+_CHECKPOINT = 1 << 24
+"""Tokens between two states that a later run can go on from."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """How text becomes tokens.
+
+    Attributes
+    ----------
+    name : str
+        Tells it from every other tokenizer: tokens are kept under it.
+    encode : callable from str to a sequence of int
+        Without special tokens.
+    vocabulary : int
+        Every token is below.
+    separator : sequence of int
+        Tokens put after every document.
+
+    Raises
+    ------
+    ValueError
+        If the vocabulary is empty or larger than 2^32, or lacks a token of the separator.
+
+    Examples
+    --------
+    >>> letters = Tokenizer("letters", lambda text: [ord(c) - 97 for c in text], 27, separator=(26,))
+    >>> letters.encode("abc")
+    [0, 1, 2]
+    """
+
+    name: str
+    encode: Callable[[str], ArrayLike]
+    vocabulary: int
+    separator: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name must not be empty: tokens are kept under it")
+        if not 1 <= self.vocabulary <= 1 << 32:
+            raise ValueError(f"vocabulary must be from 1 to 2^32; got {self.vocabulary}")
+        if not all(0 <= token < self.vocabulary for token in self.separator):
+            raise ValueError(f"separator must hold tokens below {self.vocabulary}; got {list(self.separator)}")
+
+    @classmethod
+    def from_transformers(cls, tokenizer: Any) -> Tokenizer:
+        """Take a tokenizer of the package transformers; its end-of-text token, if it has one, ends every document."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        content = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+        digest = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        end = tokenizer.eos_token_id
+
+        def encode(text: str) -> list[int]:
+            # verbose=False: a document may be longer than the model's context, it is cut later.
+            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
+
+        return cls(f"{type(tokenizer).__name__}-{digest}", encode, len(tokenizer), () if end is None else (end,))
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The smallest that holds every token."""
+        return np.dtype(next(name for name, size in _SIZES.items() if self.vocabulary <= size))
+
+
+_SIZES = {"<u1": 1 << 8, "<u2": 1 << 16, "<u4": 1 << 32}
+
+
+def _bytes(text: str) -> NDArray[np.uint8]:
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+BYTES = Tokenizer("bytes", _bytes, 256, separator=b"\n\n")
+"""UTF-8; an empty line after every document, as between the sections of `tikmix_fast.data.corpora`."""
+
+
+def tokenize(
+    sources: Iterable[str | os.PathLike[str]],
+    cache: str | os.PathLike[str],
+    tokenizer: Tokenizer = BYTES,
+    text_column: str = "text",
+) -> Path:
+    """Write the tokens of text files into one .npy in ``cache``, or find them there.
+
+    Parameters
+    ----------
+    sources : iterable of path
+        As `read_text` takes them; their order is that of the tokens.
+    cache : path
+        A folder; made if missing. The name of the file tells the sources' paths, sizes and times of change, the
+        tokenizer and the column, so that what no longer fits is not found.
+    tokenizer : Tokenizer
+    text_column : str
+
+    Returns
+    -------
+    Path
+        The .npy, one dimension, of the smallest unsigned dtype that holds the vocabulary. It appears when it is
+        complete.
+
+    Raises
+    ------
+    OSError, ImportError, ValueError
+        As `read_text`, or where the tokenizer fails or gives a token beyond its vocabulary; the message names the file
+        and the line or row.
+
+    Notes
+    -----
+    An interrupted run goes on from at most 2^24 tokens before; the documents before are read again, not tokenized.
+    Processes that want the same tokens wait for the one that began (by ``flock``; not on Windows). Memory: that of
+    `read_text`.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "a.txt").write_text("ab")
+    >>> np.load(tokenize([folder / "a.txt"], folder / "cache")).tolist()
+    [97, 98, 10, 10]
+    """
+    paths = [Path(source) for source in sources]
+    folder = Path(cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = _key(paths, tokenizer, text_column)
+    target = folder / f"tokens-{key}.npy"
+    if target.exists():
+        return target
+    partial, progress = folder / f".{target.name}.partial", folder / f".{target.name}.progress"
+    with _alone(partial) as file:
+        if target.exists():  # another process was here first
+            partial.unlink(missing_ok=True)
+            return target
+        try:
+            _write(file, progress, paths, tokenizer, text_column)
+        except ValueError:
+            partial.unlink()  # a mended file has another key, so nobody would go on from here
+            progress.unlink(missing_ok=True)
+            raise
+        os.replace(partial, target)
+        progress.unlink(missing_ok=True)
+    return target
+
+
+def _key(paths: list[Path], tokenizer: Tokenizer, text_column: str) -> str:
+    stats = [(str(path.resolve()), path.stat()) for path in paths]
+    content = [
+        _VERSION,
+        [tokenizer.name, tokenizer.vocabulary, list(tokenizer.separator)],
+        text_column,
+        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+    ]
+    return blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading and writing, and wait until no other process has it so."""
+    import fcntl
+
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _write(file: BinaryIO, progress: Path, paths: list[Path], tokenizer: Tokenizer, text_column: str) -> None:
+    dtype = tokenizer.dtype
+    done = _resume(file, progress, dtype)
+    saved = done["tokens"]
+    separator = np.array(list(tokenizer.separator), dtype=dtype)
+    for number in range(done["files"], len(paths)):
+        pieces = 0
+        for piece in read_text(paths[number], text_column):
+            pieces += 1
+            if pieces <= done["pieces"]:
+                continue
+            tokens = _encoded(piece, tokenizer)
+            file.write(tokens.astype(dtype).tobytes())
+            if piece.ends:
+                file.write(separator.tobytes())
+            done["tokens"] += len(tokens) + (len(separator) if piece.ends else 0)
+            if done["tokens"] - saved >= _CHECKPOINT:
+                done["pieces"] = pieces
+                _flush(file)
+                files.write_json(progress, done)
+                saved = done["tokens"]
+        done.update(files=number + 1, pieces=0)
+    file.seek(0)
+    file.write(_header(dtype, done["tokens"]))
+    _flush(file)
+
+
+def _resume(file: BinaryIO, progress: Path, dtype: np.dtype[np.unsignedinteger]) -> dict[str, int]:
+    """Cut the file to what is known to be complete, and return how much of the sources that is."""
+    header = _header(dtype, 0)
+    done = {"files": 0, "pieces": 0, "tokens": 0}
+    if progress.exists():
+        saved = json.loads(progress.read_text(encoding="utf-8"))
+        if len(header) + saved["tokens"] * dtype.itemsize <= file.seek(0, os.SEEK_END):
+            done = saved
+    if not done["tokens"]:
+        file.seek(0)
+        file.write(header)
+    end = len(header) + done["tokens"] * dtype.itemsize
+    file.truncate(end)
+    file.seek(end)
+    return done
+
+
+def _header(dtype: np.dtype[np.unsignedinteger], count: int) -> bytes:
+    """Make the header of a .npy of one dimension, 128 bytes whatever the count."""
+    words = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': ({count},), }}"
+    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + words.ljust(117).encode() + b"\n"
+
+
+def _encoded(piece: Piece, tokenizer: Tokenizer) -> NDArray[np.integer]:
+    try:
+        tokens = np.asarray(tokenizer.encode(piece.text))
+    except ValueError as error:
+        raise ValueError(f"{piece.where}: the tokenizer {tokenizer.name} refuses the text: {error}") from None
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{piece.where}: the tokenizer {tokenizer.name} must give a sequence of int; got {tokens.dtype} of shape "
+            f"{tokens.shape}"
+        )
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < tokenizer.vocabulary):
+        raise ValueError(
+            f"{piece.where}: the tokenizer {tokenizer.name} must give tokens from 0 to {tokenizer.vocabulary - 1}; got "
+            f"{tokens.min()} to {tokens.max()}"
+        )
+    return tokens
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
