@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,15 @@ class Estimator:
 
     The task side has an error of its own. Every task's batches are dealt into splits, each with a query of its own; the
     spread of R over the splits of one round (between refreshes) gives the variance of their weighted mean.
+    Micro-batches of several rounds also differ by the noise of their rounds' queries: that is taken out of the domain
+    side. So with one micro-batch a round, the variance of both sides together is the spread over rounds.
 
     Influence is bilinear, so each of the two variances also holds the product of both sides' noise. That part is
     estimated from how much noisier the single splits are than their mean, and counted once.
+
+    `forget` gives what came before a smaller weight. Then every sum above is a weighted one, the numbers of
+    micro-batches in the formulas are effective ones, (sum f)^2 / sum f^2, and degrees of freedom are (sum f^2)^2 / sum
+    f^4 - 1, f being the weight of a micro-batch.
 
     Beside the sums a bounded `MicrobatchRecord` is kept, for intervals by resampling, split halves and heavy tails.
 
@@ -45,11 +51,16 @@ class Estimator:
         """Forget every micro-batch."""
         n, m = self.n, self.m
         self._microbatches = np.zeros(m, dtype=np.int64)
+        # Sums of f, f^2 and f^4 over micro-batches, f being the weight that forgetting left each of them.
+        self._weights = np.zeros((3, m))
         self._tokens, self._tokens_squared = np.zeros(m), np.zeros(m)
         self._sum, self._squares, self._cross = np.zeros((n, m)), np.zeros((n, m)), np.zeros((n, m))
         # Closed rounds, in units of sum a_b: the task side's variance, its square over its degrees of freedom, the part
-        # of it that is both sides' noise, and whether all that is known.
+        # of it that is both sides' noise, what of it is in the spread of single micro-batches, and whether all that is
+        # known.
         self._task_variance, self._task_spread, self._both = np.zeros((n, m)), np.zeros((n, m)), np.zeros((n, m))
+        self._between = np.zeros((n, m))
+        self._rounds = np.zeros((2, m))  # sums of f and f^2 over rounds
         self._task_known = np.ones((n, m), dtype=bool)
         self._record: MicrobatchRecord | None = MicrobatchRecord(n, m)
         self._round: _Round | None = None
@@ -83,8 +94,45 @@ class Estimator:
 
     def end_round(self) -> None:
         """Close the round: its task-side variance is kept, its queries are forgotten."""
-        self._task_variance, self._task_spread, self._both, self._task_known = self._task_side()
+        closed = self._task_side()
+        self._task_variance, self._task_spread, self._both = closed.variance, closed.spread, closed.both
+        self._between, self._rounds, self._task_known = closed.between, closed.rounds, closed.known
         self._round, self._interrupted = None, False
+
+    def forget(self, factor: float) -> None:
+        """Multiply the weight of all micro-batches so far, and close the round.
+
+        Parameters
+        ----------
+        factor : float
+            In [0, 1]. With exp(-age / time constant) at every measured step S is averaged with that time constant.
+
+        Raises
+        ------
+        ValueError
+            If ``factor`` is out of range.
+        """
+        if not 0.0 <= factor <= 1.0:
+            raise ValueError(f"factor must lie between 0 and 1; got {factor!r}")
+        self.end_round()
+        if factor == 0.0:
+            self.reset()
+            return
+        self._weights *= np.array([[factor], [factor**2], [factor**4]])
+        self._rounds *= np.array([[factor], [factor**2]])
+        for name in ("_tokens", "_sum"):
+            setattr(self, name, getattr(self, name) * factor)
+        for name in ("_tokens_squared", "_squares", "_cross", "_task_variance", "_both", "_between"):
+            setattr(self, name, getattr(self, name) * factor**2)
+        self._task_spread = self._task_spread * factor**4
+        if self._record is not None:
+            self._record.forget(factor)
+
+    def open_round(self) -> tuple[Array, Array]:
+        """Return the sum of a_b [n, m] and the target tokens [m] of the round that is open; zeros without one."""
+        if self._round is None:
+            return np.zeros((self.n, self.m)), np.zeros(self.m)
+        return self._round.combine(self._round.sum, self.n), self._round.tokens.copy()
 
     def add(self, products: Array, tokens: Array) -> None:
         """Take one micro-batch.
@@ -103,6 +151,7 @@ class Estimator:
             shares, first = self._round.first_half(products, self.n)
             self._record.add(combined, tokens, first, shares[:, None] * tokens)
         self._microbatches += tokens > 0
+        self._weights += tokens > 0
         self._tokens += tokens
         self._tokens_squared += tokens**2
         self._sum += combined
@@ -121,21 +170,27 @@ class Estimator:
 
         ``projection_variance`` [n, m], in units of sum a_b, is what measuring through projections adds.
         """
-        count = self._microbatches.astype(np.float64)
+        task = self._task_side()
         with np.errstate(divide="ignore", invalid="ignore"):
+            count = _effective(self._weights[0], self._weights[1])
             values = np.where(self._tokens > 0, self._sum / self._tokens, np.nan)
-            of_domain = _ratio_variance(
-                count, self._sum, self._squares, self._cross, self._tokens, self._tokens_squared
-            )
-            domain_variance = np.where(count < 2, np.nan, of_domain) / self._tokens**2
-            variance, spread, both, known = self._task_side()
-            task_variance = np.where(known, variance, np.nan) / self._tokens**2
-            shared = np.clip(both / self._tokens**2, 0, np.minimum(domain_variance, task_variance))
+            spread = _ratio_variance(count, self._sum, self._squares, self._cross, self._tokens, self._tokens_squared)
+            # Of what micro-batches share with their round, the mean over all rounds has taken out the first part.
+            shares = count / (count - 1) * (1 - 1 / np.maximum(_effective(*task.rounds), 1))
+            between = np.where(task.between > 0, shares * task.between, 0.0)
+            of_domain = np.maximum(spread - between, 0.0)
+            domain_variance = np.where(self._microbatches < 2, np.nan, of_domain) / self._tokens**2
+            task_variance = np.where(task.known, task.variance, np.nan) / self._tokens**2
+            shared = np.clip(task.both / self._tokens**2, 0, np.minimum(domain_variance, task_variance))
             total = domain_variance + task_variance - shared
             # As if known with unlimited degrees of freedom: it is the mean of dim x dim products a layer.
             of_projection = None if projection_variance is None else projection_variance / self._tokens**2
             total = total if of_projection is None else total + of_projection
-            dof = total**2 / (domain_variance**2 / (count - 1) + spread / self._tokens**4)
+            # What was taken out comes back with the task side: only the rest of that rests on the splits' few degrees.
+            rest = np.clip(1 - np.where(between > 0, between / task.variance, 0.0), 0, 1)
+            of_spread = np.where(self._microbatches < 2, np.nan, spread)
+            degrees = _effective(self._weights[1], self._weights[2]) - 1
+            dof = total**2 * self._tokens**4 / (of_spread**2 / degrees + rest**2 * task.spread)
             dof = np.where(total == 0, np.inf, dof)
         return InfluenceMatrix(
             values=values,
@@ -150,37 +205,37 @@ class Estimator:
             dropped=dropped,
             settings=dict(settings or {}),
             stderr_projection=None if of_projection is None else np.sqrt(of_projection),
-            effective_microbatches=_kish(self._tokens, self._tokens_squared),
+            effective_microbatches=_effective(self._tokens, self._tokens_squared),
             record=None if self._record is None else self._record.copy(),
         )
 
     def state_dict(self, *, within_round: bool = False) -> dict[str, Any]:
         """Return the sums as plain JSON types. The open round is closed in them, unless it is to go on."""
-        if within_round and self._round is not None:
-            variance, spread, both = self._task_variance, self._task_spread, self._both
-            known, open_round = self._task_known, {"round": self._round.state_dict()}
-        else:
-            (variance, spread, both, known), open_round = self._task_side(), {}
+        going_on = within_round and self._round is not None
+        task = self._closed_task_side() if going_on else self._task_side()
         return {
             "microbatches": self._microbatches.tolist(),
+            "weights": self._weights.tolist(),
             "tokens": self._tokens.tolist(),
             "tokens_squared": self._tokens_squared.tolist(),
             "sum": self._sum.tolist(),
             "squares": self._squares.tolist(),
             "cross": self._cross.tolist(),
-            "task_variance": variance.tolist(),
-            "task_spread": spread.tolist(),
-            "both": both.tolist(),
-            "task_known": known.tolist(),
+            "task_variance": task.variance.tolist(),
+            "task_spread": task.spread.tolist(),
+            "both": task.both.tolist(),
+            "between": task.between.tolist(),
+            "rounds": task.rounds.tolist(),
+            "task_known": task.known.tolist(),
             "record": None if self._record is None else self._record.to_dict(),
-            **open_round,
+            **({"round": self._round.state_dict()} if going_on and self._round is not None else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the sums that `state_dict` gave; nothing changes if they do not fit.
 
         A state from before there was a record has none, and what is added to it is not recorded either: a record of a
-        part would be taken for the whole.
+        part would be taken for the whole. A state from before there was forgetting has forgotten nothing.
 
         Raises
         ------
@@ -194,7 +249,13 @@ class Estimator:
             **dict.fromkeys(
                 ("sum", "squares", "cross", "task_variance", "task_spread", "both", "task_known"), (self.n, self.m)
             ),
+            "weights": (3, self.m),
+            "between": (self.n, self.m),
+            "rounds": (2, self.m),
         }
+        if isinstance(state, Mapping) and "microbatches" in state:
+            earlier = {"weights": [state["microbatches"]] * 3, "between": np.zeros((self.n, self.m))}
+            state = {**earlier, "rounds": np.zeros((2, self.m)), **state}
         if not isinstance(state, Mapping) or set(state) - {"record", "round"} != set(shapes):
             raise ValueError(f"state 'estimator' must be a mapping with {', '.join(shapes)}")
         read = _read_arrays(state, shapes, {"microbatches": np.int64, "task_known": np.bool_})
@@ -205,22 +266,46 @@ class Estimator:
             setattr(self, f"_{name}", value)
         self._round, self._interrupted = open_round, open_round is not None
 
-    def _task_side(self) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
-        """Return, of sum a_b, the task side's variance [n, m], its square over dof, both sides' part, what is known."""
-        variance, spread, both = self._task_variance.copy(), self._task_spread.copy(), self._both.copy()
-        known = self._task_known.copy()
+    def _closed_task_side(self) -> _TaskSide:
+        return _TaskSide(
+            variance=self._task_variance.copy(),
+            spread=self._task_spread.copy(),
+            both=self._both.copy(),
+            between=self._between.copy(),
+            rounds=self._rounds.copy(),
+            known=self._task_known.copy(),
+        )
+
+    def _task_side(self) -> _TaskSide:
+        """Return the task side of the closed rounds and of the open one."""
+        side = self._closed_task_side()
         if self._round is None or not self._round.tokens.any():
-            return variance, spread, both, known
+            return side
+        measured = self._round.tokens > 0
+        side.rounds[:] += measured
+        alike = np.where(measured, self._round.tokens_squared / np.where(measured, self._round.tokens, 1.0) ** 2, 0.0)
         for task in range(self.n):
             splits = int((self._round.owners == task).sum())
             if splits < 2:
-                known[task] = False
+                side.known[task] = False
                 continue
             of_round, of_both = self._round.variance(task)
-            variance[task] += of_round
-            spread[task] += of_round**2 / (splits - 1)
-            both[task] += of_both
-        return variance, spread, both, known
+            side.variance[task] += of_round
+            side.spread[task] += of_round**2 / (splits - 1)
+            side.both[task] += of_both
+            side.between[task] += alike * np.maximum(of_round - of_both, 0.0)
+        return side
+
+
+class _TaskSide(NamedTuple):
+    """What `Estimator` keeps of the task side, by the names it has there without an underscore."""
+
+    variance: Array
+    spread: Array
+    both: Array
+    between: Array
+    rounds: Array
+    known: NDArray[np.bool_]
 
 
 # What a round is kept in a file as: per query, per domain, per query and domain, per task of the round and domain.
@@ -262,8 +347,12 @@ class _Round:
         queries, tasks = len(state["owners"]), list(dict.fromkeys(state["owners"]))
         if not set(tasks) <= set(range(n)):
             raise ValueError(f"state 'owners' must lie in 0 ... {n - 1}; got {tasks}")
-        shapes = dict.fromkeys(_OF_QUERY, (queries,)) | dict.fromkeys(_OF_DOMAIN, (m,))
-        shapes |= dict.fromkeys(_CELLS, (queries, m)) | dict.fromkeys(_BY_TASK, (len(tasks), m))
+        shapes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(_OF_QUERY, (queries,)),
+            **dict.fromkeys(_OF_DOMAIN, (m,)),
+            **dict.fromkeys(_CELLS, (queries, m)),
+            **dict.fromkeys(_BY_TASK, (len(tasks), m)),
+        }
         read = _read_arrays(state, shapes, {"owners": np.int64})
         found = cls(read["owners"], read["weights"], m)
         for name in (*_OF_DOMAIN, *_CELLS):
@@ -281,8 +370,7 @@ class _Round:
 
     def add(self, products: Array, tokens: Array, n: int) -> Array:
         """Take one micro-batch and return it for the tasks' combined queries, [n, m]."""
-        combined = np.zeros((n, len(tokens)))
-        np.add.at(combined, self.owners, self.weights[:, None] * products)
+        combined = self.combine(products, n)
         self.tokens += tokens
         self.tokens_squared += tokens**2
         self.count += tokens > 0
@@ -292,6 +380,12 @@ class _Round:
         for task in self.task_squares:
             self.task_squares[task] += combined[task] ** 2
             self.task_cross[task] += combined[task] * tokens
+        return combined
+
+    def combine(self, products: Array, n: int) -> Array:
+        """Return for the tasks' combined queries [n, m] what is given for each query [q, m]."""
+        combined = np.zeros((n, products.shape[1]))
+        np.add.at(combined, self.owners, self.weights[:, None] * products)
         return combined
 
     def variance(self, task: int) -> tuple[Array, Array]:
@@ -312,7 +406,8 @@ class _Round:
         # split k: E V(split k) = V(truth) + tr(D C_k) and E V(mean) = V(truth) + sum w_k^2 tr(D C_k). Solve for the
         # latter trace.
         squared = float((weights**2).sum())
-        both = ((weights**2 * single).sum(0) - squared * whole) / (1 - squared)
+        with np.errstate(invalid="ignore"):  # of a single micro-batch nothing is known
+            both = ((weights**2 * single).sum(0) - squared * whole) / (1 - squared)
         return of_task, np.where(self.count < 2, 0.0, np.maximum(both, 0.0))
 
 
@@ -337,6 +432,6 @@ def _read_arrays(
     return read
 
 
-def _kish(tokens: Array, tokens_squared: Array) -> Array:
-    """Return how many equally large micro-batches would tell as much; 0 where there is none."""
-    return np.asarray(tokens**2 / np.where(tokens_squared > 0, tokens_squared, 1.0))
+def _effective(sums: Array, squares: Array) -> Array:
+    """Return how many equally large ones would tell as much (Kish 1965); 0 where there is none."""
+    return np.asarray(sums**2 / np.where(squares > 0, squares, 1.0))

@@ -23,6 +23,9 @@ class MicrobatchRecord:
     blocks are in use. A block holds 1 + 3 n numbers, so the record takes 8 m blocks (1 + 3 n) bytes: 373 kB for 9 tasks
     and 26 domains.
 
+    `forget` makes old blocks weigh less. From then on a micro-batch is a block of its own, and when there is no room
+    the two neighbours with the least weight together become one: old blocks hold many, new ones one each.
+
     Parameters
     ----------
     n, m : int
@@ -45,7 +48,8 @@ class MicrobatchRecord:
             raise ValueError(f"blocks must be even and at least 2; got {blocks!r}")
         self.n, self.m, self.blocks = n, m, blocks
         self._size = np.ones(m, dtype=np.int64)  # micro-batches a block
-        self._seen = np.zeros(m, dtype=np.int64)  # micro-batches in all
+        self._seen = np.zeros(m, dtype=np.int64)  # micro-batches in all; of one that forgets, blocks in use
+        self._forgets = False
         self._table = np.zeros((m, blocks, 1 + 3 * n))  # tokens, sums, first halves' sums, first halves' tokens
 
     def add(self, sums: Array, tokens: Array, first_sums: Array, first_tokens: Array) -> None:
@@ -61,7 +65,13 @@ class MicrobatchRecord:
             The part of ``sums``, and of ``tokens``, that belongs to the first half of each task's own batches.
         """
         for j in np.flatnonzero(tokens > 0):
-            if self._seen[j] == self._size[j] * self.blocks:
+            if self._seen[j] == self._size[j] * self.blocks and self._forgets:
+                lightest = int((self._table[j, 1:, 0] + self._table[j, :-1, 0]).argmin())
+                self._table[j, lightest] += self._table[j, lightest + 1]
+                self._table[j, lightest + 1 : -1] = self._table[j, lightest + 2 :]
+                self._table[j, -1] = 0.0
+                self._seen[j] -= 1
+            elif self._seen[j] == self._size[j] * self.blocks:
                 merged = self._table[j].reshape(self.blocks // 2, 2, -1).sum(1)
                 self._table[j] = 0.0
                 self._table[j, : self.blocks // 2] = merged
@@ -69,6 +79,15 @@ class MicrobatchRecord:
             row = self._table[j, self._seen[j] // self._size[j]]
             row += np.concatenate([tokens[j : j + 1], sums[:, j], first_sums[:, j], first_tokens[:, j]])
             self._seen[j] += 1
+
+    def forget(self, factor: float) -> None:
+        """Multiply the weight of everything so far: its tokens and its sums."""
+        if factor == 1.0:
+            return
+        if not self._forgets:
+            self._seen, self._forgets = -(-self._seen // self._size), True
+            self._size[:] = 1
+        self._table *= factor
 
     def of_domain(self, domain: int) -> tuple[Array, Array]:
         """Return the tokens [k] and the sums [n, k] of a domain's blocks."""
@@ -84,6 +103,7 @@ class MicrobatchRecord:
     def copy(self) -> MicrobatchRecord:
         """Return a record of its own with the same content."""
         other = MicrobatchRecord(self.n, self.m, self.blocks)
+        other._forgets = self._forgets
         other._size, other._seen, other._table = self._size.copy(), self._seen.copy(), self._table.copy()
         return other
 
@@ -94,6 +114,7 @@ class MicrobatchRecord:
             "size": self._size.tolist(),
             "seen": self._seen.tolist(),
             "table": [self._used(j).tolist() for j in range(self.m)],
+            **({"forgets": True} if self._forgets else {}),
         }
 
     @classmethod
@@ -106,7 +127,11 @@ class MicrobatchRecord:
             If a part is missing, or does not fit n tasks and m domains.
         """
         parts = ("blocks", "size", "seen", "table")
-        if not isinstance(content, Mapping) or set(content) != set(parts) or not isinstance(content["blocks"], int):
+        if (
+            not isinstance(content, Mapping)
+            or set(content) - {"forgets"} != set(parts)
+            or not isinstance(content["blocks"], int)
+        ):
             raise ValueError(f"record must be a mapping with {', '.join(parts)}")
         record = cls(n, m, content["blocks"])
         size, seen = (np.array(content[name], dtype=np.int64) for name in ("size", "seen"))
@@ -114,7 +139,7 @@ class MicrobatchRecord:
             raise ValueError(f"record must have {m} domains")
         if (size < 1).any() or (seen < 0).any() or (seen > size * record.blocks).any():
             raise ValueError("record must not count more micro-batches than its blocks hold")
-        record._size, record._seen = size, seen
+        record._size, record._seen, record._forgets = size, seen, content.get("forgets") is True
         for j, rows in enumerate(content["table"]):
             used = record._used(j)
             given = np.array(rows, dtype=np.float64) if rows else np.empty((0, 1 + 3 * n))
