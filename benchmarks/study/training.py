@@ -154,6 +154,8 @@ def train(study: Study, method: Method) -> dict[str, Any]:
         "curve": [{"step": step, "tasks": losses} for step, losses in curve],
         "mixtures": [{"step": step, "domains": weights} for step, weights in mixtures],
         "drawn": arm.drawn,
+        "sequences": {name: len(text) for name, text in problem.domains.items()},
+        "steered": list(problem.steered),
         "flops": {
             "mixing": float(method.flops),
             "training": float(counting.training(settings.model, study.settings.tokens)),
