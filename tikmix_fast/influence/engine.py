@@ -81,7 +81,7 @@ class InfluenceEngine:
     optimizer : torch.optim.Adam, AdamW, or a state dict with names
         Read by "adam" when the queries freeze, never changed.
     projection : Projection or None
-        None: exact influence. Otherwise the weights of linear layers are measured through random projections, and
+        None: exact influence. Otherwise the matrices of layers are measured through random projections, and their
         ``p.grad`` is bit-identical to a backward without influence there. Costs dim x dim numbers per domain and weight
         in memory, for the error bars.
     exclude : str or sequence of str
@@ -737,22 +737,24 @@ class InfluenceEngine:
         return None if self.projection is None else asdict(self.projection)
 
     def _begin_projections(self) -> None:
-        # Every refresh draws new matrices, so the variances of rounds add: those that are closed, and the gradients
-        # of the open one, from which its own follows.
+        # Of the rounds that are closed the variance is kept; that of the open one follows from its gradients.
         self._refreshes = 0
         self._closed_projection_variance = np.zeros(self._shape)
         self._projected = {}
 
     def _projection_variance(self) -> NDArray[np.float64]:
         """Return what projecting added to the variance of the sums [n, m] over all micro-batches."""
-        variance = self._closed_projection_variance.copy()
-        if self._projected and self._queries is None:
-            return variance * np.nan  # the round was loaded, and its queries are not measured yet
-        if self._projected and self._queries is not None:
-            queries = self._queries.by_task(len(self.task_names), self._projected)
-            for name, gradients in self._projected.items():
-                variance += ops.projection_stderr(gradients, queries[name]).square().cpu().numpy()
-        return variance
+        closed = self._closed_projection_variance.copy()
+        if self.projection is None or not self._projected:
+            return closed
+        if self._queries is None:
+            return closed * np.nan  # the round was loaded, and its queries are not measured yet
+        queries = self._queries.by_task(len(self.task_names), self._projected)
+        of_layers = [
+            ops.projection_stderr(gradients, queries[name]).square().cpu().numpy()
+            for name, gradients in self._projected.items()
+        ]
+        return self.projection.total_variance(closed, np.sum(of_layers, axis=0))
 
     def _tell_ranks(self) -> int:
         """Share what the ranks measured since they last did, and return how many micro-batches they dropped."""
