@@ -144,7 +144,7 @@ def _smallest_dim(target: float, kind: ProjectionKind) -> int:
     if dim > _LARGEST_COUNTSKETCH:
         least = expected_error(_LARGEST_COUNTSKETCH)
         raise ValueError(
-            f"target_error must be at least {least:.3f} for a countsketch, whose dim is at most {_LARGEST_COUNTSKETCH}; "
+            f"target_error must be at least {least:.3f} for a countsketch (dim {_LARGEST_COUNTSKETCH}); "
             f"got {target}; allow more, use another kind, or measure with projection=None"
         )
     return dim
