@@ -1,0 +1,194 @@
+"""Remember everything that training changes, and bring it back bit by bit."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Snapshot"]
+
+Back = Callable[[], Any]
+
+
+class Snapshot:
+    """The state of models, optimizers, samplers and random generators at one moment.
+
+    Parameters
+    ----------
+    owners : iterable
+        What training changes. Each is one of
+
+        - a module: parameters, buffers (those not in its state dict too), gradients, training mode, what requires
+          gradients, extra state;
+        - an optimizer: state and groups. Its parameters are those of a module, which must be given too;
+        - a tensor, or a dict or list of tensors, such as an average of the weights kept by hand;
+        - a `torch.Generator` or a `numpy.random.Generator`;
+        - anything with ``state_dict`` and ``load_state_dict``: a scheduler, a GradScaler, a `MixtureSampler`.
+
+        The global random states of Python, numpy, torch and its CUDA devices are always included.
+
+    Raises
+    ------
+    TypeError
+        If an owner is none of these.
+
+    Notes
+    -----
+    Memory: a copy of all that, on the devices where it is; for a model under Adam four times its parameters, gradients
+    included. Tensors of modules and optimizers are written in place, so that whatever refers to them stays right.
+    Attributes of modules that are no tensors are not looked at, nor are processes that draw ahead: workers of a
+    `DataLoader` that is running keep what they drew.
+
+    Examples
+    --------
+    >>> model = nn.Linear(2, 1)
+    >>> before, snapshot = model.weight.detach().clone(), Snapshot([model])
+    >>> with torch.no_grad():
+    ...     _ = model.weight.add_(1)
+    >>> snapshot.restore()
+    >>> torch.equal(model.weight, before)
+    True
+    """
+
+    def __init__(self, owners: Iterable[Any]) -> None:
+        if isinstance(owners, nn.Module) or not isinstance(owners, Iterable):
+            raise TypeError(f"owners must be an iterable, [model, optimizer, ...]; got {type(owners).__name__}")
+        self._backs = [*(_keep_owner(owner) for owner in owners), _keep_random()]
+
+    def restore(self) -> None:
+        """Bring everything back; may be called any number of times."""
+        for back in self._backs:
+            back()
+
+
+def _keep_owner(owner: Any) -> Back:
+    if isinstance(owner, nn.Module):
+        return _keep_module(owner)
+    if isinstance(owner, torch.optim.Optimizer):
+        return _keep_optimizer(owner)
+    if isinstance(owner, (Tensor, dict, list)):
+        return _keep(owner, {})
+    if isinstance(owner, torch.Generator):
+        state = owner.get_state()
+        return lambda: owner.set_state(state)
+    if isinstance(owner, np.random.Generator):
+        numbers = copy.deepcopy(owner.bit_generator.state)
+        return lambda: setattr(owner.bit_generator, "state", numbers)
+    if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
+        kept = copy.deepcopy(owner.state_dict())
+        # It may take the state as its own, and change it.
+        return lambda: owner.load_state_dict(copy.deepcopy(kept))
+    raise TypeError(
+        "an owner must be a module, an optimizer, a tensor, a dict or list of tensors, a random generator, or have"
+        f" state_dict and load_state_dict; got {type(owner).__name__}"
+    )
+
+
+def _keep_module(module: nn.Module) -> Back:
+    memo: dict[int, Back] = {}
+    modules, parameters = list(module.modules()), list(module.parameters())
+    # Not by load_state_dict: it leaves out buffers that are not persistent, and copies into whatever stands there now.
+    tables = [_keep(table, memo) for each in modules for table in (each._parameters, each._buffers)]
+    gradients = [(each, each.requires_grad, _keep(each.grad, memo)) for each in parameters]
+    modes = [(each, each.training) for each in modules]
+    has_extra = (each for each in modules if type(each).get_extra_state is not nn.Module.get_extra_state)
+    extras = [(each, copy.deepcopy(each.get_extra_state())) for each in has_extra]
+
+    def back() -> None:
+        for table in tables:
+            table()
+        for parameter, requires, gradient in gradients:
+            parameter.requires_grad_(requires)
+            parameter.grad = gradient()
+        for each, training in modes:
+            each.training = training
+        for each, extra in extras:
+            each.set_extra_state(copy.deepcopy(extra))
+
+    return back
+
+
+def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Back:
+    # Not by load_state_dict: it casts moments to the dtype of their parameter.
+    parameters = {id(each): each for each in chain.from_iterable(group["params"] for group in optimizer.param_groups)}
+    memo: dict[int, Back] = {key: lambda each=each: each for key, each in parameters.items()}  # type: ignore[misc]
+    backs = _keep(optimizer.state, memo), _keep(optimizer.param_groups, memo)
+
+    def back() -> None:
+        for each in backs:
+            each()
+
+    return back
+
+
+def _keep(value: Any, memo: dict[int, Back]) -> Back:
+    """Return what brings a value back as it is now: tensors, dicts and lists in place, all else as a copy."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Tensor):
+        back = _keep_tensor(value)
+    elif isinstance(value, dict):
+        back = _keep_dict(value, memo)
+    elif isinstance(value, (list, tuple)):
+        back = _keep_sequence(value, memo)
+    else:
+        kept = copy.deepcopy(value)
+        return lambda: copy.deepcopy(kept)
+    memo[id(value)] = back
+    return back
+
+
+def _keep_tensor(tensor: Tensor) -> Back:
+    kept = tensor.detach().clone()
+
+    def back() -> Tensor:
+        with torch.no_grad():
+            return tensor.copy_(kept)
+
+    return back
+
+
+def _keep_dict(table: dict[Any, Any], memo: dict[int, Back]) -> Back:
+    parts = {key: _keep(value, memo) for key, value in table.items()}
+
+    def back() -> dict[Any, Any]:
+        restored = {key: part() for key, part in parts.items()}
+        table.clear()
+        table.update(restored)
+        return table
+
+    return back
+
+
+def _keep_sequence(values: list[Any] | tuple[Any, ...], memo: dict[int, Back]) -> Back:
+    parts = [_keep(value, memo) for value in values]
+
+    def back() -> list[Any] | tuple[Any, ...]:
+        restored = [part() for part in parts]
+        if isinstance(values, tuple):
+            return type(values)(restored) if type(values) is tuple else type(values)(*restored)
+        values[:] = restored
+        return values
+
+    return back
+
+
+def _keep_random() -> Back:
+    python, numbers, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def back() -> None:
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002  the global one is what other people's code draws from
+        torch.set_rng_state(torch_state)
+        if devices is not None:
+            torch.cuda.set_rng_state_all(devices)
+
+    return back
