@@ -10,6 +10,7 @@ from tikmix_fast._version import __version__
 from tikmix_fast.cli.bench import bench
 from tikmix_fast.cli.demo import demo
 from tikmix_fast.cli.env import env
+from tikmix_fast.cli.influence import influence
 from tikmix_fast.cli.mix import mix
 
 __all__ = ["app"]
@@ -38,6 +39,7 @@ def _common(
 
 
 app.command()(demo)
+app.command()(influence)
 app.command()(mix)
 app.command()(bench)
 app.command()(env)

@@ -1,0 +1,232 @@
+"""A transformers checkpoint from a local folder: safetensors and JSON only, no download, none of its code run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["DTYPES", "Checkpoint", "Encoder", "check_files", "digest", "load_checkpoint", "load_encoder"]
+
+Encoder = Callable[[str], list[int]]
+"""Turns text into token ids."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BYTES = "bytes"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A causal language model in evaluation mode, and what is known of it.
+
+    Attributes
+    ----------
+    model : nn.Module
+        Returns an object with ``logits``.
+    vocabulary : int
+        Token ids are below it.
+    longest : int or None
+        Most positions, where the model has a limit.
+    separator : int or None
+        The token that ends a document.
+    random : bool
+        Whether the weights were drawn instead of read.
+    """
+
+    model: nn.Module
+    vocabulary: int
+    longest: int | None
+    separator: int | None
+    random: bool
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+) -> Checkpoint:
+    """Load a causal language model that transformers knows.
+
+    Parameters
+    ----------
+    path : path
+        A folder with ``config.json`` and ``*.safetensors``, as ``save_pretrained`` writes it; or a JSON file with a
+        configuration: the weights are then random, to try things out.
+    dtype : str
+        Of the weights; "auto": as saved, or as the configuration says.
+    device : str
+    seed : int
+        Of random weights.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If transformers is not installed.
+    ValueError
+        If there is no such model, or it is none that can be measured: pickled, quantised, an adapter, incomplete, of
+        code that transformers lacks.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    check_files(path)
+    given = Path(path)
+    random = given.is_file()
+    with _quiet_transformers() as transformers:
+        try:
+            config = transformers.AutoConfig.from_pretrained(str(given), local_files_only=True, trust_remote_code=False)
+            if getattr(config, "quantization_config", None) is not None:
+                raise ValueError("its weights are quantised, which is not supported")
+            kinds = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            if config.model_type not in kinds:
+                raise ValueError(f"transformers knows no causal language model of type {config.model_type!r}")
+            config.use_cache = False
+            if random:
+                torch.manual_seed(seed)
+                wanted = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **wanted)
+            else:
+                model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                    str(given),
+                    config=config,
+                    dtype=dtype,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,  # reported below, by name
+                    output_loading_info=True,
+                )
+                _check_complete(found)
+        except (ValueError, OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"model {str(given)!r} cannot be used: {reason}") from error
+    text = config.get_text_config()
+    ends = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
+    return Checkpoint(
+        model=model.to(device).eval(),
+        vocabulary=text.vocab_size,
+        longest=getattr(text, "max_position_embeddings", None),
+        separator=ends if isinstance(ends, int) and 0 <= ends < text.vocab_size else None,
+        random=random,
+    )
+
+
+def load_encoder(tokenizer: str, model: str | os.PathLike[str]) -> Encoder:
+    """Load a tokenizer from ``tokenizer.json``; "bytes" takes the bytes of UTF-8 as ids, "auto" the model's own.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or it cannot be read.
+    """
+    if tokenizer == BYTES:
+        return lambda text: list(text.encode())
+    own = tokenizer == "auto"
+    place = Path(model) if own else Path(tokenizer)
+    folder = place.parent if place.is_file() else place
+    file = place if place.is_file() and not own else folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(
+            f"tokenizer must be a folder with tokenizer.json or 'bytes'; {str(folder)!r} has none. "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one"
+        )
+    import tokenizers
+
+    try:
+        loaded = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"tokenizer {str(file)!r} cannot be read: {error}") from error
+    loaded.no_truncation()
+    loaded.no_padding()
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = loaded.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names and contents, in hexadecimal.
+
+    Examples
+    --------
+    >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}), digest({"a": torch.zeros(2)})[:8]
+    (True, 'c9b0ec9c')
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def check_files(path: str | os.PathLike[str]) -> None:
+    """Check what `load_checkpoint` needs, without loading anything.
+
+    Raises
+    ------
+    ValueError
+        If a file is missing or of a kind that is not loaded.
+    """
+    given = Path(path)
+    wanted = "model must be a local folder with config.json and *.safetensors, or a config.json"
+    if given.is_file():
+        if given.suffix != ".json":
+            raise ValueError(f"{wanted}; got the file {str(given)!r}")
+        return
+    if not given.is_dir():
+        raise ValueError(f"{wanted}; there is no {str(given)!r}, and nothing is downloaded")
+    if (given / "adapter_config.json").exists():
+        raise ValueError(f"{wanted}; {str(given)!r} is an adapter: merge it into its model and save that")
+    if not (given / "config.json").is_file():
+        raise ValueError(f"{wanted}; {str(given)!r} has no config.json")
+    if not any(given.glob("*.safetensors")):
+        pickled = sorted(each.name for each in given.glob("*.bin"))
+        why = (
+            f" ({pickled[0]} is a pickle, which is never loaded: save it again with save_pretrained)" if pickled else ""
+        )
+        raise ValueError(f"{wanted}; {str(given)!r} has no *.safetensors{why}")
+
+
+def _check_complete(found: Mapping[str, Any]) -> None:
+    for key, what in (("missing_keys", "lacks the weights"), ("mismatched_keys", "has another shape of")):
+        names = sorted(each if isinstance(each, str) else each[0] for each in found.get(key) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"the checkpoint {what} {', '.join(names[:3])}{more}")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[Any]:
+    """Import transformers, offline, and keep it from writing to the terminal while it loads."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read on import; local_files_only says it once more
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"checkpoints need the packages transformers and tokenizers: pip install transformers ({error})"
+        ) from error
+    logs: Any = transformers.utils.logging
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logs.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()
