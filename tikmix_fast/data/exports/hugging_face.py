@@ -1,0 +1,40 @@
+"""Probabilities for `datasets.interleave_datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tikmix_fast.data.exports.shares import check_names, checked_weights
+
+__all__ = ["interleave_probabilities"]
+
+
+def interleave_probabilities(weights: Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """Return the weights in the order of the datasets given to `datasets.interleave_datasets`.
+
+    Parameters
+    ----------
+    weights : mapping from str to float
+        Sum 1; `MixtureResult.as_dict` gives it.
+    names : sequence of str
+        The domain of each dataset.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the weights are no mixture, or ``names`` are not theirs.
+
+    Notes
+    -----
+    Source: https://huggingface.co/docs/datasets/process#interleave. The library draws each example's dataset at random,
+    so that realised proportions have a multinomial's noise, and by default ends with the first dataset that does:
+    give ``stopping_strategy="all_exhausted"`` for a domain that is to be repeated. `MixtureSampler` has neither.
+
+    Examples
+    --------
+    >>> interleave_probabilities({"web": 0.7, "code": 0.3}, ["code", "web"])
+    [0.3, 0.7]
+    """
+    shares = checked_weights(weights)
+    check_names("names", names, shares)
+    return [shares[name] for name in names]

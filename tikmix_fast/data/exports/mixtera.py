@@ -1,0 +1,86 @@
+"""A Mixtera algorithm that follows a mixture file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tikmix_fast.data.exports.shares import check_names, checked_weights
+from tikmix_fast.data.optional import optional
+
+__all__ = ["mixture_file_algorithm"]
+
+
+def mixture_file_algorithm(path: str | os.PathLike[str], domains: Sequence[str]) -> Any:
+    """Return a `DynamicMixingAlgorithm` for Mixtera's `DynamicMixture`, which takes up what a mixture file says.
+
+    Mixtera runs it in its server: the file is how a mixture gets there from where the influence is measured. Write it
+    with ``tikmix-fast mix --out``, or `tikmix_fast.files.write_json` and ``{name: weight}``.
+
+    Parameters
+    ----------
+    path : path
+        The file; it may come into being later, until when Mixtera's initial mixture holds.
+    domains : sequence of str
+        The domain of each Mixtera key, in the order of their ids, which is that of the sorted keys.
+
+    Raises
+    ------
+    ImportError
+        If Mixtera is not installed.
+    ValueError
+        If ``domains`` is empty or repeats a name. When Mixtera asks: if the file holds no mixture of these domains.
+
+    Notes
+    -----
+    Source: ``mixtera/core/algo/dynamic_mixing/dynamic_mixing.py`` and ``mixtera/core/query/mixture/dynamic_mixture.py``
+    in https://github.com/eth-easl/mixtera. Mixtera asks with every feedback of the training loop, so the file is read
+    as often; the losses that come with the feedback are not used.
+    """
+    base: Any = optional(
+        "mixtera.core.algo.dynamic_mixing.dynamic_mixing", "following a mixture", "see github.com/eth-easl/mixtera"
+    ).DynamicMixingAlgorithm
+    names = list(domains)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"domains must be at least one, and each once; got {names}")
+
+    class MixtureFileAlgorithm(base):  # type: ignore[misc]  # built here, as the base may be missing
+        def __init__(self) -> None:
+            super().__init__()
+            self.path = Path(path)
+            self.domains = names
+            self.last: dict[str, float] | None = None
+
+        def calc_mixture(self, updated_at_client: bool) -> Any:
+            weights = read_mixture(self.path, self.domains)
+            if weights is None or weights == self.last:
+                return None
+            self.last = weights
+            mixture = np.zeros(max(len(self.domains), len(self.initial_mixture)), dtype=np.float32)
+            mixture[: len(self.domains)] = [weights[name] for name in self.domains]
+            return mixture
+
+    return MixtureFileAlgorithm()
+
+
+def read_mixture(path: Path, domains: Sequence[str]) -> dict[str, float] | None:
+    """Read ``{name: weight}``, or the result of a solver with such ``weights``; None if there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: must be JSON; {error}") from None
+    if isinstance(content, Mapping) and isinstance(content.get("weights"), Mapping):
+        content = content["weights"]
+    try:
+        weights = checked_weights(content)
+        check_names("weights", weights, domains)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return weights

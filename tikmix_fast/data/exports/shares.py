@@ -1,0 +1,80 @@
+"""Weights by name, checked, and as decimals that sum to one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+__all__ = ["check_names", "checked_weights", "decimals"]
+
+_TOLERANCE = 1e-6
+
+
+def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights divided by their sum, in the same order.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``weights`` is no mapping from names to finite numbers of at least 0 that sum to 1 (within 1e-6).
+    """
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must map names to numbers; got {type(weights).__name__}; use MixtureResult.as_dict()")
+    values = {name: float(weight) for name, weight in weights.items()}
+    if not all(math.isfinite(value) and value >= 0 for value in values.values()):
+        raise ValueError(f"weights must be finite and not negative; got {values}")
+    total = math.fsum(values.values())
+    if abs(total - 1) > _TOLERANCE:
+        raise ValueError(f"weights must sum to 1; got a sum of {total!r}; divide them by it")
+    return {name: value / total for name, value in values.items()}
+
+
+def check_names(what: str, names: Iterable[str], domains: Iterable[str]) -> None:
+    """Raise ValueError unless ``what``, whose names are ``names``, has each of ``domains`` once."""
+    if sorted(names) != sorted(domains):
+        raise ValueError(f"{what} must name every domain once, {list(domains)}; got {list(names)}")
+
+
+def decimals(weights: Mapping[str, float], digits: int = 6) -> dict[str, str]:
+    """Round weights to decimals that sum to 1 exactly; no positive weight becomes 0.
+
+    Parameters
+    ----------
+    weights : mapping from str to float
+        Sum 1.
+    digits : int
+        After the point, 1 to 15.
+
+    Returns
+    -------
+    dict of str to str
+        Each within 10^-digits of its weight, except that very small ones are raised to 10^-digits and the largest pay.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `checked_weights`, or if ``digits`` is out of range or too few for that many domains.
+
+    Examples
+    --------
+    >>> decimals({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 2)
+    {'a': '0.34', 'b': '0.33', 'c': '0.33'}
+    """
+    if not 1 <= digits <= 15:
+        raise ValueError(f"digits must be from 1 to 15; got {digits}")
+    shares = checked_weights(weights)
+    whole = 10**digits
+    exact = np.array(list(shares.values())) * whole
+    units = np.where((exact > 0) & (exact < 1), 1, np.floor(exact)).astype(np.int64)
+    rest = whole - int(units.sum())
+    if rest >= 0:
+        units[np.argsort(units - exact, kind="stable")[:rest]] += 1
+    for _ in range(-rest):
+        units[units.argmax()] -= 1
+    if (units[exact > 0] < 1).any():
+        raise ValueError(f"digits must be more than {digits} to tell {len(shares)} domains from 0")
+    return {
+        name: f"{unit // whole}.{unit % whole:0{digits}}" for name, unit in zip(shares, units.tolist(), strict=True)
+    }
