@@ -30,16 +30,19 @@ from tikmix_fast.influence.gradients import (
     synchronises,
     without_synchronisation,
 )
+from tikmix_fast.influence.in_run import InRun
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.influence.memory import MemoryEstimate, estimate_memory, readable_size
 from tikmix_fast.influence.offload import Copier
 from tikmix_fast.influence.optimizer_state import canonical_name
+from tikmix_fast.influence.plan import InRunPlan, plan_in_run
 from tikmix_fast.influence.preconditioners import Adam, Preconditioner, make_preconditioner
 from tikmix_fast.influence.projection import Projection, back_project
 from tikmix_fast.influence.queries import Queries, TaskGradients
 from tikmix_fast.influence.ranks import PendingMicrobatches, add_by_name, ranks_of
 from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.rows import RowLabels
+from tikmix_fast.influence.staleness import QuerySketch, Watched
 from tikmix_fast.influence.stopping import Batch, until_known
 from tikmix_fast.influence.target_counts import SeenLosses, targets_and_weight, watch_losses
 from tikmix_fast.influence.target_tokens import check_mask, count_target_tokens, masked_targets
@@ -192,6 +195,7 @@ class InfluenceEngine:
         self._passes = 0
         self._dropped_in_row = 0
         self._copiers: dict[torch.device, Copier] | None = None  # not decided yet
+        self._sketch: QuerySketch | None = None  # sees the queries when they freeze
         everything = [name for name, _ in self._trainable()]
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in everything):
@@ -401,7 +405,8 @@ class InfluenceEngine:
         stale = [] if self.allow_stale else self._stale_flags(weights, "the tasks were measured")
         if self._queries is None:
             projections = self.projection.layers(self.model, parameters, self._refreshes) if self.projection else {}
-            queries = self._tasks.freeze(parameters, self.preconditioner, self.optimizer, projections)
+            preconditioner = self.preconditioner if self._sketch is None else Watched(self.preconditioner, self._sketch)
+            queries = self._tasks.freeze(parameters, preconditioner, self.optimizer, projections)
             self._estimator.begin_round(queries.owners, queries.weights)
             self._queries = queries
         held = self._queries.held
@@ -502,6 +507,91 @@ class InfluenceEngine:
         ...         model(rows).mean().backward()
         """
         return until_known(batches, self.matrix, rel_error, least)
+
+    def plan(
+        self,
+        budget: float = 0.05,
+        *,
+        step_tokens: int,
+        sequence_tokens: int,
+        micro_batches: int = 1,
+        near_every: int = 8,
+        flops_per_byte: float = 20.0,
+        matrix: InfluenceMatrix | None = None,
+        task_tokens: int | None = None,
+        time_constant: float = math.inf,
+    ) -> InRunPlan:
+        """Choose how often `in_run` measures, and on how much of each task, by counting; nothing runs.
+
+        Measuring is as frequent as the budget allows, on the fewest sequences of a task that tell its error (one per
+        split): the domain side is nearly free, so many small measured steps see more of it than few large ones.
+
+        Parameters
+        ----------
+        budget : float
+            Largest extra cost, as a share of that of training: 0.05 for 5%.
+        step_tokens : int
+            Tokens of one optimizer step, all micro-batches and ranks together.
+        sequence_tokens : int
+            Tokens of one sequence of a task.
+        micro_batches : int
+            Micro-batches per optimizer step.
+        near_every : int
+            As for `in_run`.
+        flops_per_byte : float
+            Operations that the machine does in the time of moving one byte of memory: about 10 to 30 for float32 on
+            CPUs, 100 to 300 for bfloat16 on large GPUs.
+        matrix : InfluenceMatrix, optional
+            Of an earlier measurement, with its own errors: the plan then tells what noise to expect.
+        task_tokens : int, optional
+            Tokens of each task that ``matrix`` was measured on.
+        time_constant : float
+            Of the average, in optimizer steps, for that noise; infinite: that of a thousand measured steps.
+
+        Returns
+        -------
+        InRunPlan
+            ``every``, ``task_sequences``, the predicted overhead with its parts; ``print`` gives it in words.
+
+        Raises
+        ------
+        ValueError
+            If a number is out of range, or ``matrix`` comes without errors or without ``task_tokens``.
+
+        Examples
+        --------
+        >>> engine = InfluenceEngine(nn.Linear(64, 64), ["web", "code"], ["qa"], preconditioner="identity")
+        >>> plan = engine.plan(budget=0.05, step_tokens=32768, sequence_tokens=1024)
+        >>> plan.every, plan.task_sequences, plan.overhead <= 0.05
+        (2, 2, True)
+        """
+        return plan_in_run(
+            budget,
+            tasks=len(self.task_names),
+            splits=self.task_splits,
+            domains=len(self.domain_names),
+            step_tokens=step_tokens,
+            sequence_tokens=sequence_tokens,
+            micro_batches=micro_batches,
+            near_every=near_every,
+            flops_per_byte=flops_per_byte,
+            earlier=None if matrix is None else (matrix, task_tokens),
+            time_constant=time_constant,
+        )
+
+    def in_run(
+        self,
+        every: int,
+        tasks: Callable[[int], object],
+        time_constant: float = math.inf,
+        near_every: int = 8,
+    ) -> InRun:
+        """Measure in a training run, from its own mixed batches: every so many steps, with fresh small task passes.
+
+        See `InRun` for the arguments, for how the training loop uses what this returns, and for an example; `plan`
+        chooses ``every``.
+        """
+        return InRun(self, every, tasks, time_constant, near_every)
 
     def memory_estimate(
         self,
@@ -636,14 +726,28 @@ class InfluenceEngine:
             )
         )
 
-    def refresh(self) -> None:
-        """Forget the queries, so that tasks can be measured at new weights; the influence measured so far is kept."""
+    def refresh(self, *, keep: float = 1.0) -> None:
+        """Forget the queries, so that tasks can be measured at new weights; the influence measured so far is kept.
+
+        Parameters
+        ----------
+        keep : float
+            By what to multiply the weight of everything measured so far, from 0 to 1: exp(-age / time constant) at each
+            of several rounds makes an exponential average of them.
+
+        Raises
+        ------
+        ValueError
+            If ``keep`` is out of range.
+        """
         self._require_idle()
+        if not 0 <= keep <= 1:
+            raise ValueError(f"keep must lie between 0 and 1; got {keep!r}")
         self._tell_ranks()
-        self._closed_projection_variance = self._projection_variance()
+        self._closed_projection_variance = self._projection_variance() * keep**2
         self._projected = {}
         self._refreshes += 1
-        self._estimator.end_round()
+        self._estimator.forget(keep)
         self._begin_tasks()
 
     def reset(self) -> None:
@@ -764,6 +868,11 @@ class InfluenceEngine:
             self._pending.tell(self._ranks, self._estimator, self._queries, self._projected)
         return int(self._ranks.total(np.array([self.dropped]))[0])
 
+    def _round_so_far(self) -> tuple[Queries | None, NDArray[np.float64], NDArray[np.float64]]:
+        """Return the queries of the open round, and tokens times influence [n, m] and the target tokens [m] of it."""
+        self._tell_ranks()
+        return self._queries, *self._estimator.open_round()
+
     def _begin_tasks(self) -> None:
         self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers, self._ranks)
         self._pending = PendingMicrobatches()
@@ -882,8 +991,8 @@ class InfluenceEngine:
         if any(map(bool, flags)):
             raise RuntimeError(
                 f"weights changed since {since}: task and domain gradients must belong to the same weights. Call "
-                "engine.refresh() and measure the tasks again after every optimizer step (or allow_stale=True for "
-                "domains, at your own risk)"
+                "engine.refresh() and measure the tasks again after every optimizer step; in-run, call run.step() "
+                "after it (or allow_stale=True for domains, at your own risk)"
             )
 
     @staticmethod

@@ -183,6 +183,10 @@ class TaskGradients:
         self._tokens[split] = self._tokens.get(split, 0.0) + tokens
         self._batches[task] += 1
 
+    def unmeasured(self) -> list[str]:
+        """Return the names of the tasks that no rank has a batch of; every rank asks."""
+        return self._without_any(self._tokens_of_all())
+
     def freeze(
         self,
         parameters: Mapping[str, Tensor],
@@ -199,11 +203,8 @@ class TaskGradients:
         RuntimeError
             If a task has no batch.
         """
-        tokens = np.zeros((len(self._names), self._splits))
-        for split, count in self._tokens.items():
-            tokens[split] = count
-        tokens = tokens if self._ranks is None else self._ranks.total(tokens)
-        unmeasured = [name for name, counts in zip(self._names, tokens, strict=True) if not counts.any()]
+        tokens = self._tokens_of_all()
+        unmeasured = self._without_any(tokens)
         if unmeasured:
             raise RuntimeError(
                 f"tasks come first: run engine.task(...) for {', '.join(map(repr, unmeasured))} before domains(...)"
@@ -220,6 +221,16 @@ class TaskGradients:
         owners = [task for task, _ in splits]
         weights = [float(tokens[split] / tokens[split[0]].sum()) for split in splits]
         return Queries(held, owners, weights, projections)
+
+    def _tokens_of_all(self) -> NDArray[np.float64]:
+        """Return the target tokens of every task and split, of all ranks together."""
+        tokens = np.zeros((len(self._names), self._splits))
+        for split, count in self._tokens.items():
+            tokens[split] = count
+        return tokens if self._ranks is None else self._ranks.total(tokens)
+
+    def _without_any(self, tokens: NDArray[np.float64]) -> list[str]:
+        return [name for name, counts in zip(self._names, tokens, strict=True) if not counts.any()]
 
     def _take_means(
         self, name: str, parameter: Tensor, splits: Sequence[tuple[int, int]], tokens: NDArray[np.float64]
