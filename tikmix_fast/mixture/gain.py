@@ -59,9 +59,10 @@ def expected_gain(matrix: InfluenceMatrix, weights: Array, prior: Array) -> Gain
     """Predict what ``weights`` gain over ``prior``, both [m] in the matrix's order.
 
     Errors of different domains, and of different tasks' own batches, are independent. The batches of one domain are
-    shared by all tasks: their joint error is taken from the micro-batches where the matrix has a record of them, else
-    it is bounded by the sum of the tasks' errors. The task's own error, and that of a projection, is taken as
-    independent from domain to domain, which overstates it where domains share it: what they share cancels in a change.
+    shared by all tasks: how far their errors agree is taken from the micro-batches where the matrix has a record of
+    them, else they are taken to agree fully, which bounds the error. The task's own error, and that of a projection,
+    is taken as independent from domain to domain, which overstates it where domains share it: what they share cancels
+    in a change.
     """
     values, measured, tasks, _ = read_matrix(matrix)
     step = np.where(measured, weights - prior, 0.0)
@@ -70,10 +71,9 @@ def expected_gain(matrix: InfluenceMatrix, weights: Array, prior: Array) -> Gain
     scale, _ = row_scale(values[:, measured], "max", tasks)
     of_domain, total = matrix.stderr_domain / scale[:, None], matrix.stderr / scale[:, None]
     rest = np.maximum(total**2 - of_domain**2, 0.0).sum(axis=0)
-    if matrix.record is None:
-        joint = of_domain.sum(axis=0) ** 2
-    else:
-        joint = np.array([_joint_variance(matrix.record, scale, j) for j in range(len(step))])
+    joint = of_domain.sum(axis=0) ** 2
+    if matrix.record is not None:
+        joint *= [_joint_share(matrix.record, scale, j) for j in range(len(step))]
     return Gain(
         total=float((values @ step / scale).sum()),
         stderr=math.sqrt((step[moved] ** 2 * (joint + rest)[moved]).sum()),
@@ -81,12 +81,13 @@ def expected_gain(matrix: InfluenceMatrix, weights: Array, prior: Array) -> Gain
     )
 
 
-def _joint_variance(record: MicrobatchRecord, scale: Array, domain: int) -> float:
-    """Return the variance over the domain's batches of its scaled influence summed over tasks, a ratio estimate."""
+def _joint_share(record: MicrobatchRecord, scale: Array, domain: int) -> float:
+    """Return the variance of a domain's scaled influence summed over tasks, over what it were if all errors agreed."""
     tokens, sums = record.of_domain(domain)
-    count = len(tokens)
-    if count < 2:
-        return math.nan
-    scores = (sums / scale[:, None]).sum(axis=0)
-    residual = scores - scores.sum() / tokens.sum() * tokens
-    return float(count / (count - 1) * (residual @ residual) / tokens.sum() ** 2)
+    if len(tokens) < 2:
+        return 1.0
+    scores = sums / scale[:, None]  # [n, k], tokens times influence
+    residual = scores - scores.sum(axis=1, keepdims=True) / tokens.sum() * tokens
+    joint = residual.sum(axis=0)
+    largest = np.sqrt((residual**2).sum(axis=1)).sum()
+    return float(joint @ joint / largest**2) if largest > 0 else 1.0
