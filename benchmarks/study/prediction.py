@@ -47,8 +47,6 @@ from tikmix_fast.training.settings import DemoSettings
 REPOSITORY = Path(__file__).parents[2]
 Array = NDArray[np.float64]
 Texts = Mapping[str, Sequences]
-Stage = Literal["additivity", "counterfactual", "calibration", "long"]
-STAGES: tuple[Stage, ...] = ("counterfactual", "additivity", "calibration", "long")
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,17 @@ class Method:
     preconditioner : {"identity", "adam", "ekfac", "diagonal_fisher"}
     dim : int or None
         Of the projection; None = exact.
-    weights : {"current", "averaged", "decayed", "path"}
+    weights : {"current", "averaged", "decayed", "path", "coasted"}
         Where gradients are taken: at the checkpoint; at the moving average of the weights; after a few steps on the
-        uniform mixture at a rate that falls to zero; or at the checkpoint and a few steps before it, averaging S.
+        uniform mixture at a rate that falls to zero; at the checkpoint and a few steps before it, averaging S;
+        or where the optimizer's momentum alone carries the weights within a few steps.
     damping : float
         Of "ekfac" and "diagonal_fisher".
     """
 
     preconditioner: str
     dim: int | None = None
-    weights: Literal["current", "averaged", "decayed", "path"] = "current"
+    weights: Literal["current", "averaged", "decayed", "path", "coasted"] = "current"
     damping: float = 0.1
 
     @property
@@ -86,19 +85,24 @@ METHODS = (
     Method("identity"),
     Method("adam"),
     Method("ekfac"),
+    Method("ekfac", damping=10.0),
     Method("diagonal_fisher"),
-    Method("identity", 64),
-    Method("identity", 32),
     Method("adam", 64),
     Method("adam", 32),
+    Method("adam", weights="coasted"),
+)
+TRIED = (
+    Method("identity", 64),
+    Method("identity", 32),
     Method("ekfac", damping=0.01),
     Method("ekfac", damping=1.0),
-    Method("identity", weights="averaged"),
     Method("adam", weights="averaged"),
     Method("ekfac", weights="averaged"),
     Method("adam", weights="decayed"),
     Method("adam", weights="path"),
+    Method("ekfac", weights="coasted"),
 )
+"""What is measured besides in the full setting, where there is time; the small one leaves it to the tuning seeds."""
 
 
 @dataclass(frozen=True)
@@ -113,22 +117,28 @@ class PredictionSettings:
         Step of it.
     averaging : float
         Decay of the moving average of the weights.
+    coast_steps : int
+        Steps with zero gradients before "coasted" is measured.
     decay_steps : int
         Steps with a falling rate before "decayed" is measured.
     path_steps : tuple of int
         Steps before the checkpoint at which "path" measures besides.
     methods : tuple of Method
-    task_rows, domain_rows : int
-        Sequences per task, and per domain, that S is measured on.
+    validation_rows : int
+        Sequences per task: the validation set, whose loss S is about and whose loss real steps are judged by.
+    unseen_rows : int
+        Other sequences per task, from text that S does not see, that real steps are judged by besides.
+    domain_rows : int
+        Sequences per domain that S is measured on.
+    batch_rows : int
+        Sequences in one pass of the domains, about.
     fisher_rows : int
         Sequences that curvature is fitted to, of all domains in equal parts.
     steps : tuple of int
         k: optimizer steps on one domain after which losses are taken; ``long_steps`` are taken at the full rate alone,
-        in a stage of their own.
+        in a part of their own.
     rates : tuple of float
         Multiples of the learning rate at the checkpoint.
-    evaluation_rows : int
-        Sequences per task that the change of the loss is taken on, of the half that S does not see.
     mixtures, mixture_rows : int
         Mixtures drawn from Dirichlet(1), and sequences of each that its influence is measured on.
     additivity_rows : int
@@ -142,17 +152,18 @@ class PredictionSettings:
     training: DemoSettings
     checkpoint: int
     averaging: float = 0.95
+    coast_steps: int = 30
     decay_steps: int = 10
     path_steps: tuple[int, ...] = (40, 20)
     methods: tuple[Method, ...] = METHODS
-    task_rows: int = 48
-    domain_rows: int = 48
+    validation_rows: int = 32
+    unseen_rows: int = 16
+    domain_rows: int = 96
     fisher_rows: int = 144
     batch_rows: int = 36
     steps: tuple[int, ...] = (1, 10)
     long_steps: tuple[int, ...] = (100,)
     rates: tuple[float, ...] = (1.0, 0.1)
-    evaluation_rows: int = 24
     mixtures: int = 128
     mixture_rows: int = 32
     additivity_rows: int = 96
@@ -172,10 +183,11 @@ SETTINGS = {
     "full": PredictionSettings(
         DemoSettings(),
         checkpoint=600,
-        task_rows=192,
-        domain_rows=192,
+        methods=METHODS + TRIED,
+        validation_rows=128,
+        unseen_rows=128,
+        domain_rows=384,
         fisher_rows=576,
-        evaluation_rows=96,
         mixture_rows=128,
         additivity_rows=512,
         pool_domain=256,
@@ -195,12 +207,12 @@ SETTINGS = {
         decay_steps=2,
         path_steps=(2,),
         methods=(Method("adam"), Method("ekfac"), Method("adam", 32), Method("identity", weights="averaged")),
-        task_rows=4,
+        validation_rows=4,
+        unseen_rows=4,
         domain_rows=4,
         fisher_rows=9,
         steps=(1, 2),
         long_steps=(3,),
-        evaluation_rows=4,
         mixtures=12,
         mixture_rows=8,
         additivity_rows=16,
@@ -220,7 +232,8 @@ class Subject:
     arm: Arm
     domains: Texts
     tasks: Texts
-    reports: Texts
+    validation: dict[str, Tensor]
+    unseen: dict[str, Tensor]
     averaged: dict[str, Tensor]
     path: list[dict[str, Any]] = field(default_factory=list)
 
@@ -231,9 +244,12 @@ def train(settings: PredictionSettings, seed: int, corpora: Corpora, folder: Pat
     length = training.model.length
     domains = {name: Sequences(text, length) for name, text in corpora.domains.items()}
     measured = {name: Sequences(task.measure, length) for name, task in corpora.tasks.items()}
-    reported = {name: Sequences(task.report, length) for name, task in corpora.tasks.items()}
+    unseen = {
+        name: spread(Sequences(task.report, length), settings.unseen_rows) for name, task in corpora.tasks.items()
+    }
+    validation = {name: spread(text, settings.validation_rows) for name, text in measured.items()}
     arm = Arm(training, domains)
-    subject = Subject(settings, seed, arm, domains, measured, reported, {})
+    subject = Subject(settings, seed, arm, domains, measured, validation, unseen, {})
     path = folder / f"checkpoint-{seed}.pt"
     if not path.exists():
         while arm.step < settings.checkpoint:
@@ -254,6 +270,12 @@ def train(settings: PredictionSettings, seed: int, corpora: Corpora, folder: Pat
     arm.step = settings.checkpoint
     subject.averaged, subject.path = saved["averaged"], saved["path"]
     return subject
+
+
+def spread(text: Sequences, rows: int) -> Tensor:
+    """Return ``rows`` sequences spread evenly over a text, all of it if it has fewer."""
+    count = min(rows, len(text))
+    return text.all()[torch.arange(count) * len(text) // count]
 
 
 def draw(text: Sequences, rows: int, random: np.random.Generator) -> Tensor:
@@ -277,17 +299,14 @@ def influence(
     preconditioner: str | Preconditioner,
     samples: Iterator[tuple[Tensor, Tensor]],
     columns: list[str],
-    *,
-    random: np.random.Generator,
     projection: Projection | None = None,
 ) -> InfluenceMatrix:
-    """Measure S of whatever the columns are; the tasks' sequences are drawn first, so that one seed draws the same."""
-    settings = subject.settings
-    tasks = {name: draw(text, settings.task_rows, random) for name, text in subject.tasks.items()}
+    """Measure S of whatever the columns are on the validation sets."""
+    tasks = list(subject.validation)
     engine = InfluenceEngine(
-        model, columns, list(tasks), preconditioner=preconditioner, optimizer=optimizer, projection=projection
+        model, columns, tasks, preconditioner=preconditioner, optimizer=optimizer, projection=projection
     )
-    for name, rows in tasks.items():
+    for name, rows in subject.validation.items():
         for batch in rows.split(-(-len(rows) // 4)):
             with engine.task(name):
                 model.loss(batch).backward()
@@ -300,7 +319,7 @@ def influence(
 
 def curvature(model: GPT, subject: Subject, method: Method) -> str | Preconditioner:
     """Return the preconditioner of a method, fitted to the domains in equal parts."""
-    if method.preconditioner not in ("ekfac", "diagonal_fisher"):
+    if method.preconditioner in ("adam", "identity"):
         return method.preconditioner
     random = np.random.default_rng([subject.seed, 3])
     rows = -(-subject.settings.fisher_rows // len(subject.domains))
@@ -328,6 +347,12 @@ def measurement_points(subject: Subject, method: Method) -> list[tuple[GPT, torc
             batch = torch.cat([draw(texts[each], 1, random) for each in which])
             optimizer_step(branch, batch, rate * (1 - (step + 0.5) / count))
         return [(branch.model, branch.optimizer)]
+    if method.weights == "coasted":
+        for _ in range(subject.settings.coast_steps):
+            for parameter in branch.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            take_step(branch, arm.learning_rate())
+        return [(branch.model, branch.optimizer)]
     points = [(arm.model, arm.optimizer)]
     for state in subject.path:
         branch = arm.branch()
@@ -342,7 +367,6 @@ def measure_method(subject: Subject, method: Method) -> Array:
     settings = subject.settings
     values = []
     for number, (model, optimizer) in enumerate(measurement_points(subject, method)):
-        random = np.random.default_rng([subject.seed, 1, number])
         samples = np.random.default_rng([subject.seed, 2, number])
         projection = None if method.dim is None else Projection(dim=method.dim, seed=subject.seed)
         batches = interleaved(subject.domains, settings.domain_rows, settings.batch_rows, samples)
@@ -354,8 +378,7 @@ def measure_method(subject: Subject, method: Method) -> Array:
             preconditioner,
             batches,
             list(subject.domains),
-            random=random,
-            projection=projection,
+            projection,
         )
         values.append(matrix.values)
     return np.asarray(np.mean(values, axis=0), dtype=np.float64)
@@ -363,11 +386,16 @@ def measure_method(subject: Subject, method: Method) -> Array:
 
 def optimizer_step(arm: Arm, batch: Tensor, rate: float) -> None:
     """Take the step that training would take on this batch, at this rate."""
-    for group in arm.optimizer.param_groups:
-        group["lr"] = rate
     arm.optimizer.zero_grad()
     arm.model.loss(batch).backward()
     torch.nn.utils.clip_grad_norm_(arm.model.parameters(), arm.settings.clip)
+    take_step(arm, rate)
+
+
+def take_step(arm: Arm, rate: float) -> None:
+    """Let the optimizer step on the gradients that are there, at this rate."""
+    for group in arm.optimizer.param_groups:
+        group["lr"] = rate
     arm.optimizer.step()
 
 
@@ -380,17 +408,14 @@ def losses(model: GPT, rows: Mapping[str, Tensor]) -> Array:
 def gains(subject: Subject, rates: tuple[float, ...], steps: tuple[int, ...]) -> dict[str, Any]:
     """Train on one domain at a time from the checkpoint; return by how much each task's loss fell.
 
-    Two draws of the training sequences, ``"RATE/STEPS"`` to [2, n, m].
+    ``"RATE/STEPS"`` to [2 draws of the training sequences, n, m], on the validation sets and on unseen text.
     """
-    arm, settings = subject.arm, subject.settings
-    rows = {}
-    for name, text in subject.reports.items():
-        count = min(settings.evaluation_rows, len(text))
-        rows[name] = text.all()[torch.arange(count) * len(text) // count]
-    before, rate = losses(arm.model, rows), arm.learning_rate()
-    found = {
-        f"{each:g}/{k}": np.zeros((2, len(rows), len(subject.domains))).tolist() for each in rates for k in steps
-    }
+    arm = subject.arm
+    judges = {"validation": subject.validation, "unseen": subject.unseen}
+    before = {name: losses(arm.model, rows) for name, rows in judges.items()}
+    rate = arm.learning_rate()
+    shape = (2, len(subject.tasks), len(subject.domains))
+    found = {name: {f"{each:g}/{k}": np.zeros(shape) for each in rates for k in steps} for name in judges}
     for each in rates:
         for number in range(2):
             for column, text in enumerate(subject.domains.values()):
@@ -399,10 +424,11 @@ def gains(subject: Subject, rates: tuple[float, ...], steps: tuple[int, ...]) ->
                 for step in range(1, max(steps) + 1):
                     optimizer_step(branch, draw(text, arm.settings.batch, random), rate * each)
                     if step in steps:
-                        fell = before - losses(branch.model, rows)
-                        for task, value in enumerate(fell.tolist()):
-                            found[f"{each:g}/{step}"][number][task][column] = value
-    return found
+                        for name, rows in judges.items():
+                            found[name][f"{each:g}/{step}"][number, :, column] = before[name] - losses(
+                                branch.model, rows
+                            )
+    return {name: {cell: values.tolist() for cell, values in cells.items()} for name, cells in found.items()}
 
 
 def counterfactual(subject: Subject) -> dict[str, Any]:
@@ -419,24 +445,23 @@ def long(subject: Subject) -> dict[str, Any]:
 def additivity(subject: Subject) -> dict[str, Any]:
     """Measure S, the influence of sampled mixtures, and what of both is sampling noise.
 
-    Both use the tasks' same sequences, as the validation set is given; the domains' are drawn independently. Every
-    mixture is one column of the engine.
+    Both use the same validation sets, as these are given; the domains' sequences are drawn independently. Every mixture
+    is one column of the engine.
     """
     settings, arm = subject.settings, subject.arm
     names = list(subject.domains)
     samples = np.random.default_rng([subject.seed, 6])
     batches = interleaved(subject.domains, settings.additivity_rows, settings.batch_rows, samples)
-    seed = [subject.seed, 7]
-    matrix = influence(
-        arm.model, arm.optimizer, subject, "adam", batches, names, random=np.random.default_rng(seed)
-    )
+    matrix = influence(arm.model, arm.optimizer, subject, "adam", batches, names)
     weights = np.random.default_rng([subject.seed, 8]).dirichlet(np.ones(len(names)), settings.mixtures)
     lengths = {name: len(text) for name, text in subject.domains.items()}
     everything = torch.cat([text.all() for text in subject.domains.values()])
     order = []
     for number, mixture in enumerate(weights):
         # As a training run would draw them.
-        sampler = MixtureSampler(lengths, dict(zip(names, mixture.tolist(), strict=True)), seed=1000 * subject.seed + number)
+        sampler = MixtureSampler(
+            lengths, dict(zip(names, mixture.tolist(), strict=True)), seed=1000 * subject.seed + number
+        )
         order.append(list(islice(sampler, settings.mixture_rows)))
     chosen = torch.tensor(order)  # [mixtures, rows]
     ids = torch.arange(settings.mixtures)
@@ -447,19 +472,19 @@ def additivity(subject: Subject) -> dict[str, Any]:
         "adam",
         ((everything[column], ids) for column in chosen.T),
         [f"mixture {number}" for number in range(settings.mixtures)],
-        random=np.random.default_rng(seed),
     )
     predicted = matrix.values @ weights.T
     # What sampling leaves of a perfect prediction: noise of both sides, that of S w being shared between mixtures.
     error = matrix.stderr_domain**2
     centred = weights - weights.mean(0)
+    per_sequence = error * settings.additivity_rows / settings.mixture_rows
     noise_predicted = (error[:, None, :] * centred[None] ** 2).sum(2).mean(1)
     return {
         "tasks": list(subject.tasks),
         "predicted": predicted.tolist(),
         "measured": sampled.values.tolist(),
         "noise_predicted": noise_predicted.tolist(),
-        "noise_measured": (sampled.stderr_domain**2).mean(1).tolist(),
+        "noise_measured": (per_sequence @ weights.T).mean(1).tolist(),
         "tokens_per_mixture": float(sampled.tokens[0]),
         "tokens_per_domain": float(matrix.tokens[0]),
     }
@@ -481,7 +506,9 @@ def calibration(subject: Subject) -> dict[str, Any]:
         arm.model, columns, names, preconditioner="adam", optimizer=arm.optimizer, task_splits=1, check_every=0
     )
     for task, text in subject.tasks.items():
-        for number, batch in enumerate(draw(text, settings.pool_task * training.task_rows, random).split(training.task_rows)):
+        for number, batch in enumerate(
+            draw(text, settings.pool_task * training.task_rows, random).split(training.task_rows)
+        ):
             with engine.task(f"{task} {number}"):
                 arm.model.loss(batch).backward()
     for first, text in enumerate(subject.domains.values()):
@@ -498,8 +525,6 @@ def calibration(subject: Subject) -> dict[str, Any]:
     for splits in (2, training.task_splits):
         kept = [covered(table, truth, splits, training, tokens, random) for _ in range(settings.repetitions)]
         shares[f"{splits} splits"] = np.mean(kept, axis=(1, 2)).tolist()
-        shares[f"{splits} splits, without the task side"] = []
-    shares = {name: values for name, values in shares.items() if values}
     return {"shares": shares, "cells": n * m}
 
 
@@ -510,8 +535,8 @@ def covered(
     n, pool_task, m, pool_domain = table.shape
     batches = random.integers(0, pool_task, (n, training.task_batches))
     micro = random.integers(0, pool_domain, (m, training.domain_batches))
-    # [n, m, task batches, domain batches]
-    drawn = np.stack([[table[i][np.ix_(batches[i], [j], micro[j])][:, 0] for j in range(m)] for i in range(n)])
+    rows, columns = np.arange(n)[:, None, None, None], np.arange(m)[None, :, None, None]
+    drawn = table[rows, batches[:, None, :, None], columns, micro[None, :, None, :]]  # [n, m, task, domain batches]
     dealt = [np.arange(split, training.task_batches, splits) for split in range(splits)]
     queries = np.stack([drawn[:, :, each].mean(2) for each in dealt], axis=1)  # [n, splits, m, domain batches]
     estimator = Estimator(n, m)
@@ -525,9 +550,59 @@ def covered(
     return np.asarray((low <= truth) & (truth <= high))
 
 
-PARTS: dict[Stage, Callable[[Subject], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "counterfactual": counterfactual,
     "additivity": additivity,
     "calibration": calibration,
     "long": long,
 }
+
+
+def run(settings: PredictionSettings, seeds: list[int], parts: list[str], folder: Path) -> None:
+    """Run what is not in ``folder`` yet, part by part over all seeds, and print a line for each."""
+    corpora = gather(domain_bytes=settings.training.domain_bytes, task_bytes=settings.training.task_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = json.loads(json.dumps(dataclasses.asdict(settings)))
+    about = folder / "settings.json"
+    if about.exists() and json.loads(about.read_text(encoding="utf-8")) != described:
+        raise ValueError(f"{folder} must hold results of the same settings; got others: choose another --out")
+    files.write_json(about, described)
+    for part in parts:
+        for seed in seeds:
+            path = folder / f"{part}-{seed}.json"
+            if path.exists():
+                continue
+            began = time.process_time()
+            found = PARTS[part](train(settings, seed, corpora, folder))
+            content = {
+                "environment": describe_environment(),
+                "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+                "domains": list(corpora.domains),
+                "tasks": list(corpora.tasks),
+                "cpu_seconds": time.process_time() - began,
+                **found,
+            }
+            print(f"{files.write_json(path, content)}: {content['cpu_seconds']:.0f} s of CPU", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the study, then report what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=("small", "full"), default="small")
+    parser.add_argument("--quick", action="store_true", help="tiny numbers, to see that everything runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, help="where the parts are stored; default: build/prediction-SETTING")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
+    chosen = parser.parse_args(arguments)
+    name = "quick" if chosen.quick else chosen.setting
+    folder = chosen.out or REPOSITORY / "build" / f"prediction-{name}"
+    if not chosen.report:
+        run(SETTINGS[name], chosen.seeds, chosen.parts, folder)
+    for path in write_report(folder, chosen.seeds, name, chosen.results):
+        print(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -221,6 +221,8 @@ def draw_changes(results: Results) -> Any:
             panel.plot(each, np.full(len(each), place), ".", color=_GREY, markersize=5, zorder=1)
             panel.errorbar(mean, place, xerr=half, fmt="o", color=colour, markersize=5, capsize=3, zorder=2)
         panel.axvline(1 if "weight" in title else 0, color="#999999", linewidth=0.8, zorder=0)
+        if "weight" in title:
+            panel.set_xlim(-0.1, 1.1 * max(2.0, *(each.max() for each in values)))  # some intervals reach further
         panel.set_title(title, fontsize=10, loc="left")
         if "weight" not in title:
             panel.xaxis.set_major_formatter("{x:+g}%")
@@ -230,6 +232,7 @@ def draw_changes(results: Results) -> Any:
         color=[_COLOURS[4] if arm.startswith("tikmix") else _COLOURS[0] for arm in order],
     )  # fmt: skip
     cost.set_xscale("log")
+    cost.xaxis.set_minor_formatter("")
     cost.set_title("FLOPs spent on mixing", fontsize=10, loc="left")
     for index, panel in enumerate(axes[0]):
         panel.set_ylim(-0.6, len(order) - 0.4)

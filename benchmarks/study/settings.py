@@ -37,8 +37,16 @@ class StudySettings:
         Step size of DGA, sequences of each domain and task per update, and share of the old mixture in the new one.
     doge_rate, doge_rows : float, int
         Step size of DoGE (eta / mu there) and sequences of each domain and task per step of its proxy run.
+    in_run_every, in_run_rows : int
+        Steps between two measured training steps of TiKMiX-D in-run, and sequences of each task in one.
+    in_run_time : float
+        Time constant of their average, in steps.
+    in_run_change : int
+        Steps between its changes of the mixture.
+    candidates : int
+        Mixtures that TiKMiX-M labels at a stage boundary with linear labels.
     probe_candidates, probe_steps : int
-        Mixtures that TiKMiX-M tries at a stage boundary under probe labels, and optimizer steps on each.
+        The same with probe labels, and optimizer steps on each.
     """
 
     main: DemoSettings
@@ -54,6 +62,11 @@ class StudySettings:
     dga_smoothing: float = 0.1
     doge_rate: float = 1.0
     doge_rows: int = 2
+    in_run_every: int = 10
+    in_run_rows: int = 4
+    in_run_time: float = 100.0
+    in_run_change: int = 40
+    candidates: int = 256
     probe_candidates: int = 32
     probe_steps: int = 5
     seeds: tuple[int, ...] = field(default=(0, 1, 2, 3, 4))
@@ -87,7 +100,8 @@ SETTINGS = {
             steps=4, stages=2, batch=2, model=GPTSettings(layers=1, heads=1, width=8, length=32), warm_up=1,
             evaluate_every=4, curve_rows=2,
         ),
-        short_bytes=4_000, proxies=(4, 8), update_every=4, ado_start=8, ado_refit=8, probe_candidates=4, probe_steps=2,
+        short_bytes=4_000, proxies=(4, 8), update_every=4, ado_start=8, ado_refit=8, in_run_every=2, in_run_time=8.0,
+        in_run_change=8, candidates=16, probe_candidates=4, probe_steps=2,
     ),
     "small": _SMALL,
     # Not run yet: no machine with a GPU was at hand.

@@ -1,0 +1,272 @@
+"""Scores, tables and plots of the prediction study, from what its parts stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+
+from tikmix_fast import files
+from tikmix_fast.report.plots import new_figure, save_figure
+
+Array = NDArray[np.float64]
+Parts = dict[str, dict[int, dict[str, Any]]]
+"""What was stored, by part and seed."""
+
+SECOND_RUN = "a second real run"
+_RATES = {"1": "full rate", "0.1": "a tenth of it"}
+_COLOURS = ("#0077BB", "#EE7733", "#009988", "#CC3311", "#AA4499", "#DDAA33")
+
+
+def write_report(folder: Path, seeds: Sequence[int], setting: str, results: Path) -> list[Path]:
+    """Write prediction.json, prediction.md and prediction.png of what ``folder`` holds; returns their paths."""
+    parts: Parts = {}
+    for part in ("additivity", "counterfactual", "long", "calibration"):
+        paths = {seed: folder / f"{part}-{seed}.json" for seed in seeds}
+        parts[part] = {seed: json.loads(path.read_text("utf-8")) for seed, path in paths.items() if path.exists()}
+    scores = summarise(parts)
+    first = next((each for of_part in parts.values() for each in of_part.values()), None)
+    if first is None:
+        raise ValueError(f"{folder} must hold results to report; got none of seeds {list(seeds)}: run the study first")
+    content = {
+        "date": first["date"],
+        "environment": first["environment"],
+        "setting": setting,
+        "settings": json.loads((folder / "settings.json").read_text("utf-8")),
+        "seeds": {part: sorted(of_part) for part, of_part in parts.items()},
+        "cpu_seconds": {part: sum(each["cpu_seconds"] for each in of_part.values()) for part, of_part in parts.items()},
+        "domains": first["domains"],
+        "tasks": first["tasks"],
+        **scores,
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    reading = results / "prediction_reading.md"
+    words = reading.read_text("utf-8") if reading.exists() else ""
+    return [
+        files.write_json(results / "prediction.json", content),
+        files.write_text(results / "prediction.md", markdown(content, words)),
+        save_figure(draw(parts, content), results / "prediction.png"),
+    ]
+
+
+def summarise(parts: Parts) -> dict[str, Any]:
+    """Return the scores of every part, seed by seed."""
+    return {
+        "additivity": {seed: additivity_scores(each) for seed, each in parts["additivity"].items()},
+        "counterfactual": {
+            seed: counterfactual_scores(each, parts["long"].get(seed)) for seed, each in parts["counterfactual"].items()
+        },
+        "calibration": {seed: calibration_scores(each) for seed, each in parts["calibration"].items()},
+    }
+
+
+def additivity_scores(found: dict[str, Any]) -> dict[str, Any]:
+    """Return Pearson's r of S w with what was measured, per task, and the r that sampling alone allows."""
+    predicted, measured = np.array(found["predicted"]), np.array(found["measured"])
+    noises = np.array(found["noise_predicted"]), np.array(found["noise_measured"])
+    true = np.maximum(predicted.var(1, ddof=1) - noises[0], 0)
+    ceiling = true / np.sqrt((true + noises[0]) * (true + noises[1]))
+    return {
+        "r": [float(pearsonr(*pair).statistic) for pair in zip(predicted, measured, strict=True)],
+        "ceiling": ceiling.tolist(),
+        "tokens_per_mixture": found["tokens_per_mixture"],
+        "tokens_per_domain": found["tokens_per_domain"],
+    }
+
+
+def rank_agreement(left: Array, right: Array) -> float:
+    """Return Spearman's rho over domains per task, then the mean over tasks."""
+    return float(np.mean([spearmanr(*pair).statistic for pair in zip(left, right, strict=True)]))
+
+
+def counterfactual_scores(found: dict[str, Any], long: dict[str, Any] | None) -> dict[str, Any]:
+    """Return by judge ("validation", "unseen") and "RATE/STEPS" the score of every method against the real runs.
+
+    A score is the mean of the rank agreement with either run; that of `SECOND_RUN` is of one with the other.
+    """
+    scores: dict[str, Any] = {}
+    for judge, gains in found["gains"].items():
+        scores[judge] = {}
+        for cell, draws in {**gains, **(long["gains"][judge] if long else {})}.items():
+            one, two = np.array(draws)
+            scores[judge][cell] = {
+                name: float(np.mean([rank_agreement(np.array(values), each) for each in (one, two)]))
+                for name, values in found["influence"].items()
+            }
+            scores[judge][cell][SECOND_RUN] = rank_agreement(one, two)
+    return scores
+
+
+def calibration_scores(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the share of intervals that hold the truth and its standard error over repetitions.
+
+    The cells of one repetition share sequences, so a repetition counts as one observation, of the share of its cells.
+    """
+    return {
+        name: {"share": float(np.mean(shares)), "error": float(np.std(shares, ddof=1) / np.sqrt(len(shares)))}
+        for name, shares in found["shares"].items()
+    }
+
+
+def _spread(values: Iterable[float], digits: int = 2) -> str:
+    each = list(values)
+    mean = f"{np.mean(each):.{digits}f}"
+    return mean if len(each) < 2 else f"{mean} ({min(each):.{digits}f} to {max(each):.{digits}f})"
+
+
+def _cell_title(cell: str) -> str:
+    rate, steps = cell.split("/")
+    return f"{_RATES.get(rate, rate)}, k = {steps}"
+
+
+def markdown(content: dict[str, Any], words: str) -> str:
+    """Return the tables in Markdown, with ``words`` below the first line."""
+    commit = content["environment"]["commit"]
+    lines = [
+        "# Does S predict?",
+        "",
+        f"Written by `benchmarks/study/prediction.py --report` from `prediction.json`: setting `{content['setting']}`, "
+        f"seeds {', '.join(str(seed) for seed in content['seeds']['counterfactual'])}, {content['date']}, commit "
+        f"{commit}, {content['environment']['machine']['processor']}. Numbers are means over seeds, in brackets the "
+        "lowest and the highest seed.",
+        "",
+    ]
+    if words:
+        lines += [words.strip(), ""]
+    if content["additivity"]:
+        seeds = list(content["additivity"].values())
+        lines += [
+            "## Additivity",
+            "",
+            f"Pearson's r of S w with the influence of sampled mixtures (Dirichlet(1)), "
+            f"{seeds[0]['tokens_per_mixture']:,.0f} tokens per mixture, {seeds[0]['tokens_per_domain']:,.0f} per "
+            "domain for S, preconditioner adam. At fixed weights influence is linear in the data, so only sampling can "
+            "lower r: the ceiling is what sampling of both sides allows.",
+            "",
+            "| task | r | ceiling |",
+            "|---|---:|---:|",
+        ]
+        for index, task in enumerate(content["tasks"]):
+            lines.append(
+                f"| {task} | {_spread((each['r'][index] for each in seeds), 3)} | "
+                f"{_spread((each['ceiling'][index] for each in seeds), 3)} |"
+            )
+        lines += [
+            f"| **mean** | {_spread((np.mean(each['r']) for each in seeds), 3)} | "
+            f"{_spread((np.mean(each['ceiling']) for each in seeds), 3)} |",
+            "",
+        ]
+    if content["counterfactual"]:
+        settings = content["settings"]
+        lines += [
+            "## S against real loss changes",
+            "",
+            "After k optimizer steps on one domain from the checkpoint (AdamW with its state, clipping and decay as in "
+            "training, at the rate of the checkpoint or a tenth of it): Spearman over domains, per task, then the "
+            "mean, against each of two runs on different sequences. The last row sets one run against the "
+            "other: the ceiling.",
+            "",
+        ]
+        for judge, title in (
+            (
+                "validation",
+                f"Loss of the validation sets ({settings['validation_rows']} sequences a task), which S is of:",
+            ),
+            (
+                "unseen",
+                f"Loss of other text of the tasks ({settings['unseen_rows']} sequences a task), which S never saw:",
+            ),
+        ):
+            seeds = [each[judge] for each in content["counterfactual"].values()]
+            cells = list(dict.fromkeys(cell for each in seeds for cell in each))
+            lines += [
+                title,
+                "",
+                "| S by | " + " | ".join(map(_cell_title, cells)) + " |",
+                "|---|" + "---:|" * len(cells),
+            ]
+            for method in seeds[0][cells[0]]:
+                row = [_spread(each[cell][method] for each in seeds if cell in each) for cell in cells]
+                lines.append(f"| {method} | " + " | ".join(row) + " |")
+            lines.append("")
+    if content["calibration"]:
+        seeds = list(content["calibration"].values())
+        lines += [
+            "## Error bars",
+            "",
+            "Share of 95% intervals that hold the truth, of repeated measurements of the demonstration's size. The "
+            "error counts a repetition as one observation, as its cells share sequences.",
+            "",
+            "| measured with | inside | error of that, per seed |",
+            "|---|---:|---:|",
+        ]
+        for name in seeds[0]:
+            shares = [100 * each[name]["share"] for each in seeds]
+            errors = [100 * each[name]["error"] for each in seeds]
+            lines.append(f"| {name} | {_spread(shares, 1)} % | {_spread(errors, 2)} points |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(parts: Parts, content: dict[str, Any]) -> Any:
+    """Draw additivity, counterfactuals and calibration side by side."""
+    figure, ((scatter, bars, covered),) = new_figure(17, 5.2, 1, 3)
+    if parts["additivity"]:
+        found = next(iter(parts["additivity"].values()))
+        for index, task in enumerate(found["tasks"]):
+            predicted, measured = np.array(found["predicted"][index]), np.array(found["measured"][index])
+            # One scale for both axes, so that the diagonal stays the diagonal.
+            middle, scale = measured.mean(), measured.std() or 1.0
+            scatter.plot(
+                (predicted - middle) / scale, (measured - middle) / scale, ".", markersize=4, alpha=0.5, label=task
+            )
+        low, high = scatter.get_xlim()
+        scatter.plot([low, high], [low, high], color="#777777", linewidth=1)
+        scatter.legend(fontsize=7, frameon=False, markerscale=2)
+        scatter.set_title(f"S w and the influence of {len(found['predicted'][0])} sampled mixtures", loc="left")
+        scatter.set_xlabel("S w (deviations, per task)")
+        scatter.set_ylabel("measured")
+    if content["counterfactual"]:
+        seeds = [each["validation"] for each in content["counterfactual"].values()]
+        cells = list(dict.fromkeys(cell for each in seeds for cell in each))
+        methods = [name for name in seeds[0][cells[0]] if name != SECOND_RUN]
+        shown = [name for name in methods if ", k=" not in name][: len(_COLOURS)]
+        width = 0.8 / max(1, len(shown))
+        for number, method in enumerate(shown):
+            values = [[each[cell][method] for each in seeds if cell in each] for cell in cells]
+            where = np.arange(len(cells)) - 0.4 + (number + 0.5) * width
+            bars.bar(where, [np.mean(each) for each in values], 0.92 * width, color=_COLOURS[number], label=method)
+            for place, each in zip(where, values, strict=True):
+                bars.plot([place] * len(each), each, ".", color="black", markersize=4)
+        for place, cell in enumerate(cells):
+            ceiling = np.mean([each[cell][SECOND_RUN] for each in seeds if cell in each])
+            label = SECOND_RUN if not place else None
+            bars.plot([place - 0.42, place + 0.42], [ceiling] * 2, color="black", linewidth=2, label=label)
+        bars.set_xticks(range(len(cells)), [_cell_title(cell).replace(", ", "\n") for cell in cells], fontsize=9)
+        bars.set_ylim(min(0, bars.get_ylim()[0]), 1.3)
+        bars.set_yticks(np.arange(0, 1.01, 0.2))
+        bars.legend(ncols=2, fontsize=8, frameon=False, loc="upper left")
+        bars.set_title("S against real loss changes: Spearman over domains", loc="left")
+    if content["calibration"]:
+        seeds = content["calibration"]
+        for number, name in enumerate(next(iter(seeds.values()))):
+            shares = [100 * each[name]["share"] for each in seeds.values()]
+            errors = [200 * each[name]["error"] for each in seeds.values()]
+            where = np.arange(len(shares)) + 0.15 * number
+            covered.errorbar(where, shares, errors, fmt="o", capsize=3, color=_COLOURS[number], label=name)
+        covered.axhspan(92, 97, color="#EEEEEE", zorder=0)
+        covered.axhline(95, color="#777777", linewidth=1)
+        covered.set_xticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
+        covered.set_xlim(-0.5, len(seeds) - 0.2)
+        low, high = covered.get_ylim()
+        covered.set_ylim(min(low, 90), max(high, 99))
+        covered.legend(fontsize=8, frameon=False)
+        covered.set_title("95% intervals that hold the truth, %  (band: the bar)", loc="left")
+    for panel in (scatter, bars, covered):
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure
