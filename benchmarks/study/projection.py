@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,16 +27,17 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from tikmix_fast import InfluenceEngine, Projection, files
-from tikmix_fast.data.corpora import Corpora, Sequences, gather
+from tikmix_fast.data.corpora import Bytes, Corpora, Sequences, gather
 from tikmix_fast.influence.preconditioners import Preconditioner, make_preconditioner
 from tikmix_fast.influence.projection import expected_error
-from tikmix_fast.ops.projection import ProjectionKind
+from tikmix_fast.ops.projection import LayerProjection, ProjectionKind
 from tikmix_fast.report.environment import describe_environment
 from tikmix_fast.training.gpt import GPT, GPTSettings
 
 RESULT = Path(__file__).parents[1] / "results" / "projection.json"
 Array = NDArray[np.float64]
 Gradients = dict[str, Tensor]
+"""By the name of the parameter: [count, *shape]."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Settings:
     steps: int = 150
     step_rows: int = 9
     lr: float = 6e-4
-    rows: int = 32
+    rows: int = 24
     """Sequences per half of a task or a domain."""
     dims: tuple[int, ...] = (32, 64, 128)
-    seeds: int = 8
+    seeds: int = 5
 
 
 QUICK = Settings(layers=1, heads=2, width=160, length=16, steps=3, rows=2, dims=(32,), seeds=2)
@@ -80,31 +81,11 @@ def draw(text: Sequences, rows: int, random: np.random.Generator) -> Tensor:
     return text.all()[torch.from_numpy(random.choice(len(text), rows, replace=rows > len(text)))]
 
 
-def gradients_of(model: GPT, halves: Tensor) -> list[Gradients]:
-    """Return the mean gradient of each half of the sequences [2, rows, S + 1]."""
+def gradients_of(model: GPT, halves: list[Tensor]) -> list[Gradients]:
+    """Return, for each half, the mean gradients over the sequences of each of its entries [rows, S + 1], stacked."""
     named = dict(model.named_parameters())
-    return [
-        dict(zip(named, torch.autograd.grad(model.loss(half), list(named.values())), strict=True)) for half in halves
-    ]
-
-
-def products(queries: list[Gradients], domains: list[Gradients], names: list[str]) -> Array:
-    """Return sum over the parameters of <query, gradient>, [n, m]."""
-    total = torch.zeros(len(queries), len(domains), dtype=torch.float64)
-    for name in names:
-        left, right = (torch.stack([each[name].flatten() for each in side]) for side in (queries, domains))
-        total += (left @ right.T).double()
-    return total.numpy()
-
-
-def lengths(gradients: list[Gradients], names: list[str]) -> Array:
-    """Return the norm of each gradient."""
-    return np.array([math.sqrt(sum(float(each[name].double().square().sum()) for name in names)) for each in gradients])
-
-
-def ranks(found: Array, exact: Array) -> Array:
-    """Return Spearman's correlation over domains, per task."""
-    return np.array([spearmanr(a, b).statistic for a, b in zip(found, exact, strict=True)])
+    found = [[torch.autograd.grad(model.loss(rows), list(named.values())) for rows in half] for half in halves]
+    return [dict(zip(named, map(torch.stack, zip(*half, strict=True)), strict=True)) for half in found]
 
 
 def mean_of(halves: list[Gradients]) -> Gradients:
@@ -112,85 +93,99 @@ def mean_of(halves: list[Gradients]) -> Gradients:
     return {name: (value + halves[1][name]) / 2 for name, value in halves[0].items()}
 
 
-def project(gradients: list[Gradients], layers: Mapping[str, Any]) -> list[Gradients]:
+def precondition(preconditioner: Preconditioner, halves: list[Gradients]) -> list[Gradients]:
+    """Turn gradients into queries."""
+    return [{name: preconditioner.apply(name, value.clone()) for name, value in half.items()} for half in halves]
+
+
+def project(gradients: Gradients, layers: Mapping[str, LayerProjection]) -> Gradients:
     """Return the gradients with those of ``layers`` projected."""
-    return [{name: layers[name].project(g) if name in layers else g for name, g in each.items()} for each in gradients]
+    return {name: layers[name].project(value) if name in layers else value for name, value in gradients.items()}
 
 
-def study(model: GPT, queries: list[list[Gradients]], domains: list[list[Gradients]], settings: Settings) -> list[Any]:
+def products(queries: Gradients, domains: Gradients, names: list[str]) -> Array:
+    """Return sum over the parameters of <query, gradient>, [n, m]."""
+    found = [queries[name].flatten(1) @ domains[name].flatten(1).T for name in names]
+    return torch.stack(found).double().sum(0).numpy()
+
+
+def lengths(gradients: Gradients, names: list[str]) -> Array:
+    """Return the norm of each gradient."""
+    squares = [gradients[name].flatten(1).double().square().sum(1) for name in names]
+    return torch.stack(squares).sum(0).sqrt().numpy()
+
+
+def ranks(found: Array, exact: Array) -> Array:
+    """Return Spearman's correlation over domains, per task."""
+    return np.array([spearmanr(a, b).statistic for a, b in zip(found, exact, strict=True)])
+
+
+def study(model: GPT, queries: list[Gradients], domains: list[Gradients], settings: Settings) -> list[dict[str, Any]]:
     """Compare every projection with the exact matrix, for the wide layers alone and for everything."""
     named = dict(model.named_parameters())
-    whole_queries, whole_domains = [mean_of(each) for each in queries], [mean_of(each) for each in domains]
-    parts = {"wide layers": [name for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2]}
-    parts["everything"] = list(named)
+    whole = mean_of(queries), mean_of(domains)
+    wide = [name for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2]
+    parts = {"wide layers": wide, "everything": list(named)}
+    exact = {part: products(*whole, names) for part, names in parts.items()}
+    scale = {part: lengths(whole[0], names)[:, None] * lengths(whole[1], names) for part, names in parts.items()}
+    ceilings = {
+        part: ranks(products(queries[0], domains[0], names), products(queries[1], domains[1], names))
+        for part, names in parts.items()
+    }
     cases = []
-    for part, names in parts.items():
-        exact = products(whole_queries, whole_domains, names)
-        scale = lengths(whole_queries, names)[:, None] * lengths(whole_domains, names)
-        first, second = (products([q[h] for q in queries], [d[h] for d in domains], names) for h in (0, 1))
-        ceiling = ranks(first, second)
-        for kind in get_args(ProjectionKind):
-            for dim in settings.dims:
-                agreement, errors = [], []
-                for seed in range(settings.seeds):
-                    layers = Projection(dim=dim, kind=kind, seed=seed).layers(model, named)
-                    values = products(project(whole_queries, layers), project(whole_domains, layers), names)
-                    agreement.append(ranks(values, exact))
-                    errors.append((values - exact) / scale)
-                per_task = np.mean(agreement, axis=0)
-                cases.append(
-                    {
-                        "part": part,
-                        "kind": kind,
-                        "dim": dim,
-                        "spearman_mean": float(np.mean(agreement)),
-                        "spearman_worst_task": float(per_task.min()),
-                        "spearman_worst": float(np.min(agreement)),
-                        "spearman_by_seed": [float(each.mean()) for each in agreement],
-                        "noise_ceiling_mean": float(ceiling.mean()),
-                        "noise_ceiling_worst_task": float(ceiling.min()),
-                        "error": float(np.sqrt(np.mean(np.square(errors)))),
-                        "expected_error": expected_error(dim),
-                    }
-                )
-                print(
-                    f"  {part}, {kind}, {dim}: Spearman {np.mean(agreement):.4f}, worst task {per_task.min():.4f} "
-                    f"(ceiling {ceiling.mean():.4f}), error {cases[-1]['error']:.4f} of |q| |g|",
-                    flush=True,
-                )
+    for kind, dim in product(get_args(ProjectionKind), settings.dims):
+        found: dict[str, list[Array]] = {part: [] for part in parts}
+        for seed in range(settings.seeds):
+            layers = Projection(dim=dim, kind=kind, seed=seed).layers(model, named)
+            small = [project(each, layers) for each in whole]
+            for part, names in parts.items():
+                found[part].append(products(*small, names))
+        for part, values in found.items():
+            agreement = np.stack([ranks(each, exact[part]) for each in values])
+            errors = (np.stack(values) - exact[part]) / scale[part]
+            case = {
+                "part": part,
+                "kind": kind,
+                "dim": dim,
+                "spearman_mean": float(agreement.mean()),
+                "spearman_worst_task": float(agreement.mean(0).min()),
+                "spearman_by_seed": agreement.mean(1).tolist(),
+                "noise_ceiling_mean": float(ceilings[part].mean()),
+                "noise_ceiling_worst_task": float(ceilings[part].min()),
+                "error": float(np.sqrt(np.square(errors).mean())),
+                "expected_error": expected_error(dim),
+            }
+            cases.append(case)
+            print(
+                f"  {part}, {kind}, {dim}: Spearman {case['spearman_mean']:.4f}, worst task "
+                f"{case['spearman_worst_task']:.4f} (two halves of the data: {case['noise_ceiling_mean']:.4f}), error "
+                f"{case['error']:.4f} of |q| |g|",
+                flush=True,
+            )
     return cases
 
 
-def precondition(preconditioner: Preconditioner, gradients: list[list[Gradients]]) -> list[list[Gradients]]:
-    """Turn the halves' gradients into queries."""
-    return [
-        [{name: preconditioner.apply(name, g.clone()[None])[0] for name, g in half.items()} for half in halves]
-        for halves in gradients
-    ]
-
-
-def check_engine(model: GPT, optimizer: torch.optim.Optimizer, name: str, data: dict[str, list[Tensor]]) -> float:
-    """Return by how much the engine's projected matrix differs from the one formed here, as a share of the largest."""
+def check_engine(
+    model: GPT, optimizer: torch.optim.Optimizer, name: str, tasks: list[Tensor], domains: list[Tensor]
+) -> float:
+    """Return how far the engine's projected matrix is from the one formed here, as a share of the largest entry."""
     projection = Projection(dim=32, seed=3)
-    tasks, domains = data["tasks"][:2], data["domains"][:3]
-    engine = InfluenceEngine(
-        model, ["a", "b", "c"], ["x", "y"], name, optimizer, projection, check_every=0, batch_dim=0
-    )
-    for task, halves in zip(("x", "y"), tasks, strict=True):
-        for half in halves:
+    tasks, domains = [half[:2] for half in tasks], [half[:3] for half in domains]
+    engine = InfluenceEngine(model, ["a", "b", "c"], ["x", "y"], name, optimizer, projection, check_every=0)
+    for half in tasks:
+        for task, rows in zip(("x", "y"), half, strict=True):
             with engine.task(task):
-                model.loss(half).backward()
-    for half in (0, 1):
-        with engine.domains(torch.arange(3).repeat_interleave(domains[0].shape[1])):
-            model.loss(torch.cat([each[half] for each in domains])).backward()
+                model.loss(rows).backward()
+    for half in domains:
+        with engine.domains(torch.arange(3).repeat_interleave(half.shape[1])):
+            model.loss(half.flatten(0, 1)).backward()
         model.zero_grad()
-    preconditioner = make_preconditioner(name)
     named = dict(model.named_parameters())
+    preconditioner = make_preconditioner(name)
     preconditioner.prepare(named, optimizer)
     layers = projection.layers(model, named)
-    queries = [mean_of(each) for each in precondition(preconditioner, [gradients_of(model, each) for each in tasks])]
-    found = [mean_of(gradients_of(model, each)) for each in domains]
-    values = products(project(queries, layers), project(found, layers), list(named))
+    queries = mean_of(precondition(preconditioner, gradients_of(model, tasks)))
+    values = products(project(queries, layers), project(mean_of(gradients_of(model, domains)), layers), list(named))
     return float(np.abs(engine.matrix().values - values).max() / np.abs(values).max())
 
 
@@ -202,22 +197,23 @@ def main() -> None:
     began, random = time.process_time(), np.random.default_rng(0)
     corpora = gather()
     model, optimizer = train(corpora, settings, random)
-    texts = {"tasks": [task.measure for task in corpora.tasks.values()], "domains": list(corpora.domains.values())}
-    data = {
-        side: [draw(Sequences(text, settings.length), 2 * settings.rows, random) for text in given]
-        for side, given in texts.items()
-    }
-    halves = {side: [rows.unflatten(0, (2, settings.rows)) for rows in given] for side, given in data.items()}
-    gradients = {side: [gradients_of(model, each) for each in given] for side, given in halves.items()}
+
+    def halves(texts: Iterable[Bytes]) -> list[Tensor]:
+        drawn = [draw(Sequences(text, settings.length), 2 * settings.rows, random) for text in texts]
+        return list(torch.stack(drawn).unflatten(1, (2, settings.rows)).unbind(1))  # each [texts, rows, S + 1]
+
+    tasks = halves(task.measure for task in corpora.tasks.values())
+    domains = halves(corpora.domains.values())
+    of_tasks, of_domains = gradients_of(model, tasks), gradients_of(model, domains)
     found: dict[str, Any] = {}
     for name in ("identity", "adam"):
         print(name, flush=True)
-        differs = check_engine(model, optimizer, name, halves)
+        differs = check_engine(model, optimizer, name, tasks, domains)
         if not differs < 1e-4:
             raise RuntimeError(f"the engine's projected matrix differs from the one formed here by {differs:.1e}")
         preconditioner = make_preconditioner(name)
         preconditioner.prepare(dict(model.named_parameters()), optimizer)
-        found[name] = study(model, precondition(preconditioner, gradients["tasks"]), gradients["domains"], settings)
+        found[name] = study(model, precondition(preconditioner, of_tasks), of_domains, settings)
     if settings == QUICK:
         return
     content = {
