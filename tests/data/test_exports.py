@@ -141,6 +141,9 @@ def test_streams_get_their_proportions():
     assert [stream.proportion for stream in made] == [each["proportion"] for each in found.values()]
 
 
+MIXTERA = "mixtera.core.algo.dynamic_mixing.dynamic_mixing"
+
+
 class MixteraBase:
     """What Mixtera's abstract class asks of an algorithm: state, and `calc_mixture` at every feedback."""
 
@@ -154,13 +157,14 @@ class MixteraBase:
 @pytest.fixture
 def mixtera(monkeypatch):
     """Mixtera where it is installed, else a stand-in of the same interface."""
-    name = "mixtera.core.algo.dynamic_mixing.dynamic_mixing"
     try:
-        __import__(name)
+        __import__(MIXTERA)
     except ModuleNotFoundError:
-        for part in ("mixtera", "mixtera.core", "mixtera.core.algo", "mixtera.core.algo.dynamic_mixing", name):
-            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
-        sys.modules[name].DynamicMixingAlgorithm = MixteraBase
+        parts = MIXTERA.split(".")
+        for end in range(1, len(parts) + 1):
+            name = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules[MIXTERA].DynamicMixingAlgorithm = MixteraBase
 
 
 @pytest.mark.usefixtures("mixtera")
@@ -170,7 +174,7 @@ def test_mixtera_follows_the_file(tmp_path):
     algorithm.initial_mixture = np.array([0.2, 0.5, 0.3], dtype=np.float32)  # Mixtera has a third key
 
     def asked():
-        found = algorithm.process_losses(np.ones(3), np.ones(3), 1)
+        found = algorithm.process_losses(np.ones(3, np.float32), np.ones(3, np.int64), 1)
         return None if found is None else found.tolist()
 
     assert asked() is None
@@ -195,7 +199,7 @@ def test_mixtera_can_send_the_algorithm_to_its_server(tmp_path):
     dill = pytest.importorskip("dill", reason="needs dill, which Mixtera sends queries with")
     files.write_json(tmp_path / "mixture.json", {"web": 0.75, "code": 0.25})
     sent = dill.loads(dill.dumps(mixture_file_algorithm(tmp_path / "mixture.json", ["code", "web"])))
-    assert sent.process_losses(np.ones(2), np.ones(2), 1).tolist() == [0.25, 0.75]
+    assert sent.process_losses(np.ones(2, np.float32), np.ones(2, np.int64), 1).tolist() == [0.25, 0.75]
 
 
 @pytest.mark.usefixtures("mixtera")
@@ -206,6 +210,7 @@ def test_mixtera_needs_domains(domains):
 
 
 def test_without_mixtera_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, MIXTERA, None)
     monkeypatch.setitem(sys.modules, "mixtera", None)
     with pytest.raises(ImportError, match=r"needs the package mixtera; install it: see github.com/eth-easl/mixtera"):
         mixture_file_algorithm("mixture.json", ["web"])
@@ -215,7 +220,8 @@ def test_a_package_that_lacks_something_itself_is_not_called_missing(tmp_path, m
     (tmp_path / "mixtera").mkdir()
     (tmp_path / "mixtera" / "__init__.py").write_text("import something_else_that_is_missing\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mixtera", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mixtera"]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match="something_else_that_is_missing"):
         mixture_file_algorithm("mixture.json", ["web"])
 
