@@ -27,7 +27,6 @@ from tikmix_fast.training import checkpoint_influence
 from tikmix_fast.training.adam_files import load_adam, save_adam
 from tikmix_fast.training.checkpoint import digest, load_checkpoint
 from tikmix_fast.training.checkpoint_influence import CheckpointInfluence, CheckpointSettings
-from tikmix_fast.training.text_sample import read_documents, sample_sequences
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -141,7 +140,7 @@ def test_the_matrix_is_that_of_per_example_autograd(kind: str, models: Path, tex
     lengths = tasks_side.norm(dim=1)[:, None] * domains_side.norm(dim=1)
     difference = (torch.from_numpy(matrix.values) - tasks_side @ domains_side.T).abs() / lengths
     assert float(difference.max()) < 1e-6
-    assert matrix.tokens.tolist() == [150.0] * 3  # 10 sequences of 15 targets
+    assert matrix.tokens.tolist() == [160.0] * 3
     assert (matrix.tasks, matrix.domains) == (("numbers", "lines"), tuple(LETTERS))
     found = json.loads(result.stdout)
     assert found["matrix"] == matrix.to_dict()
@@ -218,8 +217,8 @@ def test_the_fisher_matrix_is_fitted_first(preconditioner: str, models: Path, te
     )
     fisher = measurement.engine.preconditioner
     assert measurement.measure().to_dict() == matrix.to_dict()
-    assert fisher.tokens == sum(len(batch) for batch in measurement._fit_batches()) * 15
-    assert 0 < fisher.tokens <= 120
+    assert fisher.tokens == sum(len(batch) for batch in measurement._fit_batches()) * 16
+    assert 0 < fisher.tokens <= 128
 
 
 def test_a_configuration_is_measured_with_random_weights_and_bytes(models: Path, texts: Path, tmp_path: Path) -> None:
@@ -232,7 +231,7 @@ def test_a_configuration_is_measured_with_random_weights_and_bytes(models: Path,
     assert InfluenceMatrix.load(tmp_path / "influence.json").settings["projection"]["dim"] == 16
     assert json.loads((tmp_path / "run.json").read_text())["settings"] == settings
     domains, _ = token_rows(CheckpointInfluence(settings_for(texts, models / "gpt2", tokenizer="bytes"), tmp_path))
-    text = (texts / "digits.txt").read_bytes()
+    text = (texts / "digits.txt").read_bytes() + b"\n\n"
     assert all(bytes(row.tolist()) in text for row in domains["digits"])
 
 
@@ -402,10 +401,10 @@ def test_mistakes_in_names_and_paths_are_told_in_one_line(models: Path, texts: P
         ([*good, *domain, "--task", "lines"], "task must be NAME=PATH; got 'lines'"),
         ([*good, *domain, *task, "--domain", f"={texts}"], "domain must be NAME=PATH"),
         ([*good, *domain, *domain, *task], "domain 'words' is given twice"),
-        ([*good, *task, "--domain", "web=no/file.txt"], "domain 'web': there is no file 'no/file.txt'"),
+        ([*good, *task, "--domain", "web=no/file.txt"], "domain 'web': no/file.txt: no such file"),
         ([*good, *task, "--domain", f"web={empty}"], "domain 'web'"),
-        ([*good, *domain, "--task", f"qa={binary}"], "not UTF-8"),
-        ([*good, *domain, "--task", f"qa={broken}"], "line 2"),
+        ([*good, *domain, "--task", f"qa={binary}"], "must be UTF-8"),
+        ([*good, *domain, "--task", f"qa={broken}"], "broken.jsonl:2"),
         ([*good, *domain, *task, "--length", 100], "length must be at most 64"),
         ([*good, *domain, *task, "--length", 1], "length must be at least 2"),
         ([*good, *domain, *task, "--rel-error", 0], "rel_error must be above 0"),
@@ -481,7 +480,7 @@ def test_a_tokenizer_of_another_model_is_refused(models: Path, texts: Path, tmp_
     small.write_text((models / "gpt2" / "config.json").read_text())
     change_config(tmp_path, vocab_size=100)
     words = words_for(texts, tmp_path / "out", tokenizer=models / "llama")
-    assert "the model knows 100" in mistake(run("--model", small, *words))
+    assert "another tokenizer" in mistake(run("--model", small, *words))
 
 
 def test_a_model_that_cannot_be_captured_gives_no_result(
@@ -499,26 +498,35 @@ def test_a_model_that_cannot_be_captured_gives_no_result(
 # parts
 
 
-def test_text_is_drawn_without_replacement_and_documents_end(tmp_path: Path) -> None:
-    documents = [f"{k:03d}" for k in range(50)]
-    options = {"length": 4, "vocabulary": 256, "separator": 255, "seed": (0, 1)}
-    rows = sample_sequences(documents, lambda text: list(text.encode()), rows=20, **options)
-    assert rows.shape == (20, 4)
-    assert (rows[:, 3] == 255).all()
-    assert len({tuple(row) for row in rows.tolist()}) == 20
-    again = sample_sequences(documents, lambda text: list(text.encode()), rows=20, **options)
-    assert torch.equal(rows, again)
-    other = sample_sequences(documents, lambda text: list(text.encode()), rows=20, **{**options, "seed": (1, 1)})
-    assert not torch.equal(rows, other)
-    everything = sample_sequences(documents, lambda text: list(text.encode()), rows=500, **options)
-    assert sorted(bytes(row[:3]).decode() for row in everything.tolist()) == documents
+def test_text_is_drawn_without_replacement(models: Path, texts: Path, tmp_path: Path) -> None:
+    text = (texts / "digits.txt").read_bytes() + b"\n\n"
+    every = [text[start : start + 17] for start in range(0, len(text) - 16, 16)]
+    drawn = {}
+    for seed in (0, 0, 1):
+        settings = settings_for(texts, models / "gpt2", tokenizer="bytes", tokens=480, seed=seed)
+        domains, _ = token_rows(CheckpointInfluence(settings, tmp_path))
+        rows = [bytes(row) for row in domains["digits"].tolist()]
+        assert len(rows) == 30
+        assert set(rows) <= set(every)
+        assert len(set(rows)) == 30
+        assert drawn.setdefault(seed, rows) == rows
+    assert drawn[0] != drawn[1]
 
 
-def test_lines_keep_the_separators_that_strings_hold(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    texts = ["one\u2028two", "three\n", "four"]
-    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
-    assert read_documents(path) == texts
+def test_documents_end_with_the_models_token(models: Path, texts: Path, tmp_path: Path) -> None:
+    measurement = CheckpointInfluence(settings_for(texts, models / "llama", task_tokens=10**6), tmp_path)
+    (tokens,) = {int((rows[:, 1:] == 0).sum()) for name, rows in token_rows(measurement)[1].items() if name == "lines"}
+    assert 30 <= tokens <= 40  # of 40 lines, the last lie beyond the last whole sequence
+
+
+def test_folders_patterns_and_token_files_are_read(models: Path, texts: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(200, dtype=np.uint16) % 100)
+    words = ["--model", models / "gpt2", "--out", tmp_path / "out", "--length", 16, "--tokens", 64, "--task-tokens", 64]
+    words += ["--domain", f"all={texts}", "--domain", f"some={texts}/[dw]*.txt"]
+    words += ["--domain", f"tokens={tmp_path / 'tokens.npy'}", "--task", f"lines={texts / 'lines.jsonl'}"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert InfluenceMatrix.load(tmp_path / "out" / "influence.json").tokens.tolist() == [64.0] * 3
 
 
 def test_one_more_domain_changes_nothing_for_the_others(models: Path, texts: Path, tmp_path: Path) -> None:

@@ -25,11 +25,10 @@ def influence(
         typer.Option(help="Folder of a transformers checkpoint (safetensors); or a config.json, for random weights."),
     ],
     domain: Annotated[
-        list[str], typer.Option(metavar="NAME=PATH", help="Text of a domain, .txt or .jsonl; once per domain.")
+        list[str],
+        typer.Option(metavar="NAME=PATH", help="Text or tokens: a file, a folder or a 'pattern'. Once per domain."),
     ],
-    task: Annotated[
-        list[str], typer.Option(metavar="NAME=PATH", help="Text of a task, .txt or .jsonl; once per task.")
-    ],
+    task: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="The same for a task. Once per task.")],
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("tikmix-influence"),
     tokenizer: Annotated[
         str, typer.Option(help="Folder with tokenizer.json, or 'bytes'; 'auto' is the model's own.")

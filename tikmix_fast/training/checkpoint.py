@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,14 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from tikmix_fast.data.tokenizing import BYTES, Tokenizer
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["DTYPES", "Checkpoint", "Encoder", "check_files", "digest", "load_checkpoint", "load_encoder"]
-
-Encoder = Callable[[str], list[int]]
-"""Turns text into token ids."""
+__all__ = ["DTYPES", "Checkpoint", "check_files", "digest", "load_checkpoint", "load_tokenizer"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-BYTES = "bytes"
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,6 @@ class Checkpoint:
         Token ids are below it.
     longest : int or None
         Most positions, where the model has a limit.
-    separator : int or None
-        The token that ends a document.
     random : bool
         Whether the weights were drawn instead of read.
     """
@@ -47,7 +44,6 @@ class Checkpoint:
     model: nn.Module
     vocabulary: int
     longest: int | None
-    separator: int | None
     random: bool
 
 
@@ -113,39 +109,39 @@ def load_checkpoint(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"model {str(given)!r} cannot be used: {reason}") from error
     text = config.get_text_config()
-    ends = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
     return Checkpoint(
         model=model.to(device).eval(),
         vocabulary=text.vocab_size,
         longest=getattr(text, "max_position_embeddings", None),
-        separator=ends if isinstance(ends, int) and 0 <= ends < text.vocab_size else None,
         random=random,
     )
 
 
-def load_encoder(tokenizer: str, model: str | os.PathLike[str]) -> Encoder:
+def load_tokenizer(tokenizer: str, model: str | os.PathLike[str]) -> Tokenizer:
     """Load a tokenizer from ``tokenizer.json``; "bytes" takes the bytes of UTF-8 as ids, "auto" the model's own.
+
+    The model's end-of-text token, if its ``config.json`` names one, ends every document.
 
     Raises
     ------
     ValueError
         If there is none, or it cannot be read.
     """
-    if tokenizer == BYTES:
-        return lambda text: list(text.encode())
-    own = tokenizer == "auto"
-    place = Path(model) if own else Path(tokenizer)
+    if tokenizer == BYTES.name:
+        return BYTES
+    place = Path(model if tokenizer == "auto" else tokenizer)
     folder = place.parent if place.is_file() else place
-    file = place if place.is_file() and not own else folder / "tokenizer.json"
+    file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(
             f"tokenizer must be a folder with tokenizer.json or 'bytes'; {str(folder)!r} has none. "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one"
         )
-    import tokenizers
-
+    with _quiet_transformers():
+        import tokenizers
+    content = file.read_bytes()
     try:
-        loaded = tokenizers.Tokenizer.from_file(str(file))
+        loaded = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"tokenizer {str(file)!r} cannot be read: {error}") from error
     loaded.no_truncation()
@@ -155,7 +151,22 @@ def load_encoder(tokenizer: str, model: str | os.PathLike[str]) -> Encoder:
         ids: list[int] = loaded.encode(text, add_special_tokens=False).ids
         return ids
 
-    return encode
+    vocabulary = max(loaded.get_vocab().values(), default=0) + 1
+    end = _end_of_text(Path(model))
+    name = f"tokenizer.json-{hashlib.sha256(content).hexdigest()[:16]}"
+    return Tokenizer(name, encode, vocabulary, () if end is None or end >= vocabulary else (end,))
+
+
+def _end_of_text(model: Path) -> int | None:
+    """Return the first end-of-text token of a model's configuration."""
+    file = model if model.is_file() else model / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model {str(model)!r} cannot be used: {file.name} is not JSON: {error}") from None
+    ends = config.get("eos_token_id") if isinstance(config, dict) else None
+    first = ends[0] if isinstance(ends, list) and ends else ends
+    return first if isinstance(first, int) and first >= 0 else None
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

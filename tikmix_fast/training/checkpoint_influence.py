@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -22,9 +23,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tikmix_fast import files
+from tikmix_fast.data.domain import open_domain
+from tikmix_fast.data.domain_files import find_files
+from tikmix_fast.data.tokenizing import Tokenizer
 from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
 from tikmix_fast.influence.engine import InfluenceEngine
-from tikmix_fast.influence.masks import shifted_mask
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.influence.memory import readable_size
 from tikmix_fast.influence.offload import free_memory
@@ -32,8 +35,7 @@ from tikmix_fast.influence.optimizer_state import read_adam
 from tikmix_fast.influence.projection import Projection
 from tikmix_fast.ops.projection import ProjectionKind
 from tikmix_fast.training.adam_files import load_adam
-from tikmix_fast.training.checkpoint import Checkpoint, check_files, digest, load_checkpoint, load_encoder
-from tikmix_fast.training.text_sample import read_documents, sample_sequences
+from tikmix_fast.training.checkpoint import Checkpoint, check_files, digest, load_checkpoint, load_tokenizer
 
 __all__ = ["CheckpointInfluence", "CheckpointSettings", "Progress"]
 
@@ -41,6 +43,7 @@ Progress = Callable[[str, int], None]
 """Called with what is being done, and how many sequences were done since the last call."""
 
 RESUME = "resume.safetensors"
+TOKENS = "tokens"
 _FORMAT = "tikmix_fast.checkpoint_influence"
 _VERSION = 1
 _LEAST = 8
@@ -56,9 +59,9 @@ class CheckpointSettings:
     model : str
         As for `load_checkpoint`.
     domains, tasks : mapping of str to str
-        A text file by name.
+        A file, a folder or a pattern by name, of text or of tokens; see `tikmix_fast.data.domain.open_domain`.
     tokenizer : str
-        As for `load_encoder`.
+        As for `load_tokenizer`.
     preconditioner : "identity", "adam", "ekfac" or "diagonal_fisher"
     optimizer : str or None
         A file that `save_adam` wrote, for "adam".
@@ -72,7 +75,7 @@ class CheckpointSettings:
     rel_error : float or None
         Stop measuring domains when `InfluenceMatrix.relative_error` of every task is at most this.
     length : int or None
-        Tokens per sequence; None: 512, or what the model can at most.
+        Targets per sequence; None: 512, or what the model can at most.
     batch : int
         Sequences per micro-batch, at most.
     task_splits : int
@@ -124,9 +127,6 @@ class CheckpointSettings:
         for what, named in (("domain", self.domains), ("task", self.tasks)):
             if not named:
                 raise ValueError(f"{what} must be given at least once")
-            for name, path in named.items():
-                if not Path(path).is_file():
-                    raise ValueError(f"{what} {name!r}: there is no file {path!r}")
         if (self.preconditioner == "adam") != (self.optimizer is not None):
             raise ValueError(
                 "preconditioner 'adam' and optimizer go together: give a file that "
@@ -151,7 +151,8 @@ class CheckpointInfluence:
     ----------
     settings : CheckpointSettings
     out : path
-        An existing folder. While `measure` runs its state is in ``resume.safetensors`` there.
+        An existing folder. The tokens of text are kept in ``tokens`` there, and the state while `measure` runs in
+        ``resume.safetensors``.
 
     Attributes
     ----------
@@ -175,16 +176,17 @@ class CheckpointInfluence:
     def __init__(self, settings: CheckpointSettings, out: str | os.PathLike[str]) -> None:
         self.out = Path(out)
         check_files(settings.model)
-        encode = load_encoder(settings.tokenizer, settings.model)
+        tokenizer = load_tokenizer(settings.tokenizer, settings.model)
+        for what, named in (("domain", settings.domains), ("task", settings.tasks)):
+            for name, path in named.items():
+                with _naming(what, name):
+                    find_files(path)
         checkpoint = load_checkpoint(settings.model, dtype=settings.dtype, device=settings.device, seed=settings.seed)
         self.settings = _with_length(settings, checkpoint)
         self.warnings = ["the weights are random: the numbers only show that it runs"] if checkpoint.random else []
         self._length = self.settings.length or 0
-        # Bytes have no token for the end of a document.
-        separator = None if settings.tokenizer == "bytes" else checkpoint.separator
-        shared = {"length": self._length, "vocabulary": checkpoint.vocabulary, "separator": separator, "encode": encode}
-        self._domain_rows = self._draw("domain", settings.domains, settings.tokens, shared)
-        self._task_rows = self._draw("task", settings.tasks, settings.task_tokens, shared)
+        self._domain_rows = self._draw("domain", settings.domains, settings.tokens, tokenizer, checkpoint.vocabulary)
+        self._task_rows = self._draw("task", settings.tasks, settings.task_tokens, tokenizer, checkpoint.vocabulary)
         self.model = checkpoint.model
         optimizer = None if settings.optimizer is None else load_adam(settings.optimizer)
         self.engine = InfluenceEngine(
@@ -253,7 +255,7 @@ class CheckpointInfluence:
                 self.engine.load_state_dict(self._state)
             with self._clock("tasks"):
                 for name, batch in self._task_batches():
-                    with self.engine.task(name, shifted_mask(batch)):
+                    with self.engine.task(name):
                         self._loss(batch).backward()
                     progress("tasks", len(batch))
             batches = self._saving()
@@ -261,7 +263,7 @@ class CheckpointInfluence:
                 batches = self.engine.run_until(batches, self.settings.rel_error, least=_LEAST)
             for index in batches:
                 ids, batch = self._domain_batches[index]
-                with self._clock("domains"), self.engine.domains(ids, shifted_mask(batch)):
+                with self._clock("domains"), self.engine.domains(ids):
                     self._loss(batch).backward()
                 self.model.zero_grad()
                 progress("domains", len(batch))
@@ -273,7 +275,7 @@ class CheckpointInfluence:
 
     def _loss(self, batch: Tensor) -> Tensor:
         tokens = batch.to(self.settings.device)
-        logits = self.model(input_ids=tokens).logits[:, :-1].float()
+        logits = self.model(input_ids=tokens[:, :-1]).logits.float()
         return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def _preconditioner(self) -> Any:
@@ -319,21 +321,23 @@ class CheckpointInfluence:
             part = order[start : start + size]
             yield torch.tensor([j for j, _ in part]), torch.stack([rows[j][r] for j, r in part])
 
-    def _draw(self, what: str, named: Mapping[str, str], budget: int, shared: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the sequences [rows, length] of every domain or task, at most ``budget`` tokens of each."""
+    def _draw(
+        self, what: str, named: Mapping[str, str], budget: int, tokenizer: Tokenizer, vocabulary: int
+    ) -> dict[str, Tensor]:
+        """Return random sequences [rows, length + 1] of every domain or task, at most ``budget`` targets of each."""
         wanted = max(budget // self._length, 1)
         drawn = {}
         for name, path in named.items():
             # Of its own name, so that one domain more or less changes nothing for the others.
-            seed = (self.settings.seed, zlib.crc32(f"{what} {name}".encode()))
-            try:
-                drawn[name] = sample_sequences(read_documents(path), rows=wanted, seed=seed, **shared)
-            except ValueError as error:
-                raise ValueError(f"{what} {name!r} ({path}): {error}") from None
-            if len(drawn[name]) < wanted:
+            random = np.random.default_rng((self.settings.seed, zlib.crc32(f"{what} {name}".encode())))
+            with _naming(what, name):
+                text = open_domain(path, self._length, tokenizer, cache=self.out / TOKENS, vocabulary=vocabulary)
+                chosen = random.choice(len(text), min(wanted, len(text)), replace=False)
+                drawn[name] = torch.stack([text[int(index)] for index in chosen])
+            if len(chosen) < wanted:
                 self.warnings.append(
-                    f"{what} {name!r} has {len(drawn[name])} sequences of {self._length} tokens, not {wanted}: all of "
-                    "them are measured"
+                    f"{what} {name!r} has {len(chosen)} sequences of {self._length} tokens, not {wanted}: all of them "
+                    "are measured"
                 )
         return drawn
 
@@ -423,6 +427,15 @@ def _with_length(settings: CheckpointSettings, checkpoint: Checkpoint) -> Checkp
     if longest is not None and settings.length > longest:
         raise ValueError(f"length must be at most {longest}, the model's positions; got {settings.length}")
     return settings
+
+
+@contextmanager
+def _naming(what: str, name: str) -> Iterator[None]:
+    """Let errors begin with whose file it is."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{what} {name!r}: {error}") from None
 
 
 @contextmanager
