@@ -6,7 +6,8 @@ python benchmarks/study/prediction.py --report                             # tab
 Three parts per seed, each stored as a JSON file of its own when it is done, so that an interrupted run goes on:
 additivity (S w against the influence of sampled mixtures), counterfactual (S against the change of the tasks' losses
 after k real optimizer steps on one domain, and two such runs against each other) and calibration (how often 95%
-intervals hold the truth). The report is written to benchmarks/results/ as prediction.json, .md and .png.
+intervals hold the truth). The report is written to benchmarks/results/ as prediction.json, .md and .png, with
+prediction_reading.md, which a person wrote, at the head of the tables.
 """
 
 from __future__ import annotations
@@ -560,29 +561,28 @@ PARTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 
 def run(settings: PredictionSettings, seeds: list[int], parts: list[str], folder: Path) -> None:
     """Run what is not in ``folder`` yet, part by part over all seeds, and print a line for each."""
-    corpora = gather(domain_bytes=settings.training.domain_bytes, task_bytes=settings.training.task_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     described = json.loads(json.dumps(dataclasses.asdict(settings)))
     about = folder / "settings.json"
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != described:
         raise ValueError(f"{folder} must hold results of the same settings; got others: choose another --out")
     files.write_json(about, described)
-    for part in parts:
-        for seed in seeds:
-            path = folder / f"{part}-{seed}.json"
-            if path.exists():
-                continue
-            began = time.process_time()
-            found = PARTS[part](train(settings, seed, corpora, folder))
-            content = {
-                "environment": describe_environment(),
-                "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-                "domains": list(corpora.domains),
-                "tasks": list(corpora.tasks),
-                "cpu_seconds": time.process_time() - began,
-                **found,
-            }
-            print(f"{files.write_json(path, content)}: {content['cpu_seconds']:.0f} s of CPU", flush=True)
+    missing = [(part, seed) for part in parts for seed in seeds if not (folder / f"{part}-{seed}.json").exists()]
+    if missing:
+        corpora = gather(domain_bytes=settings.training.domain_bytes, task_bytes=settings.training.task_bytes)
+    for part, seed in missing:
+        began = time.process_time()
+        found = PARTS[part](train(settings, seed, corpora, folder))
+        content = {
+            "environment": describe_environment(),
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "domains": list(corpora.domains),
+            "tasks": list(corpora.tasks),
+            "cpu_seconds": time.process_time() - began,
+            **found,
+        }
+        path = files.write_json(folder / f"{part}-{seed}.json", content)
+        print(f"{path}: {content['cpu_seconds']:.0f} s of CPU", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -593,14 +593,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, help="where the parts are stored; default: build/prediction-SETTING")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, help="where the report goes; default: benchmarks/results")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     chosen = parser.parse_args(arguments)
     name = "quick" if chosen.quick else chosen.setting
     folder = chosen.out or REPOSITORY / "build" / f"prediction-{name}"
     if not chosen.report:
         run(SETTINGS[name], chosen.seeds, chosen.parts, folder)
-    for path in write_report(folder, chosen.seeds, name, chosen.results):
+    # What is tiny must not replace what is committed.
+    results = chosen.results or (folder if chosen.quick else REPOSITORY / "benchmarks" / "results")
+    for path in write_report(folder, chosen.seeds, name, results):
         print(path)
 
 
