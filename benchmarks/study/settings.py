@@ -82,7 +82,7 @@ class StudySettings:
 
 
 _SMALL = StudySettings(
-    main=DemoSettings(steps=800, stages=5, warm_up=40, evaluate_every=160),
+    main=DemoSettings(steps=800, stages=5, warm_up=40, domain_batches=10, evaluate_every=160),
     proxy=DemoSettings(
         steps=150, batch=8, model=GPTSettings(layers=1, width=48), learning_rate=5e-3, warm_up=15, evaluate_every=150
     ),
