@@ -59,10 +59,10 @@ class TikmixD(Method):
 
 
 def measuring_flops(study: Study) -> float:
-    """Return the operations of one measurement: its passes, and every inner product that the kernel takes."""
+    """Return the operations of one measurement: its passes, and every inner product, with each split of each task."""
     settings, domains, tasks = study.main, len(study.problem.domains), len(study.problem.steered)
     tokens = rows_measured(settings, domains, tasks) * settings.model.length
     return float(
         counting.training(settings.model, tokens)
-        + counting.inner_products(settings.model, settings.domain_batches * domains * tasks)
+        + counting.inner_products(settings.model, settings.domain_batches * domains * tasks * settings.task_splits)
     )
