@@ -1,1 +1,1 @@
-"""From an influence matrix to a mixture: TiKMiX-D and its solvers. numpy and scipy only, never torch."""
+"""From an influence matrix to a mixture: TiKMiX-D and its solvers, TiKMiX-M and its models. Never torch."""

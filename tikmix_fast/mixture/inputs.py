@@ -13,7 +13,7 @@ from tikmix_fast.influence.matrix import InfluenceMatrix
 Array = NDArray[np.float64]
 Names = tuple[str, ...] | None
 
-__all__ = ["label", "per_domain", "read_matrix", "read_number", "read_prior"]
+__all__ = ["label", "per_domain", "read_matrix", "read_mixtures", "read_number", "read_prior"]
 
 
 def label(names: Names, index: SupportsIndex) -> str:
@@ -115,6 +115,29 @@ def read_prior(prior: Any, domains: Names, count: int, name: str = "prior") -> A
     if not abs(total - 1.0) <= 1e-6:
         raise ValueError(f"{name} must sum to 1 within 1e-6; got {total:g}; divide it by its sum (token counts too)")
     return weights / total
+
+
+def read_mixtures(name: str, given: Any, count: int | None = None) -> Array:
+    """Return mixtures [N, count], each scaled to sum to 1; sums may be off by 0.01, as in tables that were rounded.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there are none, the number of domains is another, or a row is not a mixture; the message names the row.
+    """
+    mixtures = _floats(name, given)
+    wanted = "m" if count is None else str(count)
+    if mixtures.ndim != 2 or 0 in mixtures.shape or (count is not None and mixtures.shape[1] != count):
+        raise ValueError(f"{name} must have shape [N, {wanted}], one mixture a row; got {mixtures.shape}")
+    sums = mixtures.sum(axis=1)
+    wrong = np.flatnonzero(~((mixtures >= 0).all(axis=1) & (np.abs(sums - 1.0) <= 0.01)))
+    if wrong.size:
+        row = int(wrong[0])
+        raise ValueError(
+            f"{name} must be at least 0 and sum to 1 within 0.01 in every row; got row {row} with sum {sums[row]:g} and"
+            f" least weight {mixtures[row].min():g}; divide each row by its sum"
+        )
+    return np.asarray(mixtures / sums[:, None])
 
 
 def _floats(name: str, given: Any) -> Array:

@@ -41,7 +41,7 @@ class MixtureResult:
         influence), ``"influence"`` (its sum), ``"diversity"`` (entropy of the weights, nats).
     predicted, predicted_prior : float64 [n]
         Predicted influence ``S @ weights`` and ``S @ prior`` per task, in the matrix's unit; positive lowers the loss.
-        Domains that were never measured are left out of both.
+        Domains that were never measured are left out of both. By `tikmix_m`: the predicted labels, as they were fitted.
     effective_domains : float
         exp(entropy): m for uniform weights, 1 for a single domain.
     active : tuple of str
@@ -49,10 +49,11 @@ class MixtureResult:
     kept : tuple of str or of int
         Domains that were never measured and keep their prior weight; names where there are names, else indices.
     solver : str
-        The solver that found the weights: ``"slsqp"``, ``"interior"``, or ``"none"`` where the prior is returned.
+        The solver that found the weights: ``"slsqp"``, ``"interior"``, or ``"none"`` where the prior is returned. By
+        `tikmix_m`: ``"search"``, or ``"anchor"`` where its search adds nothing.
     gap : float
         What ``fun`` may be above the optimum, before smoothing and confidence: a bound for ``"interior"``, the
-        disagreement of two starts for ``"slsqp"``, NaN for ``"none"``.
+        disagreement of two starts for ``"slsqp"``, else NaN.
     warnings : tuple of str
         Also given through `warnings.warn`.
     known : float64 [m] or None
