@@ -98,6 +98,9 @@ class DynamicMixture:
     -----
     A mixture that is kept is kept as it is, also where ``floor`` or ``cap`` among the options would exclude it.
 
+    The gain is what S predicts, linear in the weights, whatever the solver. One that sees interactions, such as
+    TiKMiX-M, should weigh what it found against its own error, and leave ``minimum_gain`` at 0.
+
     Examples
     --------
     >>> schedule = DynamicMixture(

@@ -143,13 +143,8 @@ def probe(
             of_training, of_evaluation = (
                 int(each) for each in np.random.SeedSequence([seed, repeat]).generate_state(2)
             )
-
-            def losses(where: str, expected: int | None, seed: int = of_evaluation) -> Array:
-                _seed_all(seed)
-                return _read_losses(evaluate(), where, expected)
-
             snapshot.restore()
-            start = losses("before training", len(before[0]) if before else None)
+            start = _losses(evaluate, of_evaluation, "before training", len(before[0]) if before else None)
             before.append(start)
             runs.append([])
             for index, mixture in enumerate(candidates):
@@ -159,7 +154,8 @@ def probe(
                     prepare(mixture.copy(), repeat)
                 for step in range(steps):
                     train_step(mixture.copy(), step)
-                runs[-1].append(start - losses(f"after {steps} steps on mixture {index}", len(start)))
+                where = f"after {steps} steps on mixture {index}"
+                runs[-1].append(start - _losses(evaluate, of_evaluation, where, len(start)))
     finally:
         snapshot.restore()
     found = ProbeLabels(candidates, np.array(runs), np.array(before), steps)
@@ -182,8 +178,9 @@ def _read_mixtures(mixtures: Any) -> Array:
     return np.stack([read_prior(row, None, rows.shape[1], name=f"mixtures[{i}]") for i, row in enumerate(rows)])
 
 
-def _read_losses(given: Any, where: str, expected: int | None) -> Array:
-    losses = np.array([float(each) for each in given], dtype=np.float64)
+def _losses(evaluate: Callable[[], Any], seed: int, where: str, expected: int | None) -> Array:
+    _seed_all(seed)
+    losses = np.array([float(each) for each in evaluate()], dtype=np.float64)
     if not losses.size or (expected is not None and len(losses) != expected):
         raise ValueError(
             f"evaluate must return the losses of {expected or 'one or more'} tasks; got {len(losses)} {where}"

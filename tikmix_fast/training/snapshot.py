@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -117,8 +116,7 @@ def _keep_module(module: nn.Module) -> Back:
 
 def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Back:
     # Not by load_state_dict: it casts moments to the dtype of their parameter.
-    parameters = {id(each): each for each in chain.from_iterable(group["params"] for group in optimizer.param_groups)}
-    memo: dict[int, Back] = {key: lambda each=each: each for key, each in parameters.items()}  # type: ignore[misc]
+    memo = {id(each): _always(each) for group in optimizer.param_groups for each in group["params"]}
     backs = _keep(optimizer.state, memo), _keep(optimizer.param_groups, memo)
 
     def back() -> None:
@@ -126,6 +124,10 @@ def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Back:
             each()
 
     return back
+
+
+def _always(value: Any) -> Back:
+    return lambda: value
 
 
 def _keep(value: Any, memo: dict[int, Back]) -> Back:
