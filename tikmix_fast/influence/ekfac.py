@@ -412,16 +412,15 @@ class DiagonalFisher(EKFAC):
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:
-    """Return the eigenvectors of a sum of outer products, in its dtype.
+    """Return the eigenvectors of a sum of outer products, in its dtype; what is above the diagonal is not read.
 
     Eigenvalues are measured afterwards in the basis found, so that vectors that mix directions of like curvature, as
     rounding makes them do, cost next to nothing; float64 takes twice the time and is there for what does not converge.
     """
-    symmetric = (factor + factor.mT) / 2
     try:
-        vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
+        vectors: Tensor = torch.linalg.eigh(factor).eigenvectors
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        vectors = torch.linalg.eigh(symmetric.double()).eigenvectors
+        vectors = torch.linalg.eigh(factor.double()).eigenvectors
     # As they come back from a file, so that products with them are the same to the bit.
     return vectors.to(factor.dtype).contiguous()
 
