@@ -213,6 +213,7 @@ class InRun:
         if self.engine._tasks.unmeasured() and self.engine.dropped > dropped:
             # A GradScaler still looks for its scale: the next step tries again.
             self.skipped += 1
+            self._due = self.steps + 1
             return
         self._sketch = self.engine._sketch = QuerySketch()
 

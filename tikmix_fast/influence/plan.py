@@ -15,8 +15,10 @@ __all__ = ["InRunPlan", "plan_in_run"]
 # One token costs 6 operations per weight, forward and backward.
 _FLOPS_PER_TOKEN = 6.0
 # Bytes moved per weight and query: by a measured step's sums, preconditioning and packing, and by each micro-batch.
-_BYTES_TO_FREEZE = 60.0
-_BYTES_TO_READ = 4.0
+_BYTES_TO_FREEZE = 30.0
+_BYTES_TO_READ = 8.0
+# Operations of one inner product, per weight, query and domain, at the rate of matrix products.
+_FLOPS_OF_PRODUCT = 6.0
 _MANY_STEPS = 1000
 
 
@@ -76,8 +78,8 @@ def plan_in_run(
 ) -> InRunPlan:
     """Return the plan of most frequent measuring within the budget; see `InfluenceEngine.plan` for the arguments.
 
-    In units of one token forward and backward, q = tasks x splits, a measured step costs: the tasks' tokens; 60 bytes
-    per weight and query for making queries; and per micro-batch 4 bytes per weight and query for reading them, and 2
+    In units of one token forward and backward, q = tasks x splits, a measured step costs: the tasks' tokens; 30 bytes
+    per weight and query for making queries; and per micro-batch 8 bytes per weight and query for reading them, and 6
     operations per weight, query and domain for the inner products. Reading is added, though it may hide behind
     products.
     """
@@ -98,7 +100,9 @@ def plan_in_run(
             raise ValueError(f"{name} must be above 0; got {number!r}")
     queries = tasks * splits
     of_queries = queries * _BYTES_TO_FREEZE * flops_per_byte / _FLOPS_PER_TOKEN
-    of_domains = micro_batches * queries * (2.0 * domains + _BYTES_TO_READ * flops_per_byte) / _FLOPS_PER_TOKEN
+    of_domains = (
+        micro_batches * queries * (_FLOPS_OF_PRODUCT * domains + _BYTES_TO_READ * flops_per_byte) / _FLOPS_PER_TOKEN
+    )
 
     def near(every: int) -> float:
         return 1 + 1 / near_every if near_every and every > 1 else 1.0
