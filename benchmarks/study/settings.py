@@ -101,7 +101,7 @@ SETTINGS = {
             evaluate_every=4, curve_rows=2,
         ),
         short_bytes=4_000, proxies=(4, 8), update_every=4, ado_start=8, ado_refit=8, in_run_every=2, in_run_time=8.0,
-        in_run_change=8, candidates=16, probe_candidates=4, probe_steps=2,
+        in_run_change=8, candidates=16, probe_candidates=10, probe_steps=2,
     ),
     "small": _SMALL,
     # Not run yet: no machine with a GPU was at hand.

@@ -160,7 +160,7 @@ def test_operations_by_hand(make_study: MakeStudy) -> None:
     weights = 12 * 16**2 + 256 * 16  # 7168
     result = train(study, uniform(study))
     assert result["flops"] == {"mixing": 0.0, "training": 6.0 * weights * 24 * 4 * 32}
-    # 2 tasks of 2 x 2 sequences, 2 batches of one sequence of each of 4 domains; products of 4 domains and 2 x 2 splits.
+    # 2 tasks of 2 x 2 sequences, 2 batches of one sequence of each of 4 domains, products with 2 x 2 splits of tasks.
     assert measuring_flops(study) == 6 * weights * 32 * (2 * 4 + 4 * 2) + 2 * weights * 2 * 4 * 4
     # Changes at steps 4, 8, ..., 20, each with 2 sequences of 4 domains and 2 tasks, and 4 products.
     dga = train(study, DGA(study))

@@ -12,6 +12,8 @@ from study.baselines.fixed import half_and_half, natural, own_domains, uniform
 from study.baselines.odm import ODM
 from study.baselines.regmix import RegMix
 from study.baselines.tikmix_d import TikmixD
+from study.baselines.tikmix_in_run import TikmixInRun
+from study.baselines.tikmix_m import TikmixM
 from study.settings import StudySettings
 from study.training import Method, Study
 
@@ -31,4 +33,7 @@ def arms(settings: StudySettings) -> dict[str, Callable[[Study], Method]]:
         "dga": DGA,
         **{f"regmix {count}": partial(RegMix, count=count) for count in settings.proxies},
         "tikmix-d": TikmixD,
+        "tikmix-d in-run": TikmixInRun,
+        "tikmix-m linear": partial(TikmixM, labels="linear"),
+        "tikmix-m probe": partial(TikmixM, labels="probe"),
     }

@@ -31,15 +31,16 @@ class TikmixD(Method):
             return None
         matrix = measure(arm.model, arm.optimizer, problem.domains, problem.steered, settings, self._random)
         self.flops += measuring_flops(self._study)
-        solution = self.solve(matrix, arm)
-        self.log.append(
-            {
-                "step": arm.step,
-                "influence": matrix.values.tolist(),
-                "stderr": [[None if np.isnan(each) else each for each in row] for row in matrix.stderr.tolist()],
-                "message": "; ".join([solution.message, *solution.warnings]),
-            }
+        return self.keep(arm.step, matrix, self.solve(matrix, arm))
+
+    def keep(self, step: int, matrix: InfluenceMatrix, solution: MixtureResult) -> Array:
+        """Note what was found and return its weights."""
+        values, errors = (
+            [[None if np.isnan(each) else each for each in row] for row in table.tolist()]
+            for table in (matrix.values, matrix.stderr)
         )
+        message = "; ".join([solution.message, *solution.warnings])
+        self.log.append({"step": step, "influence": values, "stderr": errors, "message": message})
         return solution.weights
 
     def solve(self, matrix: InfluenceMatrix, arm: Trainee) -> MixtureResult:

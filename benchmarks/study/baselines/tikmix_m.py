@@ -1,0 +1,77 @@
+"""TiKMiX-M in stages: label mixtures around TiKMiX-D's answer, fit a surrogate, search it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import numpy as np
+
+from study import counting
+from study.baselines.tikmix_d import TikmixD
+from study.training import Array, Study, Trainee
+from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.mixture.candidates import draw_mixtures
+from tikmix_fast.mixture.labels import linear_labels
+from tikmix_fast.mixture.mixture_model import MixtureModel
+from tikmix_fast.mixture.result import MixtureResult
+from tikmix_fast.mixture.tikmix_m import tikmix_m
+from tikmix_fast.training.probe_arm import probe_arm
+
+__all__ = ["TikmixM"]
+
+
+class TikmixM(TikmixD):
+    """Search for more than TiKMiX-D found, among mixtures within half and twice its weights.
+
+    The score is the paper's: the sum over tasks of the predicted label over its spread, no task worse than under
+    TiKMiX-D. Labels are what TiKMiX-D assumes (``"linear"``) or what some real steps do (``"probe"``); with these
+    the mixture found and TiKMiX-D's are then both tried once more, on other data, and the better one is used.
+    """
+
+    def __init__(self, study: Study, labels: Literal["linear", "probe"]) -> None:
+        super().__init__(study)
+        self._labels = labels
+
+    def solve(self, matrix: InfluenceMatrix, arm: Trainee) -> MixtureResult:
+        """Return TiKMiX-M's answer, or TiKMiX-D's where it is better."""
+        direct = super().solve(matrix, arm)
+        settings, problem = self._study.settings, self._study.problem
+        probing = self._labels == "probe"
+        count = settings.probe_candidates if probing else settings.candidates
+        around = draw_mixtures(direct.weights, count - 1, "log_uniform", seed=int(self._random.integers(2**31)))
+        mixtures = np.concatenate([direct.weights[None], around])
+        labels = self._probe(arm, mixtures)[0] if probing else linear_labels(matrix, mixtures)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # kept in the log
+            model = MixtureModel().fit(mixtures, labels, domains=tuple(problem.domains), tasks=tuple(problem.steered))
+            found = tikmix_m(model, direct, prior=direct.weights, floor=self._study.main.floor)
+        self.log.append(
+            {
+                "step": arm.step,
+                "tikmix-d": direct.weights.tolist(),
+                "tikmix-m": found.weights.tolist(),
+                "message": found.message,
+                "kinds": list(model.kinds),
+                "spearman": {kind: np.nan_to_num(each.spearman).tolist() for kind, each in model.scores.items()},
+            }
+        )
+        if not probing:
+            return found
+        both = self._probe(arm, np.stack([direct.weights, found.weights]), repeats=2)[-1]
+        self.log[-1]["tried again"] = both.tolist()
+        return (direct, found)[int((both / labels.std(0)).sum(1).argmax())]
+
+    def _probe(self, arm: Trainee, mixtures: Array, repeats: int = 1) -> Array:
+        """Return the decrease of each task's loss [R, N, n] by real steps; the last repeat is on data of its own."""
+        settings, tasks, main = self._study.settings, self._study.problem.steered, self._study.main
+        found = probe_arm(
+            arm, tasks, mixtures, steps=settings.probe_steps, repeats=repeats, rows=settings.main.curve_rows
+        )
+        rows = sum(min(main.curve_rows, len(text)) for text in tasks.values())
+        trained = len(mixtures) * settings.probe_steps * main.batch
+        self.flops += repeats * (
+            counting.training(main.model, trained * main.model.length)
+            + counting.forward(main.model, (len(mixtures) + 1) * rows * main.model.length)
+        )
+        return found.runs
