@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -245,3 +246,35 @@ def test_a_tokenizer_of_transformers(tmp_path):
     assert np.load(tokenize(sources, tmp_path / "cache", tokenizer)).tolist() == [3, 4, 3, 4, 2, 0, 4, 2]
     assert np.load(tokenize(sources, tmp_path / "cache", made(words))).tolist() == [3, 4, 3, 4, 0, 4]
     assert made(words).name == made(words).name != made({**words, "world": 5, "new": 4}).name
+
+
+@pytest.mark.parametrize("kind", ["txt", pytest.param("parquet", marks=pytest.mark.slow)])
+def test_text_is_never_in_memory_as_a_whole(tmp_path, kind):
+    """160 MB, of the .parquet in one row group, by a process that may not grow by more than half of that."""
+    file = tmp_path / f"a.{kind}"
+    if kind == "txt":
+        line = b"x" * 99 + b"\n"
+        with file.open("wb") as out:
+            for _ in range(16):
+                out.write(line * 100_000)
+    else:
+        arrow = pytest.importorskip("pyarrow", reason="needs the extra 'data'")
+        parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra 'data'")
+        parquet.write_table(arrow.table({"text": [random.randbytes(5_000).hex() for _ in range(16_000)]}), file)
+        assert parquet.ParquetFile(file).num_row_groups == 1
+    script = f"""
+import resource, sys
+import numpy as np
+from tikmix_fast.data.tokenizing import tokenize
+if {kind == "parquet"}:
+    import pyarrow.parquet
+def peak():  # MB; ru_maxrss is in kB, on macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+before = peak()
+tokens = tokenize([{str(file)!r}], {str(tmp_path / "cache")!r})
+print(len(np.load(tokens, mmap_mode="r")), peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    count, grown = map(int, done.stdout.split())
+    assert count == 160_000_000 + 2 * (1 if kind == "txt" else 16_000)
+    assert grown < 80

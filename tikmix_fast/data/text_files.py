@@ -62,7 +62,8 @@ def read_text(path: str | os.PathLike[str], text_column: str = "text") -> Iterat
 
     Notes
     -----
-    Memory: two pieces of a .txt, one line of a .jsonl, 256 rows and some pages of a .parquet.
+    Memory: two pieces of a .txt, one line of a .jsonl, 256 rows and some tens of MB of a .parquet, also of one with a
+    single row group.
 
     Examples
     --------
@@ -157,7 +158,8 @@ def _rows(path: Path, column: str) -> Iterator[Piece]:
         pass  # a file that cannot be opened is told apart from one that cannot be read
     row = 0
     try:
-        with parquet.ParquetFile(path, memory_map=True) as file:
+        # Otherwise a row group is read as a whole, and files may consist of a single one.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK) as file:
             if column not in file.schema_arrow.names:
                 raise KeyError(_lacking(str(path), column, file.schema_arrow.names))
             for batch in file.iter_batches(_ROWS, columns=[column]):
