@@ -158,7 +158,10 @@ def _expected_error(
     of_domain = matrix.tokens / (step_tokens / len(matrix.domains))
     of_tasks = task_tokens / of_task
     variance = ((domain - both) * of_domain + (task - both) * of_tasks + both * of_domain * of_tasks) / steps
-    return np.asarray(np.sqrt(np.nanmean(variance, axis=1)) / np.nanstd(matrix.values, axis=1, ddof=1))
+    noise = np.nanmean(variance, axis=1)
+    # Of how the domains differ in the matrix, a part is its own noise; in the average that is to come it is another.
+    signal = np.nanvar(matrix.values, axis=1, ddof=1) - np.nanmean(matrix.stderr**2, axis=1)
+    return np.asarray(np.sqrt(noise / (noise + np.maximum(signal, 0.0))))
 
 
 def _ordinal(number: int) -> str:
