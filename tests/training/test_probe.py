@@ -215,13 +215,17 @@ def test_repeats_without_other_data_are_told() -> None:
     [
         ({"mixtures": [0.5, 0.5]}, ValueError, r"mixtures must have shape \[N, m\]"),
         ({"mixtures": np.empty((0, 2))}, ValueError, r"mixtures must have shape \[N, m\]"),
-        ({"mixtures": "web"}, TypeError, "mixtures must be an array of numbers"),
-        ({"mixtures": [[0.5, 0.5], [0.5, 0.6]]}, ValueError, r"mixtures\[1\] must sum to 1"),
-        ({"mixtures": [[1.5, -0.5]]}, ValueError, r"mixtures\[0\] must be at least 0"),
-        ({"steps": 0}, ValueError, "steps must be at least 1; got 0"),
+        ({"mixtures": "web"}, TypeError, "mixtures must hold numbers; got str"),
+        (
+            {"mixtures": [[0.5, 0.5], [0.5, 0.6]]},
+            ValueError,
+            "mixtures must .* sum to 1 within 0.01 in every row; got row 1",
+        ),
+        ({"mixtures": [[1.5, -0.5]]}, ValueError, "mixtures must be at least 0 .*; got row 0"),
+        ({"steps": 0}, ValueError, "steps must be an int of at least 1; got 0"),
         ({"steps": 2.5}, TypeError, "steps must be an int; got 2.5"),
-        ({"repeats": 0}, ValueError, "repeats must be at least 1"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"repeats": 0}, ValueError, "repeats must be an int of at least 1"),
+        ({"seed": -1}, ValueError, "seed must be an int of at least 0"),
         ({"owners": [1]}, TypeError, "an owner must be a module"),
         ({"evaluate": list}, ValueError, "evaluate must return the losses of one or more tasks; got 0 before training"),
         (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import operator
 import os
 import warnings
 from bisect import bisect_right
@@ -20,7 +19,7 @@ from tikmix_fast import files
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.mixture.decision import Decision
 from tikmix_fast.mixture.gain import Gain, expected_gain
-from tikmix_fast.mixture.inputs import per_domain, read_number, read_prior
+from tikmix_fast.mixture.inputs import per_domain, read_number, read_prior, read_whole
 from tikmix_fast.mixture.problem import TOLERANCE
 from tikmix_fast.mixture.result import MixtureResult
 from tikmix_fast.mixture.stability import RankAgreement, rank_agreement
@@ -136,7 +135,7 @@ class DynamicMixture:
         max_epochs: float = 1.0,
     ) -> None:
         self.domains = _names(domains)
-        self.steps = _whole("steps", steps, 1)
+        self.steps = read_whole("steps", steps, 1)
         self.boundaries = _equal(self.steps, stages) if boundaries is None else _given(self.steps, boundaries)
         self._supply = self._shares(supply, run_tokens, max_epochs)
         self._warm_up = self._first_mixture(warm_up)
@@ -180,7 +179,7 @@ class DynamicMixture:
         TypeError, ValueError
             If ``step`` is no step of the run.
         """
-        if _whole("step", step, 0) >= self.steps:
+        if read_whole("step", step, 0) >= self.steps:
             raise ValueError(f"step must be below steps, {self.steps}; got {step}")
         left = np.minimum(self._left(step) / (1 - step / self.steps), 1.0)
         return dict(zip(self.domains, left.tolist(), strict=True))
@@ -202,7 +201,7 @@ class DynamicMixture:
             If nothing is due at ``step``, or the matrix, or what the solver returns, does not fit. Whatever is raised,
             also by the solver, the schedule is as it was before.
         """
-        if not self.due(_whole("step", step, 0)):
+        if not self.due(read_whole("step", step, 0)):
             raise ValueError(f"step must be one at which an update is due; got {step}: {self._next_due()}")
         measured = self._read(matrix)
         result = self._solve(step, measured)
@@ -456,24 +455,14 @@ def _names(domains: Iterable[str]) -> tuple[str, ...]:
 
 
 def _equal(steps: int, stages: int) -> tuple[int, ...]:
-    count = _whole("stages", stages, 1)
+    count = read_whole("stages", stages, 1)
     if count > steps:
         raise ValueError(f"stages must be at most the {steps} steps; got {count}")
     return tuple(stage * steps // count for stage in range(1, count))
 
 
 def _given(steps: int, boundaries: Sequence[int]) -> tuple[int, ...]:
-    places = tuple(_whole("boundaries", place, 0) for place in boundaries)
+    places = tuple(read_whole("boundaries", place, 0) for place in boundaries)
     if any(later <= earlier for earlier, later in pairwise(places)) or (places and places[-1] >= steps):
         raise ValueError(f"boundaries must rise and lie below steps, {steps}; got {places}")
     return places
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int; got {value!r}") from None
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
-    return number

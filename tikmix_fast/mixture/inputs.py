@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
@@ -13,7 +14,7 @@ from tikmix_fast.influence.matrix import InfluenceMatrix
 Array = NDArray[np.float64]
 Names = tuple[str, ...] | None
 
-__all__ = ["label", "per_domain", "read_matrix", "read_mixtures", "read_number", "read_prior"]
+__all__ = ["label", "per_domain", "read_matrix", "read_mixtures", "read_number", "read_prior", "read_whole"]
 
 
 def label(names: Names, index: SupportsIndex) -> str:
@@ -61,6 +62,17 @@ def read_number(name: str, given: Any, *, positive: bool = False, most: float = 
     if not np.isfinite(number) or number < 0 or number > most or (positive and number == 0):
         limit = f" and at most {most:g}" if np.isfinite(most) else ""
         raise ValueError(f"{name} must be {'above 0' if positive else 'at least 0'}{limit}, and finite; got {given!r}")
+    return number
+
+
+def read_whole(name: str, given: Any, least: int) -> int:
+    """Return a whole number of at least ``least``, or raise naming it."""
+    try:
+        number = operator.index(given)
+    except TypeError:
+        raise TypeError(f"{name} must be an int; got {given!r}") from None
+    if isinstance(given, (bool, np.bool_)) or number < least:
+        raise ValueError(f"{name} must be an int of at least {least}; got {given!r}")
     return number
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tikmix_fast.mixture.inputs import read_prior
+from tikmix_fast.mixture.inputs import read_mixtures, read_whole
 from tikmix_fast.training.snapshot import Snapshot
 
 Array = NDArray[np.float64]
@@ -87,7 +86,7 @@ def probe(
     evaluate : callable
         Returns the tasks' losses [n].
     mixtures : array_like [N, m]
-        Each at least 0 and summing to 1.
+        Each at least 0, summing to 1 within 0.01; scaled to sum to 1.
     steps : int
         Optimizer steps on each mixture.
     repeats : int
@@ -132,9 +131,9 @@ def probe(
     >>> found.labels.tolist(), weight.tolist()
     ([[2.0], [0.5]], [0.0, 0.0])
     """
-    candidates = _read_mixtures(mixtures)
-    steps, repeats = _whole("steps", steps, 1), _whole("repeats", repeats, 1)
-    seed = _whole("seed", seed, 0)
+    candidates = read_mixtures("mixtures", mixtures)
+    steps, repeats = read_whole("steps", steps, 1), read_whole("repeats", repeats, 1)
+    seed = read_whole("seed", seed, 0)
     snapshot = Snapshot(owners)
     before: list[Array] = []
     runs: list[list[Array]] = []
@@ -168,16 +167,6 @@ def probe(
     return found
 
 
-def _read_mixtures(mixtures: Any) -> Array:
-    try:
-        rows = np.array(mixtures, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"mixtures must be an array of numbers [N, m]; got {type(mixtures).__name__}") from None
-    if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(f"mixtures must have shape [N, m], at least one row; got {rows.shape}")
-    return np.stack([read_prior(row, None, rows.shape[1], name=f"mixtures[{i}]") for i, row in enumerate(rows)])
-
-
 def _losses(evaluate: Callable[[], Any], seed: int, where: str, expected: int | None) -> Array:
     _seed_all(seed)
     losses = np.array([float(each) for each in evaluate()], dtype=np.float64)
@@ -201,13 +190,3 @@ def _seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  the global one is what other people's code draws from
     torch.manual_seed(seed)
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int; got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}; got {number}")
-    return number
