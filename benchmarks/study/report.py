@@ -1,7 +1,10 @@
-"""Read a folder of results and write the tables (report.md) and the pictures beside them.
+"""Write the tables (report.md) and the pictures of a study, finished or not.
 
-python benchmarks/study/report.py DIR              # into DIR
-python benchmarks/study/report.py DIR --out WHERE  # into another folder, with a summary.json for keeping
+python benchmarks/study/report.py DIR                        # of a folder of results, into that folder
+python benchmarks/study/report.py DIR --out WHERE            # into another one, with a summary.json for keeping
+python benchmarks/study/report.py WHERE/summary.json         # once more from that
+
+What a person has to say about the results stands in WHERE/reading.md and is put first.
 """
 
 from __future__ import annotations
@@ -44,24 +47,36 @@ _COLOURS = (
 _GREY = "#BBBBBB"
 
 
-def load(folder: Path) -> Results:
-    """Read every result in ``folder``.
+def load(path: Path) -> Results:
+    """Read every result in a folder, or a summary.
 
     Raises
     ------
     ValueError
         If there are none, or they are of several settings or texts.
     """
+    if path.is_file():
+        contents = json.loads(path.read_text(encoding="utf-8"))["results"]
+    else:
+        contents = [json.loads(each.read_text(encoding="utf-8")) for each in sorted(path.glob("*-*.json"))]
     found: Results = {}
     made_with = set()
-    for path in sorted(folder.glob("*-*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    for content in contents:
         if isinstance(content, dict) and content.get("format") == FORMAT:
             found.setdefault(content["arm"], {})[content["seed"]] = content
             made_with.add((json.dumps(content["settings"], sort_keys=True), content["fingerprint"]))
     if len(made_with) != 1:
-        raise ValueError(f"{folder} must hold results of one study; it holds those of {len(made_with)}")
+        raise ValueError(f"{path} must hold results of one study; it holds those of {len(made_with)}")
     return found
+
+
+def summarise(results: Results, environment: Path) -> dict[str, Any]:
+    """Return all that the report needs, without loss curves."""
+    runs = [run for by_seed in results.values() for run in by_seed.values()]
+    return {
+        "environment": json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else None,
+        "results": [{name: value for name, value in run.items() if name != "curve"} for run in runs],
+    }
 
 
 def steered_and_held_out(results: Results) -> tuple[list[str], list[str]]:
@@ -320,17 +335,21 @@ def write(results: Results, folder: Path, reading: str = "") -> Path:
 def main() -> None:
     """Write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("path", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     arguments = parser.parse_args()
-    results = load(arguments.folder)
+    results = load(arguments.path)
     if arguments.seeds:
         kept = {arm: {s: run for s, run in runs.items() if s in arguments.seeds} for arm, runs in results.items()}
         results = {arm: runs for arm, runs in kept.items() if runs}
-    out = arguments.out or arguments.folder
+    folder = arguments.path.parent if arguments.path.is_file() else arguments.path
+    out = arguments.out or folder
     out.mkdir(parents=True, exist_ok=True)
-    print(write(results, out))
+    if out != folder:
+        files.write_json(out / "summary.json", summarise(results, folder / "environment.json"))
+    reading = out / "reading.md"
+    print(write(results, out, reading.read_text(encoding="utf-8") if reading.exists() else ""))
     print(arm_table(results))
 
 

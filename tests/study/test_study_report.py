@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_mixtures_hold_from_their_step_on() -> None:
     assert found.tolist() == [[0, 0, 0, 0.75, 0.75], [1, 1, 1, 0.25, 0.25]]
 
 
-def test_a_folder_is_read_and_written(results: report.Results, tmp_path: Path) -> None:
+def test_a_folder_is_read_and_written(results: report.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arm, runs in results.items():
         for seed, content in runs.items():
             path = tmp_path / f"{arm.replace(' ', '-')}-{seed}.json"
@@ -91,6 +92,15 @@ def test_a_folder_is_read_and_written(results: report.Results, tmp_path: Path) -
     assert "| tikmix-d | 3 | -5.1% ± 1.7% | -1.3% ± 18.0% | 0.08 | 1.31 | 3.0 | 1e+02 | 10.0% |" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"changes.png", "weights.png", "influence.png"}
     assert text.index("| tikmix-d |") < text.index("| regmix 64 |") < text.index("| uniform |")
+
+    kept = tmp_path / "kept"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--out", str(kept)])
+    report.main()
+    assert (kept / "report.md").read_text() == text
+    (kept / "reading.md").write_text("What it means.")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(kept / "summary.json")])
+    report.main()
+    assert (kept / "report.md").read_text() == text.replace("# Study\n", "# Study\n\nWhat it means.\n")
 
     (tmp_path / "ado-0.json").write_text(json.dumps({**run(1, 1), "arm": "ado", "seed": 0, "fingerprint": "g"}))
     with pytest.raises(ValueError, match="results of one study; it holds those of 2"):
