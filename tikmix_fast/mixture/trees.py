@@ -61,7 +61,7 @@ class Trees:
         import lightgbm
 
         try:
-            booster = lightgbm.Booster(params={"verbosity": -1}, model_str=content["text"])
+            booster = lightgbm.Booster(model_str=content["text"])
         except lightgbm.basic.LightGBMError as error:
             raise ValueError(f"the text of the trees cannot be read: {error}") from None
         if booster.num_feature() != mixtures.shape[1]:
