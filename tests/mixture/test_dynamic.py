@@ -205,6 +205,13 @@ def test_what_was_spared_may_be_spent() -> None:
     assert schedule.caps(5)["b"] == pytest.approx(0.6)
 
 
+def test_rounding_never_takes_supply_from_the_mixture_in_use() -> None:
+    schedule = DynamicMixture(DOMAINS, 1000, warm_up=WARM_UP, supply=list(WARM_UP.values()), run_tokens=1.0)
+    for step in range(1000):
+        caps = schedule.caps(step)
+        assert all(weight * (1 - 1e-15) <= caps[name] < weight + 1e-9 for name, weight in WARM_UP.items())
+
+
 def test_it_drives_a_sampler() -> None:
     sampler = MixtureSampler(dict.fromkeys(DOMAINS, 1000), WARM_UP)
     schedule = DynamicMixture(DOMAINS, 400, 2, warm_up=WARM_UP)
