@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -189,6 +190,30 @@ def test_a_killed_run_goes_on_and_of_two_processes_one_works(tmp_path):
     )
     assert len(sources) == 2
     assert (tmp_path / "calls").stat().st_size < 220  # 200, and what came after the last state
+
+
+@pytest.mark.parametrize("ends", ["fails", "finishes"])
+def test_who_waited_does_not_go_on_with_a_file_that_is_gone(tmp_path, ends):
+    (tmp_path / "a.txt").write_text("ab")
+    expected = tokenize([tmp_path / "a.txt"], tmp_path / "cache")
+    content = expected.read_bytes()
+    expected.unlink()
+    partial = tmp_path / "cache" / f".{expected.name}.partial"
+    found = []
+    with tokenizing._alone(partial):
+        waiting = threading.Thread(target=lambda: found.append(tokenize([tmp_path / "a.txt"], tmp_path / "cache")))
+        waiting.start()
+        time.sleep(0.2)
+        assert not found
+        if ends == "fails":
+            partial.unlink()
+        else:
+            partial.write_bytes(content)
+            partial.rename(expected)
+    waiting.join(30)
+    assert found == [expected]
+    assert expected.read_bytes() == content
+    assert hidden(tmp_path / "cache") == []
 
 
 @pytest.mark.parametrize(

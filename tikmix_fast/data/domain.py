@@ -82,6 +82,6 @@ def open_domain(
         )
     tokens = tokenize(files, cache, tokenizer, text_column)
     try:
-        return TokenSequences([tokens], length, vocabulary=vocabulary or tokenizer.vocabulary)
+        return TokenSequences([tokens], length, vocabulary=tokenizer.vocabulary if vocabulary is None else vocabulary)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None

@@ -150,7 +150,7 @@ def tokenize(
     partial, progress = folder / f".{target.name}.partial", folder / f".{target.name}.progress"
     with _alone(partial) as file:
         if target.exists():  # another process was here first
-            partial.unlink(missing_ok=True)
+            partial.unlink()
             return target
         try:
             _write(file, progress, paths, tokenizer, text_column)
@@ -179,9 +179,13 @@ def _alone(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading and writing, and wait until no other process has it so."""
     import fcntl
 
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # While this one waited, the other may have renamed or removed what both had opened.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
 
 
 def _write(file: BinaryIO, progress: Path, paths: list[Path], tokenizer: Tokenizer, text_column: str) -> None:
