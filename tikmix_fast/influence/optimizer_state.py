@@ -22,11 +22,17 @@ class AdamMoment:
     eps: float
     lr: float
 
-    def denominator(self) -> Tensor:
-        """Return sqrt(v / (1 - beta2^t)) + eps, float32 or wider, of the parameter's shape."""
+    def denominator(self, floor: float = 0.0) -> Tensor:
+        """Return sqrt(v / (1 - beta2^t)) + eps, float32 or wider, of the parameter's shape.
+
+        With a ``floor`` the root is at least so many times the median of those that are not zero.
+        """
         v = self.v if self.v.dtype == torch.float64 else self.v.float()
         corrected: Tensor = v / (1.0 - self.beta2**self.step)
-        return corrected.sqrt_().add_(self.eps)
+        roots = corrected.sqrt_()
+        if floor and bool((roots > 0).any()):
+            roots.clamp_min_(floor * float(roots[roots > 0].median()))
+        return roots.add_(self.eps)
 
 
 def canonical_name(name: str) -> str:
