@@ -1,6 +1,6 @@
 """Does S predict? Influence of a small GPT trained here, against what training does.
 
-OMP_NUM_THREADS=1 python benchmarks/study/prediction.py --setting small    # seeds 0, 1, 2 into build/prediction/
+OMP_NUM_THREADS=1 python benchmarks/study/prediction.py --setting small    # seeds 0, 1, 2 into build/prediction-small/
 python benchmarks/study/prediction.py --report                             # tables and plots of what is there
 
 Three parts per seed, each stored as a JSON file of its own when it is done, so that an interrupted run goes on:
@@ -305,7 +305,13 @@ def influence(
     """Measure S of whatever the columns are on the validation sets."""
     tasks = list(subject.validation)
     engine = InfluenceEngine(
-        model, columns, tasks, preconditioner=preconditioner, optimizer=optimizer, projection=projection
+        model,
+        columns,
+        tasks,
+        preconditioner=preconditioner,
+        optimizer=optimizer,
+        projection=projection,
+        batch_dim=0,  # 128 mixtures of 128 bytes would not tell
     )
     for name, rows in subject.validation.items():
         for batch in rows.split(-(-len(rows) // 4)):
@@ -504,7 +510,14 @@ def calibration(subject: Subject) -> dict[str, Any]:
     names = [f"{task} {number}" for task in subject.tasks for number in range(settings.pool_task)]
     columns = [f"{domain} {number}" for domain in subject.domains for number in range(settings.pool_domain)]
     engine = InfluenceEngine(
-        arm.model, columns, names, preconditioner="adam", optimizer=arm.optimizer, task_splits=1, check_every=0
+        arm.model,
+        columns,
+        names,
+        preconditioner="adam",
+        optimizer=arm.optimizer,
+        task_splits=1,
+        batch_dim=0,
+        check_every=0,
     )
     for task, text in subject.tasks.items():
         for number, batch in enumerate(
