@@ -1,0 +1,42 @@
+"""What the examples train on: text found in the installation, as sequences of bytes that know their domain."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import torch
+from torch.utils.data import ConcatDataset, Dataset
+
+from tikmix_fast.data.corpora import Sequences, gather
+
+LENGTH = 64
+
+
+class Mixture(Dataset[dict[str, torch.Tensor]]):
+    """The domains one after the other, as MixtureSampler numbers them."""
+
+    def __init__(self, domains: dict[str, Sequences]) -> None:
+        self.lengths = {name: len(sequences) for name, sequences in domains.items()}
+        self._all = ConcatDataset(list(domains.values()))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        domain = bisect_right(self._all.cumulative_sizes, index)
+        tokens = self._all[index]
+        return {"input_ids": tokens, "labels": tokens, "domain": torch.tensor(domain)}
+
+
+def load(domain_bytes: int = 200_000) -> tuple[Mixture, dict[str, Sequences]]:
+    """Return the domains and the tasks to steer for."""
+    corpora = gather(domain_bytes=domain_bytes, task_bytes=20_000)
+    domains = {name: Sequences(text, LENGTH) for name, text in corpora.domains.items()}
+    tasks = {name: Sequences(corpora.tasks[name].measure, LENGTH) for name in corpora.steered}
+    return Mixture(domains), tasks
+
+
+def task_rows(sequences: Sequences, rows: int, seed: int) -> torch.Tensor:
+    """Return some sequences of a task, others for every seed."""
+    random = torch.Generator().manual_seed(seed)
+    return sequences.all()[torch.randint(len(sequences), (rows,), generator=random)]

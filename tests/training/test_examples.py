@@ -1,0 +1,35 @@
+"""Every example script runs, shortened, and moves its mixture."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NEEDS = {"plain_pytorch": "transformers", "huggingface_trainer": "accelerate", "lightning_callback": "lightning"}
+
+
+def test_every_example_is_listed():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"corpus"} == set(NEEDS)
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS))
+def test_example_runs(name, tmp_path):
+    for module in ("transformers", NEEDS[name]):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "18", "--every", "2", "--stage", "16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (moved,) = [line for line in done.stdout.splitlines() if line.startswith("step 16")]
+    weights = [float(part.rsplit(" ", 1)[1]) for part in moved.split(": ", 1)[1].split(", ")]
+    assert sum(weights) == pytest.approx(1, abs=0.0006 * len(weights))
+    assert max(weights) - min(weights) > 0.005
+    assert "task gradients" in done.stdout
+    assert not list(tmp_path.iterdir())
