@@ -163,3 +163,20 @@ def test_state_from_before_there_was_forgetting():
         del state[name]
     other.load_state_dict(state)
     assert (other.matrix("ab", "xyz").stderr == estimator.matrix("ab", "xyz").stderr).all()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.9])
+def test_heavy_tails_are_looked_for_among_equals(factor):
+    random, alarms, found = np.random.default_rng(5), 0, 0
+    for _ in range(60):
+        estimator = Estimator(1, 3)
+        rounds = [(random.normal(size=(1, 2, 3)) * 10, np.full((1, 3), 10.0)) for _ in range(90)]
+        run_rounds(estimator, rounds, factor, owners=(0, 0))
+        alarms += estimator.matrix("a", "xyz").tails().heavy.any()
+        rounds[-3][0][:, :, 1] += 100.0
+        estimator.reset()
+        run_rounds(estimator, rounds, factor, owners=(0, 0))
+        found += estimator.matrix("a", "xyz").tails().heavy[0].tolist() == [False, True, False]
+    # One matrix in 20 is expected; 10 of 60 by chance once in a thousand times.
+    assert alarms < 10
+    assert found > 50

@@ -208,10 +208,10 @@ class InRun:
         age = 0 if self._weighed is None else self.steps - self._weighed
         self.engine.refresh(keep=math.exp(-age / self.time_constant))
         self._weighed = self.steps
-        dropped = self.engine.dropped
+        dropped = self.engine._tell_ranks()
         self.tasks(self.steps)
-        if self.engine._tasks.unmeasured() and self.engine.dropped > dropped:
-            # A GradScaler still looks for its scale: the next step tries again.
+        if self.engine._tasks.unmeasured() and self.engine._tell_ranks() > dropped:
+            # A GradScaler still looks for its scale: the next step tries again, on all ranks.
             self.skipped += 1
             self._due = self.steps + 1
             return

@@ -20,7 +20,7 @@ class MicrobatchRecord:
 
     At first every micro-batch is a block of its own. When a domain's blocks are all taken, neighbours are added up
     pairwise, and from then on a block takes twice as many: all data stays in the record, and at least half of the
-    blocks are in use. A block holds 1 + 3 n numbers, so the record takes 8 m blocks (1 + 3 n) bytes: 373 kB for 9 tasks
+    blocks are in use. A block holds 2 + 3 n numbers, so the record takes 8 m blocks (2 + 3 n) bytes: 386 kB for 9 tasks
     and 26 domains.
 
     `forget` makes old blocks weigh less. From then on a micro-batch is a block of its own, and when there is no room
@@ -50,7 +50,8 @@ class MicrobatchRecord:
         self._size = np.ones(m, dtype=np.int64)  # micro-batches a block
         self._seen = np.zeros(m, dtype=np.int64)  # micro-batches in all; of one that forgets, blocks in use
         self._forgets = False
-        self._table = np.zeros((m, blocks, 1 + 3 * n))  # tokens, sums, first halves' sums, first halves' tokens
+        # Weighted tokens, sums, first halves' sums, first halves' tokens; and tokens times the square of their weight.
+        self._table = np.zeros((m, blocks, 2 + 3 * n))
 
     def add(self, sums: Array, tokens: Array, first_sums: Array, first_tokens: Array) -> None:
         """Take one micro-batch.
@@ -77,7 +78,9 @@ class MicrobatchRecord:
                 self._table[j, : self.blocks // 2] = merged
                 self._size[j] *= 2
             row = self._table[j, self._seen[j] // self._size[j]]
-            row += np.concatenate([tokens[j : j + 1], sums[:, j], first_sums[:, j], first_tokens[:, j]])
+            row += np.concatenate(
+                [tokens[j : j + 1], sums[:, j], first_sums[:, j], first_tokens[:, j], tokens[j : j + 1]]
+            )
             self._seen[j] += 1
 
     def forget(self, factor: float) -> None:
@@ -87,17 +90,25 @@ class MicrobatchRecord:
         if not self._forgets:
             self._seen, self._forgets = -(-self._seen // self._size), True
             self._size[:] = 1
-        self._table *= factor
+        self._table[:, :, :-1] *= factor
+        self._table[:, :, -1] *= factor**2
 
     def of_domain(self, domain: int) -> tuple[Array, Array]:
         """Return the tokens [k] and the sums [n, k] of a domain's blocks."""
         table = self._used(domain)
         return table[:, 0], table[:, 1 : 1 + self.n].T
 
+    def variances_of_domain(self, domain: int) -> Array:
+        """Return to what the variance of each of a domain's sums is proportional [k]: its tokens, if none faded.
+
+        That is the sum of squared weights times tokens, for noise that falls with the tokens of a micro-batch.
+        """
+        return self._used(domain)[:, -1]
+
     def halves_of_domain(self, domain: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Return sums and tokens [n, k] of a domain's blocks, for either half of the tasks' own batches."""
         n, table = self.n, self._used(domain)
-        first_sums, first_tokens = table[:, 1 + n : 1 + 2 * n].T, table[:, 1 + 2 * n :].T
+        first_sums, first_tokens = table[:, 1 + n : 1 + 2 * n].T, table[:, 1 + 2 * n : -1].T
         return (first_sums, first_tokens), (table[:, 1 : 1 + n].T - first_sums, table[:, 0] - first_tokens)
 
     def copy(self) -> MicrobatchRecord:
@@ -113,7 +124,7 @@ class MicrobatchRecord:
             "blocks": self.blocks,
             "size": self._size.tolist(),
             "seen": self._seen.tolist(),
-            "table": [self._used(j).tolist() for j in range(self.m)],
+            "table": [self._used(j)[:, : None if self._forgets else -1].tolist() for j in range(self.m)],
             **({"forgets": True} if self._forgets else {}),
         }
 
@@ -141,11 +152,13 @@ class MicrobatchRecord:
             raise ValueError("record must not count more micro-batches than its blocks hold")
         record._size, record._seen, record._forgets = size, seen, content.get("forgets") is True
         for j, rows in enumerate(content["table"]):
-            used = record._used(j)
-            given = np.array(rows, dtype=np.float64) if rows else np.empty((0, 1 + 3 * n))
+            used = record._used(j)[:, : None if record._forgets else -1]
+            given = np.array(rows, dtype=np.float64) if rows else np.empty((0, used.shape[1]))
             if given.shape != used.shape or not np.isfinite(given).all():
-                raise ValueError(f"record must hold {used.shape[0]} blocks of {1 + 3 * n} numbers for domain {j}")
+                raise ValueError(f"record must hold {used.shape[0]} blocks of {used.shape[1]} numbers for domain {j}")
             used[:] = given
+        if not record._forgets:
+            record._table[:, :, -1] = record._table[:, :, 0]
         return record
 
     def _used(self, domain: int) -> Array:

@@ -151,9 +151,9 @@ def heavy_tails(matrix: InfluenceMatrix) -> Tails:
         count = len(tokens)
         if count < 3:
             continue
-        root = np.sqrt(tokens)
+        root = np.sqrt(record.variances_of_domain(j))
         value = sums.sum(1) / tokens.sum()
-        residual = sums / root - value[:, None] * root
+        residual = (sums - value[:, None] * tokens) / root
         total = (residual**2).sum(1)
         largest = (residual**2 / (1 - tokens / tokens.sum())).max(1)
         share[:, j] = np.clip(np.divide(largest, total, out=np.zeros_like(total), where=total > 0), 0, 1)
