@@ -84,6 +84,7 @@ def tikmix_m(
         a tenth of the candidates that may be chosen from.
     concentration : (float, float), optional
         Of the Dirichlet distribution in the first and in the last round, log-spaced between; default 2m and 200m.
+        More rounds up to a larger one end nearer to a corner of Pareto constraints, where a mean of draws stays inside.
     literal_schedule : bool
         Take the concentrations from large to small, as the paper prints it: it then ends with wide draws. Meant is
         surely the reverse, from wide draws to narrow ones.
