@@ -179,7 +179,6 @@ def test_a_body_that_raises_leaves_everything_clean(kit, where):
         training.run.tasks = good
     else:
 
-
         def body():
             if where == "before forward":
                 raise KeyError("mine")
