@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,3 +190,34 @@ def test_the_scarce_domain_is_scarce(problem: Problem, tiny: StudySettings) -> N
     assert list(lengths)[-1] == "noise"
     assert problem.own == ("docstrings", "python")
     assert problem.held_out == ("sums",)
+
+
+def test_an_unknown_arm_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--setting", "tiny", "--out", str(tmp_path), "--arms", "odm", "doremi"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "got 'doremi'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_killed_and_run_again(tmp_path: Path) -> None:
+    command = [
+        sys.executable, run.__file__, "--setting", "tiny", "--seeds", "7", "--arms", "uniform", "odm", "regmix 8",
+        "tikmix-d", "--out",
+    ]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    started = subprocess.Popen(
+        [*command, str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not (cut / "odm-7.json").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    assert not (cut / "tikmix-d-7.json").exists()
+    subprocess.run([*command, str(cut), "--workers", "2"], check=True, capture_output=True)
+    names = sorted(path.name for path in whole.glob("*-7.json"))
+    assert names == ["odm-7.json", "proxies-7.json", "regmix-8-7.json", "tikmix-d-7.json", "uniform-7.json"]
+    for name in names:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
