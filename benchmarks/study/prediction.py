@@ -3,11 +3,11 @@
 OMP_NUM_THREADS=1 python benchmarks/study/prediction.py --setting small    # seeds 0, 1, 2 into build/prediction-small/
 python benchmarks/study/prediction.py --report                             # tables and plots of what is there
 
-Three parts per seed, each stored as a JSON file of its own when it is done, so that an interrupted run goes on:
+Every part of a seed is stored as a JSON file of its own when it is done, so that an interrupted run goes on:
 additivity (S w against the influence of sampled mixtures), counterfactual (S against the change of the tasks' losses
-after k real optimizer steps on one domain, and two such runs against each other) and calibration (how often 95%
-intervals hold the truth). The report is written to benchmarks/results/ as prediction.json, .md and .png, with
-prediction_reading.md, which a person wrote, at the head of the tables.
+after k real optimizer steps on one domain, and two such runs against each other; "long" holds the largest k) and
+calibration (how often 95% intervals hold the truth). The report is written to benchmarks/results/ as prediction.json,
+.md and .png, with prediction_reading.md, which is written by hand, at the head of the tables.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class PredictionSettings:
         Sequences that curvature is fitted to, of all domains in equal parts.
     steps : tuple of int
         k: optimizer steps on one domain after which losses are taken; ``long_steps`` are taken at the full rate alone,
-        in a part of their own.
+        in a part of their own ("long").
     rates : tuple of float
         Multiples of the learning rate at the checkpoint.
     mixtures, mixture_rows : int

@@ -248,7 +248,7 @@ def draw(parts: Parts, content: dict[str, Any]) -> Any:
             label = SECOND_RUN if not place else None
             bars.plot([place - 0.42, place + 0.42], [ceiling] * 2, color="black", linewidth=2, label=label)
         bars.set_xticks(range(len(cells)), [_cell_title(cell).replace(", ", "\n") for cell in cells], fontsize=9)
-        bars.set_ylim(min(0, bars.get_ylim()[0]), 1.3)
+        bars.set_ylim(min(0, bars.get_ylim()[0]), 1.35)  # room for the legend
         bars.set_yticks(np.arange(0, 1.01, 0.2))
         bars.legend(ncols=2, fontsize=8, frameon=False, loc="upper left")
         bars.set_title("S against real loss changes: Spearman over domains", loc="left")
@@ -268,5 +268,7 @@ def draw(parts: Parts, content: dict[str, Any]) -> Any:
         covered.legend(fontsize=8, frameon=False)
         covered.set_title("95% intervals that hold the truth, %  (band: the bar)", loc="left")
     for panel in (scatter, bars, covered):
+        if not panel.has_data():
+            panel.set_axis_off()
         panel.spines[["top", "right"]].set_visible(False)
     return figure
