@@ -125,6 +125,16 @@ def test_queries_are_small(kit, model):
     assert not {name for name, _ in engine._queries.held._packed} & PROJECTED
 
 
+def test_tables_may_stay_exact(kit, model):
+    """A table's share of S is then what it is without projection, and no error is told for it."""
+    exact, _, _ = measure(kit, model, None, exclude=("[!t]*",))
+    kept, _, _ = measure(kit, model, Projection(dim=16, tables=False), exclude=("[!t]*",))
+    np.testing.assert_array_equal(kept.matrix().values, exact.matrix().values)
+    assert (kept.matrix().stderr_projection == 0).all()
+    model.up.weight = model.tokens.weight  # tied: as the table it is, not as the weight
+    assert set(Projection(dim=16, tables=False).layers(model, dict(model.named_parameters()))) == {"down.weight"}
+
+
 def test_verify(kit, model):
     engine, _, given = measure(kit, model, Projection(dim=16))
     batch = given[0]

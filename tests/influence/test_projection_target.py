@@ -168,7 +168,8 @@ def test_the_smallest_that_is_enough(kind, target):
         ({"target_error": float("nan")}, "target_error must be a share"),
         ({"target_error": "small"}, "target_error must be a share"),
         ({"target_error": 0.1, "dim": 64}, r"dim must not be given beside target_error.*128"),
-        ({"redraw": "always"}, "redraw"),
+        ({"redraw": "always"}, "redraw must be True or False"),
+        ({"tables": None}, "tables must be True or False"),
     ],
 )
 def test_what_is_refused(options, match):

@@ -638,7 +638,7 @@ class InfluenceEngine:
             {name: p for name, p in parameters.items() if p.device == home},
             queries=len(self.task_names) * self.task_splits,
             domains=len(self.domain_names),
-            dim=None if self.projection is None else self.projection.dim,
+            projection=self.projection,
             adam=isinstance(self.preconditioner, Adam),
             away=away,
             checked=self.check_every > 0,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tikmix_fast import ops
 from tikmix_fast.influence.offload import ALIGNMENT, can_leave
-from tikmix_fast.influence.projection import projected_weights
+from tikmix_fast.influence.projection import Projection, projected_weights
 from tikmix_fast.influence.queries import accumulated
 from tikmix_fast.influence.recorder import LOOKED_UP_TOGETHER
 
@@ -104,7 +104,7 @@ def estimate_memory(
     *,
     queries: int,
     domains: int,
-    dim: int | None,
+    projection: Projection | None,
     adam: bool,
     away: bool,
     checked: bool,
@@ -119,8 +119,7 @@ def estimate_memory(
     parameters : mapping of str to Tensor
     queries, domains : int
         How many.
-    dim : int or None
-        Of the projection.
+    projection : Projection or None
     adam : bool
         Whether the preconditioner is Adam's.
     away : bool
@@ -131,7 +130,8 @@ def estimate_memory(
         As in `InfluenceEngine.memory_estimate`.
     """
     products = _product_weights(model, parameters)
-    projected = set() if dim is None else projected_weights(model, parameters, dim)
+    dim = None if projection is None else projection.dim
+    projected = set() if projection is None else projected_weights(model, parameters, projection.dim, projection.tables)
     weights: dict[str, _Weight] = {}
     for name, p in parameters.items():
         wide = accumulated(p).itemsize

@@ -42,6 +42,11 @@ class Projection:
     target_error : float, optional
         Chooses ``dim``, instead of it: what the error of S is to be as a share of |q_i| |g_j|, in root mean square.
         What it came to in your run is ``stderr_projection``.
+    tables : bool
+        Whether tables of ``nn.Embedding``, and heads tied to them, are projected too. False: measured exactly, at the
+        memory of whole queries. The noise of projecting goes with the size of a query's rows, those of tokens included
+        that no domain has: with Adam the row of a token never trained on is some 100,000 times too large, which
+        ``Adam(floor=1.0)`` prevents.
     redraw : bool
         Whether every refresh draws new matrices. True: the errors of rounds are independent and average out. False:
         they are alike, and what changes between two rounds is seen with less noise than either; as how alike they are
@@ -55,7 +60,7 @@ class Projection:
     Examples
     --------
     >>> Projection(dim=32)
-    Projection(dim=32, kind='countsketch', seed=0, target_error=None, redraw=True)
+    Projection(dim=32, kind='countsketch', seed=0, target_error=None, redraw=True, tables=True)
     >>> Projection(target_error=0.1).dim
     128
     """
@@ -65,10 +70,12 @@ class Projection:
     seed: int = 0
     target_error: float | None = None
     redraw: bool = True
+    tables: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.redraw, bool):
-            raise ValueError(f"redraw must be True or False; got {self.redraw!r}")
+        for name in ("redraw", "tables"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}")
         chosen = 64 if self.target_error is None else _smallest_dim(self.target_error, self.kind)
         if self.dim is None:
             object.__setattr__(self, "dim", chosen)
@@ -87,7 +94,7 @@ class Projection:
         self, model: nn.Module, parameters: Mapping[str, Tensor], refreshes: int = 0
     ) -> dict[str, ops.LayerProjection]:
         """Draw the matrices of every weight that is measured through them, by the name of the parameter."""
-        projected = projected_weights(model, parameters, self.dim)
+        projected = projected_weights(model, parameters, self.dim, self.tables)
         return {
             name: ops.LayerProjection(
                 height=parameter.shape[0],
@@ -150,12 +157,13 @@ def _smallest_dim(target: float, kind: ProjectionKind) -> int:
     return dim
 
 
-def projected_weights(model: nn.Module, parameters: Mapping[str, Tensor], dim: int) -> set[str]:
+def projected_weights(model: nn.Module, parameters: Mapping[str, Tensor], dim: int, tables: bool = True) -> set[str]:
     """Return the names of the weights and tables that are measured through projections to ``dim``."""
     matrices: set[int] = set()
     others: set[int] = set()
     for module in model.modules():
-        known = isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
+        kinds = (nn.Linear, nn.Embedding) if tables else (nn.Linear,)
+        known = isinstance(module, kinds) or type(module).__name__ == "Conv1D"
         for parameter in module._parameters.values():
             (matrices if known else others).add(id(parameter))
     return {
