@@ -151,6 +151,7 @@ def test_what_lies_behind_the_last_state_is_cut_off(tmp_path, monkeypatch):
             partial.write_bytes(partial.read_bytes() + damage)
         file = tokenize(sources, tmp_path / "cache", LETTERS)
         assert np.array_equal(np.load(file), whole)
+        assert file.stat().st_size == 128 + whole.nbytes
         file.unlink()
 
 
