@@ -19,6 +19,9 @@ Parts = dict[str, dict[int, dict[str, Any]]]
 """What was stored, by part and seed."""
 
 SECOND_RUN = "a second real run"
+BAR = 0.97
+"""Pearson's r that additivity is held to."""
+
 _RATES = {"1": "full rate", "0.1": "a tenth of it"}
 _COLOURS = ("#0077BB", "#EE7733", "#009988", "#CC3311", "#AA4499", "#DDAA33")
 
@@ -70,10 +73,16 @@ def additivity_scores(found: dict[str, Any]) -> dict[str, Any]:
     predicted, measured = np.array(found["predicted"]), np.array(found["measured"])
     noises = np.array(found["noise_predicted"]), np.array(found["noise_measured"])
     true = np.maximum(predicted.var(1, ddof=1) - noises[0], 0)
-    ceiling = true / np.sqrt((true + noises[0]) * (true + noises[1]))
+
+    def ceiling(more: float) -> Array:
+        """Return the r that sampling allows with ``more`` times the tokens, whose noise is that much smaller."""
+        return true / np.sqrt((true + noises[0] / more) * (true + noises[1] / more))
+
+    more = next((each for each in np.geomspace(1, 1e4, 200) if np.median(ceiling(each)) >= BAR), np.nan)
     return {
+        "times_tokens_for_bar": None if np.isnan(more) else float(more),
         "r": [float(pearsonr(*pair).statistic) for pair in zip(predicted, measured, strict=True)],
-        "ceiling": ceiling.tolist(),
+        "ceiling": ceiling(1.0).tolist(),
         "tokens_per_mixture": found["tokens_per_mixture"],
         "tokens_per_domain": found["tokens_per_domain"],
     }
@@ -159,6 +168,9 @@ def markdown(content: dict[str, Any], words: str) -> str:
         lines += [
             f"| **mean** | {_spread((np.mean(each['r']) for each in seeds), 3)} | "
             f"{_spread((np.mean(each['ceiling']) for each in seeds), 3)} |",
+            "",
+            f"For a ceiling of {BAR} (median over tasks) both sides need "
+            f"{_spread((each['times_tokens_for_bar'] or np.nan for each in seeds), 0)} times these tokens.",
             "",
         ]
     if content["counterfactual"]:

@@ -100,3 +100,5 @@ def test_the_ceiling_of_additivity_is_reached_by_a_perfect_prediction(report: Mo
     scores = report.additivity_scores(found)
     assert scores["r"] == pytest.approx(scores["ceiling"], abs=0.01)
     assert scores["ceiling"][0] == pytest.approx(1 / np.sqrt(1.09 * 1.64), abs=0.01)
+    # Noise variances 0.09 and 0.64 over f: (1 + 0.09 / f) (1 + 0.64 / f) = 0.97 ** -2 at f = 11.9.
+    assert scores["times_tokens_for_bar"] == pytest.approx(11.9, rel=0.08)
