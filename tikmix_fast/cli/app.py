@@ -12,6 +12,7 @@ from tikmix_fast.cli.demo import demo
 from tikmix_fast.cli.env import env
 from tikmix_fast.cli.influence import influence
 from tikmix_fast.cli.mix import mix
+from tikmix_fast.cli.report import report
 
 __all__ = ["app"]
 
@@ -42,4 +43,5 @@ app.command()(demo)
 app.command()(influence)
 app.command()(mix)
 app.command()(bench)
+app.command()(report)
 app.command()(env)

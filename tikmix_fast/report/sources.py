@@ -1,0 +1,93 @@
+"""Find in files and folders what a report can show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.training.results import DemoResult
+
+__all__ = ["Sources", "read_sources"]
+
+
+@dataclass
+class Sources:
+    """What was read, each with the name it is shown under.
+
+    Attributes
+    ----------
+    demos : list of (str, DemoResult)
+    matrices : list of (str, InfluenceMatrix)
+    mixtures : list of (str, mapping)
+        As ``tikmix-fast mix`` writes them.
+    runs : list of (str, mapping)
+        The ``run.json`` of ``tikmix-fast influence``.
+    """
+
+    demos: list[tuple[str, DemoResult]] = field(default_factory=list)
+    matrices: list[tuple[str, InfluenceMatrix]] = field(default_factory=list)
+    mixtures: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    runs: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+
+
+def read_sources(paths: Iterable[Path]) -> Sources:
+    """Read JSON files, and in folders those that are known; others in folders are passed over.
+
+    Of a demonstration's folder the matrix file is left out, which its results hold already.
+
+    Raises
+    ------
+    OSError
+        If a path is missing.
+    ValueError
+        If a file is damaged or of another kind, or nothing is found; the message names it.
+    """
+    sources = Sources()
+    paths = list(paths)
+    for path in paths:
+        if path.is_dir():
+            for folder in (path, *sorted(each for each in path.iterdir() if each.is_dir())):
+                has_demo = (folder / "results.json").is_file()
+                for file in sorted(folder.glob("*.json")):
+                    if not (has_demo and file.name == "influence.json"):
+                        _add(sources, file, required=False)
+        else:
+            _add(sources, path, required=True)
+    if not (sources.demos or sources.matrices or sources.mixtures or sources.runs):
+        raise ValueError(
+            f"paths must hold what demo, influence or mix wrote; {', '.join(map(str, paths))} has nothing of it"
+        )
+    return sources
+
+
+def _add(sources: Sources, path: Path, required: bool) -> None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    kind = content.get("format") if isinstance(content, dict) else None
+    try:
+        if kind == "tikmix_fast.demo":
+            sources.demos.append((path.parent.name, DemoResult.from_dict(content)))
+        elif kind == "tikmix_fast.influence_matrix":
+            sources.matrices.append((str(path), InfluenceMatrix.from_dict(content)))
+        elif kind == "tikmix_fast.influence_run":
+            sources.runs.append((str(path), _checked(content, {"settings": dict, "seconds": dict, "warnings": list})))
+        elif isinstance(content, dict) and {"weights", "prior", "predicted", "message"} <= set(content):
+            lists = {"domains": list, "prior": list, "warnings": list, "weights": dict, "message": str}
+            sources.mixtures.append((str(path), _checked(content, lists)))
+        elif required:
+            raise ValueError("not an influence matrix, a mixture, a run or a demonstration's results")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _checked(content: dict[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{name!r} must be a {kind.__name__}")
+    return content
