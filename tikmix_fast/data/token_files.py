@@ -128,7 +128,7 @@ class TokenSequences(Dataset[Tensor]):
 
     Notes
     -----
-    Memory: some 100 bytes a file, and the item. A sequence is read by its place in the file, some 20 us where the file
+    Memory: some 100 bytes a file, and the item. A sequence is read by its place in the file, some tens of us where it
     is in the system's cache. A memory map would count every page that was ever sampled as this process's memory, and
     a file cut short under it would end the process; an open file for each of many shards would meet the limit of them.
 
