@@ -215,7 +215,7 @@ class DynamicMixture:
         ranks = self._agreement(measured.tasks, influence, reliability)
         moves = bool(np.abs(proposed - before).max() > TOLERANCE)
         changed, reason = self._judge(result, gain, moves)
-        skips = not changed and result.success and self._stable(gain, ranks)
+        skips = result.success and self._stable(gain, ranks)
         if skips:
             reason += f"; the ranks are those of stage {self.stage}, so the next boundary is skipped"
         decision = Decision(
