@@ -56,10 +56,8 @@ def test_fading_written_out(seed, rounds, batches, factor):
                 shares = count / (count - 1) * (1 - 1 / count)
                 domain = max(spread - shares * of_task, 0)
                 assert matrix.stderr_domain[i, j] == pytest.approx(np.sqrt(domain), abs=1e-7)
-                assert matrix.stderr[i, j] == pytest.approx(np.sqrt(domain + of_task), rel=1e-6)
-                if domain > 0:
-                    assert matrix.stderr[i, j] == pytest.approx(np.sqrt(spread), rel=1e-6)
-                    assert matrix.dof[i, j] == pytest.approx((f**2).sum() ** 2 / (f**4).sum() - 1)
+                assert matrix.stderr[i, j] == pytest.approx(np.sqrt(spread), rel=1e-6)
+                assert matrix.dof[i, j] == pytest.approx((f**2).sum() ** 2 / (f**4).sum() - 1)
     assert matrix.microbatches.tolist() == [rounds * batches] * 3, "what was seen is not forgotten"
 
 
@@ -104,7 +102,7 @@ def test_stderr_is_that_of_repeated_measurements(rounds, batches, factor, task, 
     # Known to 2% from 2000 repetitions; the rest is the bias of ratio and clipping.
     assert np.sqrt((matrix.stderr**2).mean()) == pytest.approx(np.sqrt((error**2).mean()), rel=0.1)
     low, high = matrix.interval(0.95)
-    assert 0.93 <= ((low[0] <= truth) & (truth <= high[0])).mean() <= 0.985
+    assert 0.93 <= ((low[0] <= truth) & (truth <= high[0])).mean() <= 0.98
 
 
 def test_record_fades_and_keeps_new_micro_batches_apart():

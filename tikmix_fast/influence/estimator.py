@@ -182,7 +182,9 @@ class Estimator:
             domain_variance = np.where(self._microbatches < 2, np.nan, of_domain) / self._tokens**2
             task_variance = np.where(task.known, task.variance, np.nan) / self._tokens**2
             shared = np.clip(task.both / self._tokens**2, 0, np.minimum(domain_variance, task_variance))
-            total = domain_variance + task_variance - shared
+            # Not of the two parts: where the domain side's was cut off at zero, their sum would be too large.
+            beyond = np.where(task.known, np.maximum(task.variance - between, 0.0), np.nan)
+            total = np.where(self._microbatches < 2, np.nan, spread + beyond) / self._tokens**2 - shared
             # As if known with unlimited degrees of freedom: it is the mean of dim x dim products a layer.
             of_projection = None if projection_variance is None else projection_variance / self._tokens**2
             total = total if of_projection is None else total + of_projection

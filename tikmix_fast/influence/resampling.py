@@ -76,7 +76,6 @@ def bootstrap_interval(matrix: InfluenceMatrix, level: float, resamples: int, se
 
     low, high = matrix.interval(level)
     quantile = stdtrit(matrix.dof, 0.5 + level / 2)
-    rest = np.sqrt(np.maximum(matrix.stderr**2 - matrix.stderr_domain**2, 0.0))
     for j in range(record.m):
         tokens, sums = record.of_domain(j)
         count = len(tokens)
@@ -98,8 +97,10 @@ def bootstrap_interval(matrix: InfluenceMatrix, level: float, resamples: int, se
         below, above = np.quantile(studentised, [0.5 - level / 2, 0.5 + level / 2], axis=0, method="nearest")
         expected = stdtrit(count - 1, 0.5 + level / 2)
         down, up = (np.where(error == 0, 0.0, each * error) / expected for each in (above, -below))
-        low[:, j] = matrix.values[:, j] - quantile[:, j] * np.hypot(down, rest[:, j])
-        high[:, j] = matrix.values[:, j] + quantile[:, j] * np.hypot(up, rest[:, j])
+        # Where every micro-batch has queries of its own, the tasks' part is in the spread of the blocks already.
+        rest = np.sqrt(np.maximum(matrix.stderr[:, j] ** 2 - error**2, 0.0))
+        low[:, j] = matrix.values[:, j] - quantile[:, j] * np.hypot(down, rest)
+        high[:, j] = matrix.values[:, j] + quantile[:, j] * np.hypot(up, rest)
     return low, high
 
 
