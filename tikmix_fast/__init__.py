@@ -5,7 +5,10 @@ The public names are loaded on first use, so that ``import tikmix_fast`` costs n
     ops                 the kernels as functions on tensors
     InfluenceEngine     Group Influence around anybody's ``loss.backward()``
     tikmix_d            a new mixture from an influence matrix
+    MixtureModel        a surrogate of what mixtures lead to, and `tikmix_m`, the search on it
+    DynamicMixture      the schedule of a run: when to measure, and whether a change is worth it
     MixtureSampler      a torch sampler whose domain weights can change mid-run
+    open_domain         text or tokens on disk as sequences for it
 """
 
 from __future__ import annotations
@@ -17,39 +20,65 @@ from tikmix_fast._version import __version__
 
 if TYPE_CHECKING:
     from tikmix_fast import ops
+    from tikmix_fast.data.domain import open_domain
     from tikmix_fast.data.sampler import MixtureSampler
     from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
     from tikmix_fast.influence.engine import InfluenceEngine
     from tikmix_fast.influence.masks import shifted_mask
     from tikmix_fast.influence.matrix import InfluenceMatrix
+    from tikmix_fast.influence.preconditioners import Adam
     from tikmix_fast.influence.projection import Projection
+    from tikmix_fast.mixture.candidates import draw_mixtures
+    from tikmix_fast.mixture.dynamic import DynamicMixture
+    from tikmix_fast.mixture.labels import linear_labels, resampled_labels
+    from tikmix_fast.mixture.mixture_model import MixtureModel
     from tikmix_fast.mixture.result import MixtureResult
     from tikmix_fast.mixture.tikmix_d import tikmix_d
+    from tikmix_fast.mixture.tikmix_m import tikmix_m
+    from tikmix_fast.training.probe import probe
 
 __all__ = [
     "EKFAC",
+    "Adam",
     "DiagonalFisher",
+    "DynamicMixture",
     "InfluenceEngine",
     "InfluenceMatrix",
+    "MixtureModel",
     "MixtureResult",
     "MixtureSampler",
     "Projection",
     "__version__",
+    "draw_mixtures",
+    "linear_labels",
+    "open_domain",
     "ops",
+    "probe",
+    "resampled_labels",
     "shifted_mask",
     "tikmix_d",
+    "tikmix_m",
 ]
 
 _HOME = {
-    "EKFAC": "tikmix_fast.influence.ekfac",
+    "Adam": "tikmix_fast.influence.preconditioners",
     "DiagonalFisher": "tikmix_fast.influence.ekfac",
+    "DynamicMixture": "tikmix_fast.mixture.dynamic",
+    "EKFAC": "tikmix_fast.influence.ekfac",
     "InfluenceEngine": "tikmix_fast.influence.engine",
     "InfluenceMatrix": "tikmix_fast.influence.matrix",
+    "MixtureModel": "tikmix_fast.mixture.mixture_model",
     "MixtureResult": "tikmix_fast.mixture.result",
     "MixtureSampler": "tikmix_fast.data.sampler",
     "Projection": "tikmix_fast.influence.projection",
+    "draw_mixtures": "tikmix_fast.mixture.candidates",
+    "linear_labels": "tikmix_fast.mixture.labels",
+    "open_domain": "tikmix_fast.data.domain",
+    "probe": "tikmix_fast.training.probe",
+    "resampled_labels": "tikmix_fast.mixture.labels",
     "shifted_mask": "tikmix_fast.influence.masks",
     "tikmix_d": "tikmix_fast.mixture.tikmix_d",
+    "tikmix_m": "tikmix_fast.mixture.tikmix_m",
 }
 
 
