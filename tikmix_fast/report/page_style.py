@@ -42,7 +42,7 @@ th { font-weight: 600; overflow-wrap: normal; }
 tbody th { position: sticky; left: 0; background: var(--page); min-width: 7.5rem; max-width: 11rem;
   overflow-wrap: anywhere; }
 thead th { vertical-align: bottom; }
-.heat thead th + th, .numbers thead th + th { min-width: 5rem; max-width: 9rem; overflow-wrap: anywhere; }
+.heat thead th + th, .numbers thead th + th { min-width: 6.5rem; max-width: 9rem; overflow-wrap: anywhere; }
 @media (min-width: 60rem) { tbody th { min-width: 10rem; } }
 .numbers td, .heat td, .numbers thead th + th, .heat thead th + th { text-align: right; }
 .numbers td, .heat td { white-space: nowrap; }
