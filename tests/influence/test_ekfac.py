@@ -771,3 +771,23 @@ def test_muon_is_refused_and_the_rest_can_be_measured():
     with pytest.raises(ValueError, match=r"does not hold '0.weight'"):
         measure(adam)
     assert measure(adam, exclude="0.weight") > 0
+
+
+@pytest.mark.parametrize("columns", [5, 256, 600])
+def test_second_moments_are_whole_from_the_diagonal_down(columns):
+    """Wide sides are summed in parts; the eigenvectors are those of the whole matrix all the same."""
+    torch.manual_seed(0)
+    model, rows = nn.Linear(columns, 3, bias=False), torch.randn(40, columns)
+    parameters = dict(model.named_parameters())
+    ekfac = EKFAC()
+    with ekfac.observe(model, parameters, "factors"):
+        F.cross_entropy(model(rows), torch.zeros(40, dtype=torch.long)).backward()
+    found = ekfac._factors["weight"][1].tril()
+    wanted = (rows.double().t() @ rows.double()).tril()
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+    with ekfac.observe(model, parameters):
+        F.cross_entropy(model(rows), torch.zeros(40, dtype=torch.long)).backward()
+    basis = ekfac._bases["weight"].columns.double()
+    whole = wanted + wanted.tril(-1).t()
+    rotated = basis.t() @ whole @ basis
+    assert (rotated - rotated.diagonal().diag()).norm() < 1e-5 * whole.norm()
