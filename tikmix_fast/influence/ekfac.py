@@ -247,7 +247,7 @@ class EKFAC:
                 )
 
     def apply(self, name: str, gradients: Tensor) -> Tensor:
-        """Return (F + damping)^-1 of the gradients [q, *shape], computed in their dtype."""
+        """Return (F + damping)^-1 of the gradients ``[q, *shape]``, computed in their dtype."""
         basis = (self._bases or {}).get(name, Basis())
         return basis.back(basis.into(gradients).div_(self._damped(name).to(gradients)))
 

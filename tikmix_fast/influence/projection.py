@@ -40,7 +40,7 @@ class Projection:
         Every layer has matrices of its own, drawn from the seed and the parameter's name, so that their errors are
         independent.
     target_error : float, optional
-        Chooses ``dim``, instead of it: what the error of S is to be as a share of |q_i| |g_j|, in root mean square.
+        Chooses ``dim``, instead of it: what the error of S is to be as a share of ``|q_i| |g_j|``, in root mean square.
         What it came to in your run is ``stderr_projection``.
     tables : bool
         Whether tables of ``nn.Embedding``, and heads tied to them, are projected too. False: measured exactly, at the
@@ -121,7 +121,7 @@ class Projection:
 
 
 def expected_error(dim: int) -> float:
-    """Return the error of S, as a share of |q_i| |g_j|, that a projection to ``dim`` is expected to add.
+    """Return the error of S, as a share of ``|q_i| |g_j|``, that a projection to ``dim`` is expected to add.
 
     Over the draw of Gaussian matrices, one layer with query Q and gradient G adds the variance ``(c / dim + 1 /
     dim^2) |Q|^2 |G|^2``, about, with ``c = (|G^T Q|^2 + |G Q^T|^2 + 2 tr (G Q^T)^2) / (|Q|^2 |G|^2)``: 4 where both are
@@ -130,7 +130,7 @@ def expected_error(dim: int) -> float:
 
     What is returned is sqrt(1 / dim + 1 / dim^2): c = 1, and one layer with all of the influence, as the head of a
     model has it without preconditioner. No gradients exceed it more than twofold; where L layers have equal shares of
-    |q_i| |g_j|, the error is sqrt(L) times smaller.
+    ``|q_i| |g_j|``, the error is sqrt(L) times smaller.
 
     Examples
     --------
