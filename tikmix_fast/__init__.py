@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from tikmix_fast.data.sampler import MixtureSampler
     from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
     from tikmix_fast.influence.engine import InfluenceEngine
+    from tikmix_fast.influence.in_run import InRun
     from tikmix_fast.influence.masks import shifted_mask
     from tikmix_fast.influence.matrix import InfluenceMatrix
+    from tikmix_fast.influence.plan import InRunPlan
     from tikmix_fast.influence.preconditioners import Adam
     from tikmix_fast.influence.projection import Projection
+    from tikmix_fast.influence.staleness import Staleness
     from tikmix_fast.mixture.candidates import draw_mixtures
     from tikmix_fast.mixture.dynamic import DynamicMixture
     from tikmix_fast.mixture.labels import linear_labels, resampled_labels
@@ -42,12 +45,15 @@ __all__ = [
     "Adam",
     "DiagonalFisher",
     "DynamicMixture",
+    "InRun",
+    "InRunPlan",
     "InfluenceEngine",
     "InfluenceMatrix",
     "MixtureModel",
     "MixtureResult",
     "MixtureSampler",
     "Projection",
+    "Staleness",
     "__version__",
     "draw_mixtures",
     "linear_labels",
@@ -65,6 +71,9 @@ _HOME = {
     "DiagonalFisher": "tikmix_fast.influence.ekfac",
     "DynamicMixture": "tikmix_fast.mixture.dynamic",
     "EKFAC": "tikmix_fast.influence.ekfac",
+    "InRun": "tikmix_fast.influence.in_run",
+    "InRunPlan": "tikmix_fast.influence.plan",
+    "Staleness": "tikmix_fast.influence.staleness",
     "InfluenceEngine": "tikmix_fast.influence.engine",
     "InfluenceMatrix": "tikmix_fast.influence.matrix",
     "MixtureModel": "tikmix_fast.mixture.mixture_model",
