@@ -136,8 +136,8 @@ class View:
     def __init__(self, name, plain):
         self.plain, self.sources = plain, (SimpleNamespace(name=name),)
 
-    def queries(self, of):
-        yield self.sources[0].name, of[self.sources[0].name]
+    def queries(self, of, without=()):
+        yield from ((source.name, of[source.name]) for source in self.sources if source.name not in without)
 
 
 @pytest.fixture

@@ -42,6 +42,16 @@ def test_it_is_the_projected_gradient_of_the_table(kind, ordered, dtype):
     assert (found - alike).abs().max() <= (2e-2 if dtype == torch.bfloat16 else 1e-6) * alike.abs().max()
 
 
+@pytest.mark.parametrize("dim", [3, 8, 24])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_dense_kinds_have_any_number_of_rows(kind, dim):
+    ids, rows, _ = lookups()
+    projection = ops.LayerProjection(height=V, width=C, k_out=dim, k_in=dim + 1, kind=kind, seed=3)
+    found = projected_lookup_gradients(ids, rows, OFFSETS, projection)
+    alike = ops.projected_domain_gradients(rows, F.one_hot(ids, V).float(), OFFSETS, projection)
+    assert (found - alike).abs().max() <= 1e-6 * alike.abs().max()
+
+
 def test_shapes_that_disagree_are_refused():
     ids, rows, _ = lookups()
     projection = ops.LayerProjection(height=V, width=C)

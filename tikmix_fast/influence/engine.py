@@ -681,8 +681,8 @@ class InfluenceEngine:
         Returns
         -------
         Verification
-            ``max_error`` is the largest ``|difference| / (|q_i| |g_j|)``: about 1e-7 for a float32 model that is covered
-            rightly.
+            ``max_error`` is the largest ``|difference| / (|q_i| |g_j|)``: about 1e-7 for a float32 model that is
+            covered rightly.
 
         Raises
         ------

@@ -70,7 +70,7 @@ def project_rows(rows: Tensor, factor: Tensor, dim: int) -> Tensor:
         Float32, but bfloat16 where bfloat16 rows meet a dense matrix of bfloat16 or int8: torch's product on a CPU sums
         in float32 and rounds once.
     """
-    if factor.dtype == torch.int32 and can_sketch(rows):
+    if factor.dtype == torch.int32 and can_sketch(rows, dim):
         return sketch_rows(rows, factor, dim)
     # Integers up to 127 are exact in every dtype; torch's product of float16 is slower than that of float32.
     dtype = torch.promote_types(rows.dtype, factor.dtype) if factor.dtype.is_floating_point else rows.dtype

@@ -15,9 +15,10 @@ with suppress(ImportError):  # cpu.unavailable says why
 __all__ = ["can_sketch", "sketch_rows", "write_random_words"]
 
 
-def can_sketch(rows: Tensor) -> bool:
-    """Tell whether `sketch_rows` takes these rows here."""
-    return cpu.unavailable() is None and rows.device.type == "cpu" and rows.dtype in cpu.DTYPE_CODES
+def can_sketch(rows: Tensor, dim: int) -> bool:
+    """Tell whether `sketch_rows` takes these rows and this number of rows of the matrix here."""
+    drawn = 16 <= dim <= 1024 and dim.bit_count() == 1  # else the codes of a dense kind's lookup, which sketch nothing
+    return drawn and cpu.unavailable() is None and rows.device.type == "cpu" and rows.dtype in cpu.DTYPE_CODES
 
 
 def sketch_rows(rows: Tensor, codes: Tensor, dim: int) -> Tensor:
