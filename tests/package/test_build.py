@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
+import site
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
+from importlib.metadata import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from tikmix_fast import __version__
 
@@ -133,18 +139,37 @@ def build(source: Path, target: Path, hook: str) -> Path:
     return target / done.stdout.strip().splitlines()[-1]
 
 
+@pytest.fixture(scope="module")
+def wheel(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(source_copy, tmp_path_factory.mktemp("wheel"), "build_wheel")
+
+
+@pytest.fixture(scope="module")
+def sdist(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(source_copy, tmp_path_factory.mktemp("sdist"), "build_sdist")
+
+
+def tracked(folder: str) -> set[str]:
+    """Return what git tracks below a folder."""
+    listed = subprocess.run(["git", "ls-files", "-z", folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(filter(None, listed.stdout.split("\0")))
+
+
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_nothing_else(source_copy: Path, tmp_path: Path) -> None:
-    wheel = build(source_copy, tmp_path, "build_wheel")
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+        names = set(archive.namelist())
         metadata = archive.read(f"tikmix_fast-{__version__}.dist-info/METADATA").decode()
-    assert {"tikmix_fast/py.typed", "tikmix_fast/_cpu.pyi", "tikmix_fast/_cuda.pyi"} <= set(names)
-    assert any(re.fullmatch(r"tikmix_fast/_cpu\..*\.so", name) for name in names)
-    assert not any(re.match(r"tikmix_fast/_cuda\..*\.so", name) for name in names)
-    assert {name.split("/")[0] for name in names} == {"tikmix_fast", f"tikmix_fast-{__version__}.dist-info"}
+    package = {name for name in names if name.startswith("tikmix_fast/")}
+    (module,) = package - tracked("tikmix_fast")
+    assert re.fullmatch(r"tikmix_fast/_cpu\..*\.so", module)
+    assert package - {module} == tracked("tikmix_fast")
+    # What is not Python and easily forgotten.
+    assert {"tikmix_fast/py.typed", "tikmix_fast/_cpu.pyi", "tikmix_fast/schemas/mixture.json"} <= package
+    information = f"tikmix_fast-{__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"tikmix_fast", information}
     assert not any("test_" in name or "conftest" in name for name in names)
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert f"{information}/licenses/LICENSE" in names
     needed = {
         Requirement(line.partition(": ")[2]).name
         for line in metadata.splitlines()
@@ -156,23 +181,102 @@ def test_the_wheel_holds_the_package_and_nothing_else(source_copy: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_wheel_can_be_built_from_the_sdist(source_copy: Path, tmp_path: Path) -> None:
-    sdist = build(source_copy, tmp_path, "build_sdist")
+def test_the_sdist_holds_what_git_tracks(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-    unpacked = tmp_path / f"tikmix_fast-{__version__}"
-    assert (unpacked / "csrc" / "cpu" / "kernel.h").exists()
-    wheel = build(unpacked, tmp_path, "build_wheel")
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    # -S keeps the editable install's finder away, and with it site-packages, which the path brings back.
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", "import torch, tikmix_fast._cpu as module; print(module.__file__)"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml"} <= names
+    assert tracked("csrc") | tracked("tikmix_fast") <= names
+    assert names - tracked(".") == {"PKG-INFO"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["wheel", "sdist"])
+def test_pip_installs_it_in_a_fresh_environment(made: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    file: Path = request.getfixturevalue(made)
+    fresh = tmp_path / "fresh"
+    venv.create(fresh, with_pip=True)
+    own = next(fresh.glob("lib/python*/site-packages"))
+    # The dependencies of this environment, but not the editable install in it: a path file within one is not read.
+    (own / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [fresh / "bin" / command[0], *command[1:]],
+            cwd=tmp_path,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            | {"TIKMIX_FAST_CUDA": "OFF", "PATH": os.pathsep.join([str(fresh / "bin"), OWN_TOOLS["PATH"]])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    offline = ("--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed")
+    run("python", "-m", "pip", "install", "--quiet", *offline, str(file))
+    assert run("tikmix-fast", "--version").strip() == __version__
+    kernel = (
+        "import torch, tikmix_fast._cpu as module; from tikmix_fast import ops; one = torch.ones(1, 1);"
+        "print(module.__file__, *ops.group_influence(one, one, torch.tensor([0, 1]), one[None], backend='cpu'))"
     )
-    assert done.stdout.startswith(str(site)), done.stderr
+    place, value = run("python", "-c", kernel).split(maxsplit=1)
+    assert Path(place).is_relative_to(fresh)
+    assert value.startswith("tensor([1.]")
+
+
+def documented_cuda_build() -> dict[str, str]:
+    """Return the variables that docs/wheels.md sets for CUDA wheels, by name."""
+    page = (ROOT / "docs" / "wheels.md").read_text(encoding="utf-8")
+    block = page.partition("<!-- cuda -->\n```sh\n")[2].partition("```")[0]
+    lines = [shlex.split(line) for line in block.splitlines()]
+    return dict(words[1].split("=", 1) for words in lines if words[0] == "export")
+
+
+def wheel_settings() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
+    settings: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    return settings["cibuildwheel"]
+
+
+def test_wheels_are_built_for_every_python_that_is_supported() -> None:
+    supported = SpecifierSet(metadata("tikmix_fast")["Requires-Python"])
+    built = [re.fullmatch(r"cp3(\d+)-\*", each) for each in wheel_settings()["build"].split()]
+    minors = [int(found[1]) for found in built if found]
+    assert len(minors) == len(built)
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    assert f"3.{minors[0]}" in supported
+    assert f"3.{minors[0] - 1}" not in supported
+
+
+def test_variables_of_wheel_builds_are_those_of_the_build() -> None:
+    switch = (ROOT / "csrc" / "cuda" / "switch.cmake").read_text(encoding="utf-8")
+    words = shlex.split(documented_cuda_build()["CIBW_ENVIRONMENT"])
+    for name in (*wheel_settings()["environment"], *(word.partition("=")[0] for word in words)):
+        assert name == "CUDACXX" or f"set({name} " in switch
+    assert wheel_settings()["environment"]["TIKMIX_FAST_CUDA"] == "OFF"
+    assert "TIKMIX_FAST_CUDA=ON" in words
+
+
+def test_cuda_wheels_get_a_label_of_their_toolkit(source_copy: Path, tmp_path: Path) -> None:
+    variables = documented_cuda_build()
+    images = [variables[f"CIBW_MANYLINUX_{machine}_IMAGE"] for machine in ("X86_64", "AARCH64")]
+    toolkits = {image.rpartition(":cuda")[2].replace(".", "") for image in images}
+    copy = tmp_path / "source"
+    shutil.copytree(source_copy, copy)
+    for _ in range(2):  # a label that is there already stays alone
+        subprocess.run(variables["CIBW_BEFORE_ALL"], shell=True, cwd=copy, check=True)
+    made = build(copy, tmp_path, "prepare_metadata_for_build_wheel")
+    assert {f"Version: {__version__}+cu{toolkit}" for toolkit in toolkits} == set(
+        re.findall("^Version: .*$", (made / "METADATA").read_text(), flags=re.MULTILINE)
+    )
+
+
+def test_cibuildwheel_reads_the_settings() -> None:
+    pytest.importorskip("cibuildwheel", reason="cibuildwheel is not installed")
+    command = [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers", "--platform", "linux"]
+    for more in ({}, documented_cuda_build()):
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [
+            f"cp3{minor}-manylinux_{machine}" for machine in ("x86_64", "aarch64") for minor in range(10, 15)
+        ]
