@@ -235,6 +235,25 @@ def test_a_configuration_is_measured_with_random_weights_and_bytes(models: Path,
     assert all(bytes(row.tolist()) in text for row in domains["digits"])
 
 
+def test_token_files_are_measured_as_their_dtype_says(models: Path, texts: Path, tmp_path: Path) -> None:
+    tokens = {name: np.random.default_rng(seed).integers(VOCABULARY, size=300) for seed, name in enumerate("abt")}
+    for name, values in tokens.items():
+        np.save(tmp_path / f"{name}.npy", values)
+        values.astype("<u2").tofile(tmp_path / f"{name}.bin")
+    words = ["--model", models / "gpt2", "--length", 16, "--domain", f"b={tmp_path / 'b.npy'}"]
+    # A .npy tells its own dtype, whatever is said of the .bin files.
+    stated = [*words, "--domain", f"a={tmp_path / 'a.bin'}", "--task", f"t={tmp_path / 't.bin'}"]
+    assert run(*stated, "--token-dtype", "uint16", "--out", tmp_path / "stated").exit_code == 0
+    told = [*words, "--domain", f"a={tmp_path / 'a.npy'}", "--task", f"t={tmp_path / 't.npy'}"]
+    assert run(*told, "--out", tmp_path / "told").exit_code == 0
+    matrices = [InfluenceMatrix.load(tmp_path / each / "influence.json") for each in ("stated", "told")]
+    assert matrices[0].to_dict() == matrices[1].to_dict()
+    assert json.loads((tmp_path / "stated" / "settings.json").read_text())["token_dtype"] == "uint16"
+    assert "a.bin: dtype must be stated (--token-dtype)" in mistake(run(*stated, "--out", tmp_path / "unstated"))
+    wrong = mistake(run(*stated, "--token-dtype", "uint32", "--out", tmp_path / "wrong"))
+    assert "must be from 0 to 299" in wrong
+
+
 def test_measuring_stops_when_the_errors_are_small_enough(models: Path, texts: Path, tmp_path: Path) -> None:
     words = words_for(texts, tmp_path, tokens=2000, rel_error=5.0)
     assert run("--model", models / "gpt2", *words).exit_code == 0

@@ -89,6 +89,7 @@ def test_the_file_of_the_command_is_valid(tmp_path):
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "mixture.json").read_text())
     assert isinstance(content["weights"], dict)
+    assert (content["format"], content["version"]) == ("tikmix_fast.mixture", 1)
     validator("mixture").validate(content)
     assert set(content) == set(schema("mixture")["properties"])
 
@@ -135,6 +136,8 @@ def test_broken_matrices_are_refused(path, value):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
+        (["format"], "else"),
+        (["version"], 2),
         (["weights"], ...),
         (["weights"], []),
         (["weights", 0], -0.1),

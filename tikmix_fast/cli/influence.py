@@ -33,6 +33,10 @@ def influence(
     tokenizer: Annotated[
         str, typer.Option(help="Folder with tokenizer.json, or 'bytes'; 'auto' is the model's own.")
     ] = "auto",
+    token_dtype: Annotated[
+        Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "int64"] | None,
+        typer.Option(help="Of .bin files without .idx, which do not tell: uint16 in most files of nanoGPT."),
+    ] = None,
     preconditioner: Annotated[
         Literal["identity", "adam", "ekfac", "diagonal_fisher"] | None,
         typer.Option(help="P. Default: adam where --optimizer is given, else identity."),
@@ -97,6 +101,7 @@ def influence(
             domains=domains,
             tasks=tasks,
             tokenizer=tokenizer,
+            token_dtype=token_dtype,
             preconditioner=preconditioner or ("identity" if optimizer is None else "adam"),
             optimizer=None if optimizer is None else str(optimizer),
             damping=damping,

@@ -65,7 +65,14 @@ def mix(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result holds them
             result = tikmix_d(matrix, **options)
-        content = {**result.to_dict(), "weights": result.as_dict(), "matrix": str(matrix_file), "settings": options}
+        content = {
+            "format": "tikmix_fast.mixture",
+            "version": 1,
+            **result.to_dict(),
+            "weights": result.as_dict(),
+            "matrix": str(matrix_file),
+            "settings": options,
+        }
         if out is not None:
             files.write_json(out, content)
     for warning in result.warnings:

@@ -62,6 +62,8 @@ class CheckpointSettings:
         A file, a folder or a pattern by name, of text or of tokens; see `tikmix_fast.data.domain.open_domain`.
     tokenizer : str
         As for `load_tokenizer`.
+    token_dtype : str or None
+        The integers of .bin files without .idx, which do not tell; None: there are none.
     preconditioner : "identity", "adam", "ekfac" or "diagonal_fisher"
     optimizer : str or None
         A file that `save_adam` wrote, for "adam".
@@ -98,6 +100,7 @@ class CheckpointSettings:
     domains: Mapping[str, str]
     tasks: Mapping[str, str]
     tokenizer: str = "auto"
+    token_dtype: str | None = None
     preconditioner: Literal["identity", "adam", "ekfac", "diagonal_fisher"] = "identity"
     optimizer: str | None = None
     damping: float = 0.1
@@ -331,7 +334,15 @@ class CheckpointInfluence:
             # Of its own name, so that one domain more or less changes nothing for the others.
             random = np.random.default_rng((self.settings.seed, zlib.crc32(f"{what} {name}".encode())))
             with _naming(what, name):
-                text = open_domain(path, self._length, tokenizer, cache=self.out / TOKENS, vocabulary=vocabulary)
+                stated = any(file.suffix == ".bin" for file in find_files(path))  # other files tell their dtype
+                text = open_domain(
+                    path,
+                    self._length,
+                    tokenizer,
+                    cache=self.out / TOKENS,
+                    dtype=self.settings.token_dtype if stated else None,
+                    vocabulary=vocabulary,
+                )
                 chosen = random.choice(len(text), min(wanted, len(text)), replace=False)
                 drawn[name] = torch.stack([text[int(index)] for index in chosen])
             if len(chosen) < wanted:
@@ -398,7 +409,7 @@ class CheckpointInfluence:
         kept = {
             name: value
             for name, value in self.settings.to_dict().items()
-            if name not in ("model", "tokenizer", "domains", "tasks", "optimizer", "save_every")
+            if name not in ("model", "tokenizer", "token_dtype", "domains", "tasks", "optimizer", "save_every")
         }
         identity = {name: json.dumps(value) for name, value in kept.items()}
         identity["model"] = digest(dict(self.model.named_parameters()))
