@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from tikmix_fast import InfluenceMatrix
 from tikmix_fast.cli.app import app
+from tikmix_fast.influence.record import MicrobatchRecord
+from tikmix_fast.mixture.dynamic import DynamicMixture
 from tikmix_fast.report.charts import loss_chart, mixture_chart
 from tikmix_fast.report.findings import matrix_warnings
 from tikmix_fast.training.results import ArmResult, Boundary, DemoResult
@@ -223,6 +225,71 @@ def test_what_mix_wrote_is_shown(tmp_path: Path) -> None:
     assert len(page.table("Task", "Before", "After")) == 3
 
 
+def schedule_of(random: np.random.Generator, names: list[str], boundaries: list[int]) -> DynamicMixture:
+    """A schedule that has measured the same influence at every boundary, with noise, and other tasks at the second."""
+    warm_up = dict.fromkeys(names, 1 / len(names))
+    schedule = DynamicMixture(names, 40, boundaries=boundaries, warm_up=warm_up, options={"diversity": 0.3})
+    truth = random.normal(size=(2, len(names)))
+    for k, step in enumerate(boundaries):
+        record = MicrobatchRecord(2, len(names), blocks=8)
+        for _ in range(8):
+            tokens = np.full(len(names), 100.0)
+            scores = (truth + 0.3 * random.normal(size=truth.shape)) * tokens
+            record.add(scores, tokens, scores / 2, np.broadcast_to(tokens / 2, truth.shape))
+        matrix = InfluenceMatrix.from_values(
+            truth + 0.1 * random.normal(size=truth.shape), stderr=np.full(truth.shape, 0.1), domains=names,
+            tasks=["qa", "fix" if k == 1 else EVIL[1]],
+        )  # fmt: skip
+        schedule.update(step, dataclasses.replace(matrix, record=record))
+    return schedule
+
+
+def test_a_schedule_is_shown(tmp_path: Path) -> None:
+    names = ["web", EVIL[0], "code", "books"]
+    schedule = schedule_of(np.random.default_rng(0), names, [10, 20, 30])
+    schedule.save(tmp_path / "schedule.json")
+    page = page_of(tmp_path, out=tmp_path / "a.html")
+    first, _, last = schedule.history
+    assert "measured at 3 of them so far, and the mixture changed at 3" in page.text
+    weights = {row[0]: row for row in page.table("Domain", "step 0", "Course", "step 30")[1:]}
+    assert {name: row[3] for name, row in weights.items()} == {k: f"{v:.1%}" for k, v in last.weights.items()}
+    assert {row[1] for row in weights.values()} == {"25.0%"}
+    (chart,) = [each for _, each in page.tags if each.get("aria-label", "").startswith("Weights of the domains")]
+    assert chart["role"] == "img"
+    decisions = page.table("At", "Decision")
+    assert decisions[1] == ["step 10", f"{first.reason}."]
+    assert len(decisions) == 4
+    ranks = {row[0]: row[1:] for row in page.table("Task", "step 20", "step 30")[1:]}
+    assert list(ranks) == ["qa", "mean"]  # the only task that was measured twice in a row
+    assert last.ranks is not None
+    (spearman,), (kendall,), (ceiling,) = last.ranks.spearman, last.ranks.kendall, last.ranks.ceiling
+    assert ranks["qa"][1] == f"{spearman:.2f} ({kendall:.2f})at most {ceiling:.2f}"
+    assert ranks["mean"] == ranks["qa"]
+
+
+def test_a_schedule_shows_what_it_has_so_far(tmp_path: Path) -> None:
+    """Nothing decided yet; one decision, at step 0, so that there is no warm-up; a solver that failed."""
+    random = np.random.default_rng(1)
+    DynamicMixture(["a", "b"], 10).save(tmp_path / "new.json")
+    page = page_of(tmp_path / "new.json", out=tmp_path / "new.html")
+    assert "measured at 0 of them" in page.text
+    assert page.table("Domain", "step 0", "Course", "step 0")[1][1] == "50.0%"
+    one = schedule_of(random, ["a", "b", "c"], [0])
+    one.save(tmp_path / "one.json")
+    page = page_of(tmp_path / "one.json", out=tmp_path / "one.html")
+    shown = {row[0]: row[1] for row in page.table("Domain", "step 0")[1:]}
+    assert shown == {name: f"{weight:.1%}" for name, weight in one.weights.items()}
+    assert "Did the ranks stay?" not in [text for _, text in page.headings]
+    state = one.state_dict()
+    state["history"][0] |= {
+        "success": False, "message": "no way", "changed": False, "weights": state["warm_up"], "warnings": ["too little"]
+    }  # fmt: skip
+    (tmp_path / "failed.json").write_text(json.dumps(state))
+    page = page_of(tmp_path / "failed.json", out=tmp_path / "failed.html")
+    assert "At step 0: no mixture was found: no way" in page.text
+    assert "At step 0: too little" in page.text
+
+
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (20, 100), (3, 26)])
 def test_every_size_is_shown_whole(n: int, m: int, tmp_path: Path) -> None:
     page = page_of(make(n, m).save(tmp_path / "S.json"), out=tmp_path / "a.html")
@@ -279,6 +346,12 @@ def test_charts_draw_the_numbers() -> None:
         ('{"format": "tikmix_fast.influence_matrix", "version": 1}', "lacks"),
         ('{"format": "tikmix_fast.demo", "version": 1}', "lacks"),
         ('{"format": "tikmix_fast.influence_run", "settings": 1}', "'settings' must be a dict"),
+        ('{"format": "tikmix_fast.dynamic_mixture", "version": 1}', "'domains' must be a list"),
+        (
+            '{"format": "tikmix_fast.dynamic_mixture", "version": 1, "domains": ["a"], "steps": 4, "boundaries": [2],'
+            ' "warm_up": {"a": 1.0}, "history": [{}]}',
+            "history of the state",
+        ),
         ('{"weights": [], "prior": [], "predicted": [], "message": ""}', "must be"),
         (None, "No such file"),
     ],
@@ -304,7 +377,8 @@ def test_an_empty_folder_is_a_mistake_and_foreign_files_in_folders_are_passed_ov
     found = run(tmp_path, "--out", tmp_path / "a.html", "--json")
     counts: dict[str, Any] = json.loads(found.stdout)
     assert counts == {
-        "file": str(tmp_path / "a.html"), "measurements": 0, "matrices": 1, "mixtures": 0, "training runs": 0,
+        "file": str(tmp_path / "a.html"), "measurements": 0, "matrices": 1, "mixtures": 0, "schedules": 0,
+        "training runs": 0,
     }  # fmt: skip
 
 

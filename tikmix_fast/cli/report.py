@@ -15,13 +15,15 @@ __all__ = ["report"]
 def report(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Folders or JSON files that demo, influence or mix wrote."),
+        typer.Argument(
+            metavar="PATH...", help="Folders or JSON files that demo, influence, mix or DynamicMixture wrote."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("tikmix-report.html"),
     title: Annotated[str, typer.Option(help="Of the page.")] = "Data influence and mixture",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was shown as JSON.")] = False,
 ) -> None:
-    """Make one HTML file of results: heat map, mixture, losses, costs, settings, warnings.
+    """Make one HTML file of results: heat map, mixture over time, losses, costs, settings, warnings.
 
     It needs no network, follows the reader's dark mode, and fits a phone.
     """
@@ -38,6 +40,7 @@ def report(
         "measurements": len(sources.runs),
         "matrices": len(sources.matrices),
         "mixtures": len(sources.mixtures),
+        "schedules": len(sources.schedules),
         "training runs": len(sources.demos),
     }
     if as_json:

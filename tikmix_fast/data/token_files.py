@@ -80,8 +80,8 @@ class TokenFile:
             found = _indexed(place, index)
         elif stated is None:
             raise ValueError(
-                f"{place}: dtype must be stated (--token-dtype), as a .bin does not tell; it is 'uint16' in most files of "
-                "nanoGPT; a Megatron .bin needs its .idx beside it"
+                f"{place}: dtype must be stated (--token-dtype), as a .bin does not tell; it is 'uint16' in most files "
+                "of nanoGPT; a Megatron .bin needs its .idx beside it"
             )
         else:
             if size % stated.itemsize:

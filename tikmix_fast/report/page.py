@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from tikmix_fast._version import __version__
 from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.mixture.decision import Decision
+from tikmix_fast.mixture.dynamic import DynamicMixture
 from tikmix_fast.report.charts import loss_chart, mixture_chart, sparkline
 from tikmix_fast.report.findings import list_names, matrix_warnings
 from tikmix_fast.report.page_style import STYLE
@@ -38,6 +40,8 @@ def make_page(sources: Sources, title: str = "Data influence and mixture") -> st
         sections.append(_section(f"Influence {name}", _matrix(matrix)))
     for name, mixture in sources.mixtures:
         sections.append(_section(f"Mixture {name}", _mixture(mixture)))
+    for name, schedule in sources.schedules:
+        sections.append(_section(f"Schedule {name}", _schedule(schedule)))
     for name, demo in sources.demos:
         sections.append(_section(f"Training run {name}", _demo(demo)))
     text = escape(title)
@@ -144,6 +148,65 @@ def _mixture(mixture: Mapping[str, Any]) -> Iterator[str]:
     yield _details("Settings", _settings("Settings of the solver", mixture.get("settings") or {}))
 
 
+def _schedule(schedule: DynamicMixture) -> Iterator[str]:
+    history = schedule.history
+    said = [
+        f"At step {each.step}: {warning}"
+        for each in history
+        for warning in (*([] if each.success else [f"no mixture was found: {each.message}"]), *each.warnings)
+    ]
+    yield _warnings(said, 3)
+    changed = sum(each.changed for each in history)
+    yield (
+        f"<p>{_count(schedule.steps, 'step')}, {_count(len(schedule.boundaries), 'boundary', 'boundaries')}; influence "
+        f"was measured at {len(history)} of them so far, and the mixture changed at {changed}.</p>"
+    )
+    mixtures = {0: schedule.state_dict()["warm_up"]} | {each.step: each.weights for each in history}
+    yield _over_time(list(mixtures.items()), schedule.steps)
+    if history:
+        rows = [[_head(f"step {each.step}"), _cell(f"{each.reason}.")] for each in history]
+        yield _table("What was decided", ["At", "Decision"], rows)
+    yield _ranks(history)
+
+
+def _ranks(history: Sequence[Decision]) -> str:
+    """Show whether the order of the domains stayed, where there was one before to compare with."""
+    found = [(each.step, each.ranks) for each in history if each.ranks is not None]
+    if not found:
+        return ""
+    tasks = list(dict.fromkeys(task for _, ranks in found for task in ranks.tasks))
+    rows = [[_head(task)] for task in tasks] + [[_head("mean")]]
+    for _, ranks in found:
+        numbers = dict(zip(ranks.tasks, zip(ranks.spearman, ranks.kendall, ranks.ceiling, strict=True), strict=True))
+        for row, task in zip(rows, tasks, strict=False):
+            row.append(_agreement(*numbers[task]) if task in numbers else '<td class="none">not compared</td>')
+        rows[-1].append(_agreement(ranks.mean_spearman, ranks.mean_kendall, ranks.mean_ceiling))
+    means = {
+        "measured": [(step, ranks.mean_spearman) for step, ranks in found],
+        "at most": [(step, ranks.mean_ceiling) for step, ranks in found],
+    }
+    lines = {name: [point for point in line if np.isfinite(point[1])] for name, line in means.items()}
+    name = "Mean agreement of the ranks over steps; the numbers are in the table"
+    picture = loss_chart(lines, name) if len(found) > 1 else ""
+    caption = (
+        "Agreement with the order of the domains that was measured before: Spearman's correlation (Kendall's). 1 is the "
+        "same order; at most: what noise in both measurements would leave of it."
+    )
+    note = "<p>Mean over tasks, over steps: the solid line as measured, the dashed one at most.</p>"
+    return (
+        _heading(3, "Did the ranks stay?")
+        + _table(caption, ["Task", *(f"step {step}" for step, _ in found)], rows, kind="numbers")
+        + (f'{note}<div class="charts"><figure>{picture}</figure></div>' if picture else "")
+    )
+
+
+def _agreement(spearman: float, kendall: float, ceiling: float) -> str:
+    if np.isnan(spearman):
+        return '<td class="none">unknown</td>'
+    most = f"<small>at most {ceiling:.2f}</small>" if np.isfinite(ceiling) else ""
+    return f"<td>{spearman:.2f} ({kendall:.2f}){most}</td>"
+
+
 def _run(run: Mapping[str, Any]) -> Iterator[str]:
     yield _warnings(run["warnings"], 3)
     yield _costs(run["seconds"], {"memory": run.get("memory", "")})
@@ -166,11 +229,7 @@ def _demo(demo: DemoResult) -> Iterator[str]:
     )
     yield _heading(3, "Losses")
     yield _losses(demo)
-    yield _heading(3, "Mixture over time")
-    yield '<figure><div class="picture">'
-    yield mixture_chart(demo.tikmix.weights, demo.settings.steps, "Weights of the domains over steps, stacked")
-    yield "</div><figcaption>The table below has the same numbers.</figcaption></figure>"
-    yield _weights(demo.tikmix.weights, "Weights over time", step="step ")
+    yield _over_time(demo.tikmix.weights, demo.settings.steps)
     if demo.boundaries:
         last = demo.boundaries[-1]
         yield _heading(3, f"Influence at step {last.step}")
@@ -214,6 +273,16 @@ def _change(demo: DemoResult, tasks: tuple[str, ...]) -> str:
         return "none"
     change = demo.change(tasks)
     return f"<b>{abs(change):.1%} {'lower' if change < 0 else 'higher'}</b>"
+
+
+def _over_time(weights: Sequence[tuple[int, Mapping[str, float]]], steps: int) -> str:
+    return (
+        _heading(3, "Mixture over time")
+        + '<figure><div class="picture">'
+        + mixture_chart(weights, steps, "Weights of the domains over steps, stacked")
+        + "</div><figcaption>The table below has the same numbers.</figcaption></figure>"
+        + _weights(weights, "Weights over time", step="step ")
+    )
 
 
 def _weights(weights: Sequence[tuple[int, Mapping[str, float]]], caption: str, step: str = "") -> str:
@@ -286,8 +355,8 @@ def _details(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _number(value: Any, digits: int = 6) -> str:

@@ -47,8 +47,8 @@ thead th { vertical-align: bottom; }
 .numbers td, .heat td, .numbers thead th + th, .heat thead th + th { text-align: right; }
 .numbers td, .heat td { white-space: nowrap; }
 .heat td { border: 2px solid var(--page); color: var(--ink); }
-.heat td small { display: block; color: var(--ink); font-size: .75rem; }
-.heat td.none { color: var(--soft); font-style: italic; white-space: normal; }
+.heat td small, .numbers td small { display: block; color: var(--ink); font-size: .75rem; }
+td.none { color: var(--soft); font-style: italic; white-space: normal; }
 td.helps { background: color-mix(in srgb, var(--helps) var(--strength), var(--card)); }
 td.harms { background: color-mix(in srgb, var(--harms) var(--strength), var(--card)); }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }

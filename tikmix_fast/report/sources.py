@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.mixture.dynamic import DynamicMixture
 from tikmix_fast.training.results import DemoResult
 
 __all__ = ["Sources", "read_sources"]
@@ -24,6 +25,8 @@ class Sources:
     matrices : list of (str, InfluenceMatrix)
     mixtures : list of (str, mapping)
         As ``tikmix-fast mix`` writes them.
+    schedules : list of (str, DynamicMixture)
+        As `DynamicMixture.save` writes them.
     runs : list of (str, mapping)
         The ``run.json`` of ``tikmix-fast influence``.
     """
@@ -31,6 +34,7 @@ class Sources:
     demos: list[tuple[str, DemoResult]] = field(default_factory=list)
     matrices: list[tuple[str, InfluenceMatrix]] = field(default_factory=list)
     mixtures: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    schedules: list[tuple[str, DynamicMixture]] = field(default_factory=list)
     runs: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
 
 
@@ -57,9 +61,10 @@ def read_sources(paths: Iterable[Path]) -> Sources:
                         _add(sources, file, required=False)
         else:
             _add(sources, path, required=True)
-    if not (sources.demos or sources.matrices or sources.mixtures or sources.runs):
+    if not any(vars(sources).values()):
         raise ValueError(
-            f"paths must hold what demo, influence or mix wrote; {', '.join(map(str, paths))} has nothing of it"
+            "paths must hold what demo, influence, mix or DynamicMixture.save wrote; "
+            f"{', '.join(map(str, paths))} has nothing of it"
         )
     return sources
 
@@ -77,13 +82,23 @@ def _add(sources: Sources, path: Path, required: bool) -> None:
             sources.matrices.append((str(path), InfluenceMatrix.from_dict(content)))
         elif kind == "tikmix_fast.influence_run":
             sources.runs.append((str(path), _checked(content, {"settings": dict, "seconds": dict, "warnings": list})))
+        elif kind == "tikmix_fast.dynamic_mixture":
+            sources.schedules.append((str(path), _schedule(content)))
         elif isinstance(content, dict) and {"weights", "prior", "predicted", "message"} <= set(content):
             lists = {"domains": list, "prior": list, "warnings": list, "weights": dict, "message": str}
             sources.mixtures.append((str(path), _checked(content, lists)))
         elif required:
-            raise ValueError("not an influence matrix, a mixture, a run or a demonstration's results")
+            raise ValueError("not an influence matrix, a mixture, a schedule, a run or a demonstration's results")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _schedule(state: dict[str, Any]) -> DynamicMixture:
+    """Make the schedule that a state is of, which checks all of it."""
+    run = _checked(state, {"domains": list, "steps": int, "boundaries": list, "warm_up": dict, "history": list})
+    schedule = DynamicMixture(run["domains"], run["steps"], boundaries=run["boundaries"], warm_up=run["warm_up"])
+    schedule.load_state_dict(state)
+    return schedule
 
 
 def _checked(content: dict[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
