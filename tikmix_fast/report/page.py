@@ -189,8 +189,8 @@ def _ranks(history: Sequence[Decision]) -> str:
     name = "Mean agreement of the ranks over steps; the numbers are in the table"
     picture = loss_chart(lines, name) if len(found) > 1 else ""
     caption = (
-        "Agreement with the order of the domains that was measured before: Spearman's correlation (Kendall's). 1 is the "
-        "same order; at most: what noise in both measurements would leave of it."
+        "Agreement with the order of the domains that was measured before: Spearman's correlation (Kendall's). 1 is "
+        "the same order; at most: what noise in both measurements would leave of it."
     )
     note = "<p>Mean over tasks, over steps: the solid line as measured, the dashed one at most.</p>"
     return (
