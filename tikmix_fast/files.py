@@ -1,14 +1,17 @@
-"""Write files so that a crash leaves the old content or the new one, never half of either."""
+"""Write files so that a crash leaves the old content or the new one, and read them so that damage is seen."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_bytes", "write_json", "write_text"]
+__all__ = ["naming", "read_json", "write_bytes", "write_json", "write_sealed_json", "write_text"]
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
@@ -58,3 +61,75 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
         If ``value`` holds a float that JSON cannot express; nothing is written.
     """
     return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_sealed_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+    """Write an object as `write_json` does, with the SHA-256 of the rest under "sha256".
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> path = write_sealed_json(pathlib.Path(tempfile.mkdtemp()) / "a.json", {"format": "mine", "x": 0.5})
+    >>> read_json(path, "mine")
+    {'format': 'mine', 'x': 0.5}
+    >>> _ = path.write_text(path.read_text().replace("0.5", "0.6"))
+    >>> read_json(path, "mine")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: .../a.json: its checksum differs: it is damaged, or was edited...
+    """
+    text = json.dumps(content, allow_nan=False)
+    # Of what a reader will see: names of other types than str, and tuples, are only what they are in JSON.
+    return write_json(path, {**content, "sha256": _sha256(json.loads(text))})
+
+
+def read_json(path: str | os.PathLike[str], format: str | None = None, *, sealed: bool = False) -> Any:
+    """Read a JSON file; if it is an object with a "format", its "sha256" is checked and left out.
+
+    Parameters
+    ----------
+    path : path
+    format : str, optional
+        What the file must hold under "format".
+    sealed : bool
+        Whether there must be a checksum. Not for what people write or edit by hand, such as mixtures: a file without
+        a checksum is read as it is, and whoever edits one that has it takes the line "sha256" out.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it is not JSON (cut short, for one), of another format, or its checksum is missing or differs; the message
+        names the file.
+    """
+    with naming(path):
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is not JSON: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"is not JSON, or cut short: {error}") from None
+        if format is not None and not (isinstance(content, dict) and content.get("format") == format):
+            found = content.get("format") if isinstance(content, dict) else None
+            raise ValueError(f"is another kind of file: 'format' must be {format!r}; got {found!r}")
+        seal = content.pop("sha256", None) if isinstance(content, dict) and "format" in content else None
+        if seal is None and sealed:
+            raise ValueError("has no checksum: it is damaged, or was not written by tikmix_fast")
+        if seal is not None and seal != _sha256(content):
+            raise ValueError("its checksum differs: it is damaged, or was edited (then take its line 'sha256' out)")
+        return content
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever the content of a damaged file makes a reader raise into a ValueError that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{os.fspath(path)}: lacks {error.args[0]!r}") from error
+    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

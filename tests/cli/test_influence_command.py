@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 from tikmix_fast import InfluenceEngine, InfluenceMatrix
 from tikmix_fast.cli.app import app
 from tikmix_fast.influence.conservation import ConservationError
+from tikmix_fast.influence.tensor_files import digest, read_tensors, write_tensors
 from tikmix_fast.training import checkpoint_influence
 from tikmix_fast.training.adam_files import load_adam, save_adam
-from tikmix_fast.training.checkpoint import digest, load_checkpoint
+from tikmix_fast.training.checkpoint import load_checkpoint
 from tikmix_fast.training.checkpoint_influence import CheckpointInfluence, CheckpointSettings
 
 transformers = pytest.importorskip("transformers")
@@ -574,9 +575,6 @@ def test_short_text_is_measured_whole_and_said_so(models: Path, texts: Path, tmp
 
 @pytest.mark.parametrize("damage", ["negative", "setting", "name"])
 def test_a_damaged_file_of_moments_is_refused(damage: str, tmp_path: Path) -> None:
-    import safetensors
-    import safetensors.torch
-
     path = tmp_path / "adam.safetensors"
     model = nn.Linear(2, 2)
     optimizer = torch.optim.Adam(model.parameters())
@@ -586,15 +584,13 @@ def test_a_damaged_file_of_moments_is_refused(damage: str, tmp_path: Path) -> No
     assert digest({k: v["exp_avg_sq"] for k, v in load_adam(path)["state"].items()}) == digest(
         {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
     )
-    with safetensors.safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["tikmix_fast"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, about = read_tensors(path, "tikmix_fast.adam")
     if damage == "negative":
         tensors["bias"][0] = -1
     elif damage == "setting":
-        del about["parameters"]["bias"]["lr"]
+        del about["bias"]["lr"]
     else:
         tensors["other"] = tensors.pop("bias")
-    safetensors.torch.save_file(tensors, path, {"tikmix_fast": json.dumps(about)})
+    write_tensors(path, "tikmix_fast.adam", tensors, about)
     with pytest.raises(ValueError, match="save_adam"):
         load_adam(path)

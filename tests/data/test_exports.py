@@ -187,7 +187,7 @@ def test_mixtera_follows_the_file(tmp_path):
         ('{"web": 1.0}', "must name every domain once"),
         ('{"web": 0.75, "code": 0.75}', "weights must sum to 1"),
         ('{"weights": [0.5, 0.5]}', "float"),
-        ("{", "must be JSON"),
+        ("{", "is not JSON"),
     ):
         file.write_text(wrong)
         with pytest.raises(ValueError, match=rf"mixture.json: .*{message}"):

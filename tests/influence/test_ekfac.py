@@ -596,7 +596,7 @@ def test_foreign_files_are_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"no file that EKFAC.save wrote"):
         EKFAC.load(path)
     save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"no file that EKFAC.save wrote: it says \{\}"):
+    with pytest.raises(ValueError, match=r"another kind of file: .* got None \(it is no file that EKFAC.save wrote"):
         EKFAC.load(path)
     fit_given(DiagonalFisher(), model, batches, targets, 3).save(path)
     with pytest.raises(ValueError, match="'kind': 'diagonal_fisher'"):

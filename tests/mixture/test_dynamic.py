@@ -432,7 +432,7 @@ def test_what_is_no_state_at_all_is_refused(tmp_path) -> None:
     with pytest.raises(TypeError, match="state must be a mapping"):
         schedule.load_state_dict([])
     (tmp_path / "torn.json").write_text("{")
-    with pytest.raises(ValueError, match=r"torn\.json: Expecting"):
+    with pytest.raises(ValueError, match=r"torn\.json: is not JSON, or cut short: Expecting"):
         schedule.load(tmp_path / "torn.json")
     with pytest.raises(FileNotFoundError):
         schedule.load(tmp_path / "missing.json")

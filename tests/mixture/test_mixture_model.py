@@ -11,6 +11,7 @@ import pytest
 from scipy.optimize import check_grad
 from scipy.stats import spearmanr
 
+from tikmix_fast import files
 from tikmix_fast.mixture.gaussian_process import GaussianProcess, negative_log_posterior
 from tikmix_fast.mixture.mixture_model import MixtureModel, rank_correlation
 from tikmix_fast.mixture.ridge import Ridge
@@ -202,11 +203,11 @@ def test_damaged_files_are_refused_and_named(tmp_path):
     damaged = {
         "": "Expecting value",
         text[:-100]: "Unterminated string",
-        "[]": "not a mixture model",
-        json.dumps({**content, "version": 2}): "version must be 1; got 2",
-        json.dumps({**content, "format": "other"}): "not a mixture model",
-        json.dumps({"format": content["format"], "version": 1}): "the checksum does not match",
-        text.replace("0.", "1.", 1): "the checksum does not match",
+        "[]": "is another kind of file",
+        json.dumps({**content, "version": 2}): "its checksum differs",
+        json.dumps({**content, "format": "other"}): "'format' must be 'tikmix_fast.mixture_model'; got 'other'",
+        json.dumps({"format": content["format"], "version": 1}): "has no checksum",
+        text.replace("0.", "1.", 1): "its checksum differs",
     }
     for wrong, message in damaged.items():
         path.write_text(wrong)
@@ -219,7 +220,7 @@ def test_damaged_files_are_refused_and_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("mixtures"), "lacks the field 'mixtures'"),
+        (lambda c: c.pop("mixtures"), "lacks 'mixtures'"),
         (lambda c: c["models"].pop(), "kinds, models and scores must fit each other"),
         (lambda c: c["models"][1]["dual"].pop(), "must hold finite numbers for 60 mixtures of 4 domains"),
         (lambda c: c["models"][1]["narrowness"].__setitem__(0, -1.0), "narrowness must not be negative"),
@@ -230,13 +231,11 @@ def test_damaged_files_are_refused_and_named(tmp_path):
     ],
 )
 def test_files_that_do_not_fit_together_are_refused_even_with_a_right_checksum(tmp_path, change, message):
-    from tikmix_fast.mixture.mixture_model import _digest
-
     _, path = saved(tmp_path)
     whole = json.loads(path.read_text())
     change(whole["content"])
-    whole["sha256"] = _digest(whole["content"])
-    path.write_text(json.dumps(whole))
+    del whole["sha256"]
+    files.write_sealed_json(path, whole)
     with pytest.raises(ValueError, match=re.escape(message)):
         MixtureModel.load(path)
 

@@ -61,8 +61,9 @@ def test_saved_matrices_are_valid(tmp_path, matrix):
     InfluenceMatrix.from_dict(content)
 
 
-def test_every_part_of_a_matrix_has_a_schema():
-    assert set(full_matrix().to_dict()) == set(schema("influence_matrix")["properties"])
+def test_every_part_of_a_matrix_has_a_schema(tmp_path):
+    content = json.loads(full_matrix().save(tmp_path / "S.json").read_text())
+    assert set(content) == set(schema("influence_matrix")["properties"])
 
 
 @pytest.mark.parametrize("matrix", [plain_matrix(), plain_matrix().values, full_matrix()], ids=["named", "bare", "nan"])
@@ -73,7 +74,6 @@ def test_results_are_valid(matrix, options):
         result = tikmix_d(matrix, np.full(3, 1 / 3), **options)
     content = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     validator("mixture").validate(content)
-    assert set(content) <= set(schema("mixture")["properties"])
     assert set(content) == set(schema("mixture")["required"])
 
 

@@ -11,6 +11,7 @@ import torch
 
 from tikmix_fast.data.corpora import Corpora, Sequences
 from tikmix_fast.training.arm import Arm
+from tikmix_fast.training.demo_state import DemoState
 from tikmix_fast.training.demonstration import demonstrate, task_losses, work
 from tikmix_fast.training.results import DemoResult
 from tikmix_fast.training.settings import DemoSettings
@@ -61,6 +62,50 @@ def test_a_run_can_be_repeated(settings: DemoSettings, corpora: Corpora, result:
     assert other.tikmix.final != result.tikmix.final
 
 
+class Interruption(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    settings: DemoSettings, corpora: Corpora, result: DemoResult, tmp_path
+) -> None:
+    path = tmp_path / "resume.safetensors"
+    amounts: list[float] = []
+
+    def run(calls: int) -> DemoResult:
+        left = iter(range(calls))
+        amounts.clear()
+
+        def progress(what: str, amount: float) -> None:
+            amounts.append(amount)
+            if next(left, None) is None:
+                raise Interruption
+
+        return demonstrate(settings, corpora, progress, DemoState(path, settings, corpora, every=3))
+
+    for calls in (5, 4, 9, 1, 12, 3, 7, 11):  # in every part of the run
+        with pytest.raises(Interruption):
+            run(calls)
+    again = run(1000)
+    assert sum(amounts) == pytest.approx(work(settings, corpora))
+    assert (again.tikmix, again.uniform) == (result.tikmix, result.uniform)
+    assert len(again.tikmix.parameters) == len(again.uniform.parameters) == 64
+    assert [each.to_dict() for each in again.boundaries] == [each.to_dict() for each in result.boundaries]
+
+
+def test_the_state_of_another_run_is_refused(settings: DemoSettings, corpora: Corpora, tmp_path) -> None:
+    path = tmp_path / "resume.safetensors"
+    demonstrate(settings, corpora, state=DemoState(path, settings, corpora))
+    with pytest.raises(ValueError, match=r"resume\.safetensors: is of an interrupted run with other settings: delete"):
+        DemoState(path, replace(settings, seed=1), corpora)
+    other = replace(corpora, domains={name: text[:-1] for name, text in corpora.domains.items()})
+    with pytest.raises(ValueError, match=r"resume\.safetensors: is of an interrupted run with other text"):
+        DemoState(path, settings, other)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"resume\.safetensors: is damaged, cut short .* delete it"):
+        DemoState(path, settings, corpora)
+
+
 def test_progress_adds_up_to_the_work(settings: DemoSettings, corpora: Corpora) -> None:
     done: list[tuple[str, float]] = []
     demonstrate(settings, corpora, lambda what, amount: done.append((what, amount)))
@@ -84,7 +129,7 @@ def test_results_survive_their_file(result: DemoResult, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "results.json: Expecting"),
+        ("{", "results.json: is not JSON, or cut short: Expecting"),
         ("[]", "results.json: not the result of a demonstration"),
         (json.dumps({"format": "tikmix_fast.demo", "version": 1}), "results.json: .* lacks the field 'settings'"),
     ],

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tikmix_fast.data.corpora import Corpora
+    from tikmix_fast.training.demo_state import DemoState
     from tikmix_fast.training.results import DemoResult
     from tikmix_fast.training.settings import DemoSettings
 
@@ -46,12 +47,15 @@ def demo(
     preconditioner: Annotated[str | None, typer.Option(help="adam or identity.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short run that shows the way but no gain.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice, at most 4.")] = None,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps between two saves, from which a killed run goes on.")
+    ] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Train a small GPT on a mixture that follows Group Influence, and its twin on a uniform one. Needs no download.
 
     The text comes from what is installed: Python's own sources and reference, headers, docstrings, licences. Takes some
-    minutes on two cores.
+    minutes on two cores. Killed, and called again with the same options, it goes on where it was.
     """
     import dataclasses
     import os
@@ -71,6 +75,7 @@ def demo(
 
             from tikmix_fast.data.corpora import gather
             from tikmix_fast.report.environment import describe_environment
+            from tikmix_fast.training.demo_state import DemoState
             from tikmix_fast.training.settings import DemoSettings
         options = {"steps": steps, "stages": stages, "diversity": diversity, "preconditioner": preconditioner}
         given = {name: value for name, value in options.items() if value is not None}
@@ -84,15 +89,20 @@ def demo(
     for name, reason in corpora.missing.items():
         console.print(f"[bold yellow]missing:[/] {name}: {reason}", highlight=False)
     environment = describe_environment()
-    results = []
+    results, states = [], []
     for each in range(seed, seed + seeds):
         folder = out if seeds == 1 else out / f"seed-{each}"
-        result = _run(dataclasses.replace(settings, seed=each), corpora, console)
-        result.environment = environment
+        own = dataclasses.replace(settings, seed=each)
         with user_mistakes():
             folder.mkdir(exist_ok=True)
+            states.append(DemoState(folder / "resume.safetensors", own, corpora, save_every))
+        result = _run(own, corpora, console, states[-1])
+        result.environment = environment
+        with user_mistakes():
             _write(result, folder)
         results.append(result)
+    for state in states:
+        state.delete()
     if as_json:
         _print_json(results, out)
     else:
@@ -109,7 +119,7 @@ def _check_backend() -> None:
     ops.group_influence(one, one, torch.tensor([0, 1]), one[None])
 
 
-def _run(settings: DemoSettings, corpora: Corpora, console: Console) -> DemoResult:
+def _run(settings: DemoSettings, corpora: Corpora, console: Console, state: DemoState) -> DemoResult:
     from rich import progress
     from rich.text import Text
 
@@ -129,7 +139,11 @@ def _run(settings: DemoSettings, corpora: Corpora, console: Console) -> DemoResu
     )
     with progress.Progress(*columns, console=console, speed_estimate_period=60) as bar:
         task = bar.add_task("both arms", total=work(settings, corpora), seed=settings.seed)
-        return demonstrate(settings, corpora, lambda what, amount: bar.update(task, description=what, advance=amount))
+
+        def show(what: str, amount: float) -> None:
+            bar.update(task, description=what, advance=amount)
+
+        return demonstrate(settings, corpora, show, state)
 
 
 def _write(result: DemoResult, folder: Path) -> None:

@@ -140,7 +140,7 @@ def influence(
             "warnings": measurement.warnings,
             "environment": describe_environment(),
         }
-        files.write_json(out / "run.json", run)
+        files.write_sealed_json(out / "run.json", run)
     measurement.finish()
     for warning in measurement.warnings:
         console.print(f"[bold yellow]warning:[/] {_plain(warning)}", highlight=False, soft_wrap=True)

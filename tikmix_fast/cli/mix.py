@@ -74,7 +74,7 @@ def mix(
             "settings": options,
         }
         if out is not None:
-            files.write_json(out, content)
+            files.write_sealed_json(out, content)
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if as_json:
@@ -91,18 +91,18 @@ def mix(
 
 
 def _read_prior(given: str, matrix: InfluenceMatrix) -> dict[str, float]:
-    import json
+    from tikmix_fast import files
 
     if given == "uniform":
         return {name: 1 / len(matrix.domains) for name in matrix.domains}
     if "=" in given:
         return _read_pairs("prior", given)
     try:
-        content = json.loads(Path(given).read_text(encoding="utf-8"))
+        content = files.read_json(given)  # people write it by hand, too: without a checksum
     except FileNotFoundError:
         raise ValueError(f"prior must be 'uniform', name=weight,... or a JSON file; got {given!r}") from None
     except ValueError as error:
-        raise ValueError(f"prior: {given} is not JSON: {error}") from None
+        raise ValueError(f"prior: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"prior: {given} must hold one object {{name: weight}}; got {type(content).__name__}")
     # What this command wrote may be the prior of the next stage.

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +18,7 @@ from tikmix_fast.influence.optimizer_state import canonical_name
 from tikmix_fast.influence.rows import RowLabels
 from tikmix_fast.influence.sampled_labels import sampled_labels
 from tikmix_fast.influence.target_counts import SeenLosses, targets_and_weight, watch_losses
+from tikmix_fast.influence.tensor_files import read_tensors, write_tensors
 
 __all__ = ["EKFAC", "DiagonalFisher"]
 
@@ -284,11 +280,7 @@ class EKFAC:
             for side, vectors in (("rows", basis.rows), ("columns", basis.columns)):
                 if vectors is not None:
                     tensors[f"{side}/{name}"] = vectors.contiguous()
-        about = {"format": _FORMAT, "version": _VERSION, "kind": self.name, "tokens": self.tokens}
-        target = Path(path)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            safetensors.torch.save_file(tensors, Path(folder) / "new", {"tikmix_fast": json.dumps(about)})
-            os.replace(Path(folder) / "new", target)
+        write_tensors(path, _FORMAT, tensors, {"version": _VERSION, "kind": self.name, "tokens": self.tokens})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", **settings: Any) -> EKFAC:
@@ -300,12 +292,10 @@ class EKFAC:
             If the file is none that `save` of this class wrote, or is damaged.
         """
         try:
-            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-                about = json.loads((file.metadata() or {}).get("tikmix_fast", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)!r} is no file that {cls.__name__}.save wrote: {error}") from error
-        wanted = {"format": _FORMAT, "version": _VERSION, "kind": cls.name}
+            tensors, about = read_tensors(path, _FORMAT, device=device)
+        except ValueError as error:
+            raise ValueError(f"{error} (it is no file that {cls.__name__}.save wrote)") from None
+        wanted = {"version": _VERSION, "kind": cls.name}
         got = {key: about.get(key) for key in wanted} if isinstance(about, dict) else about
         if got != wanted or not isinstance(about["tokens"], int) or about["tokens"] < 1:
             raise ValueError(f"{os.fspath(path)!r} is no file that {cls.__name__}.save wrote: it says {about!r}")

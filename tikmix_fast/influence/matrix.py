@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -365,30 +364,29 @@ class InfluenceMatrix:
             raise ValueError(f"influence matrix has a field of the wrong type: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the matrix as JSON, atomically; returns the path.
+        """Write the matrix as JSON with a checksum, atomically; returns the path.
 
         Raises
         ------
         OSError
             If the folder is missing or not writable.
         """
-        return files.write_json(path, self.to_dict())
+        return files.write_sealed_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InfluenceMatrix:
-        """Read a matrix that `save` wrote.
+        """Read a matrix that `save` wrote, or one without a checksum that something else did.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is not JSON or not an influence matrix; the message names it.
+            If the file is not JSON, not an influence matrix, or damaged; the message names it.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
+        content = files.read_json(path)
+        with files.naming(path):
+            return cls.from_dict(content)
 
 
 def _check_array(name: str, array: Any, shape: tuple[int, ...]) -> None:

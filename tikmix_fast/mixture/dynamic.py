@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import warnings
 from bisect import bisect_right
@@ -278,8 +277,8 @@ class DynamicMixture:
         self.history = history
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the state as JSON, atomically; returns the path."""
-        return files.write_json(path, self.state_dict())
+        """Write the state as JSON with a checksum, atomically; returns the path."""
+        return files.write_sealed_json(path, self.state_dict())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from the state that `save` wrote.
@@ -292,10 +291,9 @@ class DynamicMixture:
             If the file is not JSON, or its state is damaged or of another run; the message names the file, and the
             schedule is unchanged.
         """
-        try:
-            self.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
+        state = files.read_json(path)
+        with files.naming(path):
+            self.load_state_dict(state)
 
     def _shares(self, supply: Any, run_tokens: float | None, max_epochs: float) -> Array:
         """Return how much of the run [m] each domain could fill; infinite without a limit."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -257,9 +255,7 @@ class MixtureModel:
             "models": [model.to_dict() for model in self._models],
             "warnings": self.warnings,
         }
-        return files.write_json(
-            path, {"format": _FORMAT, "version": _VERSION, "sha256": _digest(content), "content": content}
-        )
+        return files.write_sealed_json(path, {"format": _FORMAT, "version": _VERSION, "content": content})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MixtureModel:
@@ -272,19 +268,11 @@ class MixtureModel:
         ValueError
             If the file is not a mixture model, is of another version, or was changed; the message names it.
         """
-        try:
-            whole = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
-                raise ValueError(f"not a mixture model: 'format' must be {_FORMAT!r}")
+        whole = files.read_json(path, _FORMAT, sealed=True)
+        with files.naming(path):
             if whole.get("version") != _VERSION:
                 raise ValueError(f"mixture model version must be {_VERSION}; got {whole.get('version')!r}")
-            if "content" not in whole or _digest(whole["content"]) != whole.get("sha256"):
-                raise ValueError("the checksum does not match: the file is damaged or was edited")
             return cls._from_content(whole["content"])
-        except KeyError as error:
-            raise ValueError(f"{os.fspath(path)}: mixture model lacks the field {error.args[0]!r}") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
 
     @classmethod
     def _from_content(cls, content: Mapping[str, Any]) -> MixtureModel:
@@ -382,10 +370,6 @@ def _read_names(name: str, given: Sequence[str] | None, count: int) -> Names:
     if len(names) != count or len(set(names)) != count or not all(isinstance(each, str) and each for each in names):
         raise ValueError(f"{name} must be {count} different non-empty strings; got {names!r}")
     return names
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(numbers: Array) -> list[float | None]:

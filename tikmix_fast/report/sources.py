@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tikmix_fast import files
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.mixture.dynamic import DynamicMixture
 from tikmix_fast.training.results import DemoResult
@@ -70,12 +70,9 @@ def read_sources(paths: Iterable[Path]) -> Sources:
 
 
 def _add(sources: Sources, path: Path, required: bool) -> None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    content = files.read_json(path)
     kind = content.get("format") if isinstance(content, dict) else None
-    try:
+    with files.naming(path):
         if kind == "tikmix_fast.demo":
             sources.demos.append((path.parent.name, DemoResult.from_dict(content)))
         elif kind == "tikmix_fast.influence_matrix":
@@ -89,8 +86,6 @@ def _add(sources: Sources, path: Path, required: bool) -> None:
             sources.mixtures.append((str(path), _checked(content, lists)))
         elif required:
             raise ValueError("not an influence matrix, a mixture, a schedule, a run or a demonstration's results")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _schedule(state: dict[str, Any]) -> DynamicMixture:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tikmix_fast import files
 from tikmix_fast.influence.optimizer_state import canonical_name, read_adam
+from tikmix_fast.influence.tensor_files import read_tensors, write_tensors
 
 __all__ = ["load_adam", "save_adam"]
 
 _FORMAT = "tikmix_fast.adam"
-_VERSION = 1
 
 
 def save_adam(path: str | os.PathLike[str], optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -54,9 +50,7 @@ def save_adam(path: str | os.PathLike[str], optimizer: torch.optim.Optimizer, mo
         name: {"step": each.step, "beta2": each.beta2, "eps": each.eps, "lr": float(each.lr)}
         for name, each in moments.items()
     }
-    metadata = {"tikmix_fast": json.dumps({"format": _FORMAT, "version": _VERSION, "parameters": about})}
-    tensors = {name: each.v.detach().cpu().contiguous() for name, each in moments.items()}
-    files.write_bytes(path, safetensors.torch.save(tensors, metadata))
+    write_tensors(path, _FORMAT, {name: each.v for name, each in moments.items()}, about)
 
 
 def load_adam(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -71,14 +65,9 @@ def load_adam(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     wrong = f"{os.fspath(path)!r} is no file that tikmix_fast.training.adam_files.save_adam wrote"
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("tikmix_fast", "null"))
-            moments: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        moments, settings = read_tensors(path, _FORMAT)
+    except ValueError as error:
         raise ValueError(f"{wrong}: {error}") from None
-    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (_FORMAT, _VERSION):
-        raise ValueError(wrong)
-    settings = about.get("parameters")
     if not isinstance(settings, dict) or set(settings) != set(moments):
         raise ValueError(f"{wrong}: settings and moments are not of the same parameters")
     for name, each in settings.items():

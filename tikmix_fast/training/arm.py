@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,30 @@ class Arm:
         twin.sampler = self._make_sampler()
         twin.sampler.load_state_dict(self.sampler.state_dict())
         return twin
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and the optimizer's state, by name; they are not copied."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            found[f"parameter/{name}"] = parameter
+            found |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        return found
+
+    def counters(self) -> dict[str, Any]:
+        """Return the rest of the state as plain JSON types."""
+        return {"step": self.step, "sampler": self.sampler.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Go on from what `tensors` and `counters` returned."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            # In memory of their own, aligned as torch aligns it: kernels may round by that.
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        self.step = counters["step"]
+        self.sampler.load_state_dict(counters["sampler"])
 
     @property
     def weights(self) -> dict[str, float]:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tikmix_fast.data.tokenizing import BYTES, Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["DTYPES", "Checkpoint", "check_files", "digest", "load_checkpoint", "load_tokenizer"]
+__all__ = ["DTYPES", "Checkpoint", "check_files", "load_checkpoint", "load_tokenizer"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -167,22 +167,6 @@ def _end_of_text(model: Path) -> int | None:
     ends = config.get("eos_token_id") if isinstance(config, dict) else None
     first = ends[0] if isinstance(ends, list) and ends else ends
     return first if isinstance(first, int) and first >= 0 else None
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names and contents, in hexadecimal.
-
-    Examples
-    --------
-    >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}), digest({"a": torch.zeros(2)}) == digest({})
-    (True, False)
-    """
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        total.update(value.flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def check_files(path: str | os.PathLike[str]) -> None:

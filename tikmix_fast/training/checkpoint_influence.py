@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tikmix_fast import files
 from tikmix_fast.data.domain import open_domain
 from tikmix_fast.data.domain_files import find_files
 from tikmix_fast.data.tokenizing import Tokenizer
@@ -33,9 +30,10 @@ from tikmix_fast.influence.memory import readable_size
 from tikmix_fast.influence.offload import free_memory
 from tikmix_fast.influence.optimizer_state import read_adam
 from tikmix_fast.influence.projection import Projection
+from tikmix_fast.influence.tensor_files import digest, read_tensors, write_tensors
 from tikmix_fast.ops.projection import ProjectionKind
 from tikmix_fast.training.adam_files import load_adam
-from tikmix_fast.training.checkpoint import Checkpoint, check_files, digest, load_checkpoint, load_tokenizer
+from tikmix_fast.training.checkpoint import Checkpoint, check_files, load_checkpoint, load_tokenizer
 
 __all__ = ["CheckpointInfluence", "CheckpointSettings", "Progress"]
 
@@ -44,8 +42,7 @@ Progress = Callable[[str, int], None]
 
 RESUME = "resume.safetensors"
 TOKENS = "tokens"
-_FORMAT = "tikmix_fast.checkpoint_influence"
-_VERSION = 1
+_FORMAT = "tikmix_fast.checkpoint_influence.2"
 _LEAST = 8
 """Micro-batches in which every domain should be, for error bars and their tails."""
 
@@ -368,14 +365,7 @@ class CheckpointInfluence:
         state = self.engine.state_dict(within_round=True)
         tensors = {f"projected/{name}": value for name, value in state.pop("projected", {}).items()}
         content = {"done": done, "of": self._identity, "seconds": self.seconds, "engine": state}
-        text = json.dumps(content, allow_nan=False).encode()
-        tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        about = {"format": _FORMAT, "version": _VERSION, "sha256": digest(tensors)}
-        saved = safetensors.torch.save(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            {"tikmix_fast": json.dumps(about)},
-        )
-        files.write_bytes(self.out / RESUME, saved)
+        write_tensors(self.out / RESUME, _FORMAT, tensors, content)
 
     def _read_state(self) -> dict[str, Any] | None:
         self._identity = self._identify()
@@ -384,15 +374,9 @@ class CheckpointInfluence:
             return None
         advice = "delete it to measure anew, or use another folder"
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("tikmix_fast", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            wanted = {"format": _FORMAT, "version": _VERSION, "sha256": digest(tensors)}
-            if about != wanted:
-                raise ValueError("its checksum, format or version is wrong")
-            content = json.loads(tensors.pop("state").numpy().tobytes())
-        except (safetensors.SafetensorError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is damaged or of another kind ({error}): {advice}") from None
+            tensors, content = read_tensors(path, _FORMAT)
+        except ValueError as error:
+            raise ValueError(f"{error}; {advice}") from None
         differ = [name for name, value in self._identity.items() if content["of"].get(name) != value]
         if differ:
             raise ValueError(

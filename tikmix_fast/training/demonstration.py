@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from tikmix_fast.data.corpora import Corpora, Sequences
+from tikmix_fast.influence.tensor_files import digest
 from tikmix_fast.mixture.tikmix_d import tikmix_d
 from tikmix_fast.training.arm import Arm
+from tikmix_fast.training.demo_state import DemoState
 from tikmix_fast.training.gpt import GPT
 from tikmix_fast.training.measuring import measure, rows_measured
 from tikmix_fast.training.results import ArmResult, Boundary, DemoResult
@@ -30,7 +32,12 @@ _EVALUATION_COST = 1 / 3
 _EVALUATION_ROWS = 32
 
 
-def demonstrate(settings: DemoSettings, corpora: Corpora, progress: Progress = lambda what, amount: None) -> DemoResult:
+def demonstrate(
+    settings: DemoSettings,
+    corpora: Corpora,
+    progress: Progress = lambda what, amount: None,
+    state: DemoState | None = None,
+) -> DemoResult:
     """Train both arms of one seed.
 
     The first stage is uniform, and shared. From then on the first arm measures the influence of every domain on the
@@ -42,6 +49,10 @@ def demonstrate(settings: DemoSettings, corpora: Corpora, progress: Progress = l
     settings : DemoSettings
     corpora : Corpora
     progress : callable, optional
+    state : DemoState, optional
+        Where to keep how far it is. Killed at any moment, and called again with a state of the same file, it goes on
+        from there, and ends with the same parameters, losses and mixtures, bit for bit where torch computes the same
+        bits again (the same machine and number of threads).
 
     Raises
     ------
@@ -54,34 +65,74 @@ def demonstrate(settings: DemoSettings, corpora: Corpora, progress: Progress = l
     reported = {name: Sequences(task.report, length) for name, task in corpora.tasks.items()}
     random = np.random.default_rng([settings.seed, 1])
     clock = _Clock()
+    done = 0.0
 
     arm = Arm(settings, domains)
-    followed = ArmResult(weights=[(0, arm.weights)])
+    followed, uniform = ArmResult(weights=[(0, arm.weights)]), ArmResult()
+    boundaries: list[Boundary] = []
+    arms = {"tikmix": arm}
+
+    def advance(what: str, amount: float) -> None:
+        nonlocal done
+        done += amount
+        progress(what, amount)
+
+    if state is not None and state.progress is not None:
+        state.restore("tikmix", arm)
+        twin = Arm(settings, domains)
+        if state.restore("uniform", twin):
+            arms["uniform"] = twin
+        saved = state.progress
+        followed, uniform = (ArmResult.from_dict(saved[name]) for name in ("followed", "uniform"))
+        boundaries = [Boundary.from_dict(each) for each in saved["boundaries"]]
+        random.bit_generator.state = saved["random"]
+        clock.seconds.update(saved["seconds"])
+        advance("going on", saved["done"])
+
+    def save() -> None:
+        if state is not None:
+            content = {
+                "followed": followed.to_dict(),
+                "uniform": uniform.to_dict(),
+                "boundaries": [each.to_dict() for each in boundaries],
+                "random": random.bit_generator.state,
+                "seconds": dict(clock.seconds),
+                "done": done,
+            }
+            state.write(arms, content)
 
     def train_to(arm: Arm, until: int, result: ArmResult, what: str) -> None:
         while arm.step < until:
             with clock.measure("training"):
                 arm.train_step()
-            progress(what, settings.batch)
+            advance(what, settings.batch)
             if arm.step in settings.evaluations:
                 with clock.measure("evaluating"):
                     losses = task_losses(arm.model, reported, settings.curve_rows)
                 result.losses.append((arm.step, losses))
-                progress(what, _EVALUATION_COST * len(reported) * settings.curve_rows)
+                advance(what, _EVALUATION_COST * len(reported) * settings.curve_rows)
+            if state is not None and arm.step % state.every == 0:
+                save()
         result.drawn = arm.drawn
 
     def finish(arm: Arm, result: ArmResult) -> None:
-        with clock.measure("evaluating"):
-            result.final = task_losses(arm.model, reported)
+        if not result.final:
+            with clock.measure("evaluating"):
+                result.final = task_losses(arm.model, reported)
+            result.parameters = digest(dict(arm.model.named_parameters()))
+            save()
 
     train_to(arm, settings.boundaries[0], followed, "both arms")
-    twin = arm.branch()
-    uniform = ArmResult(losses=list(followed.losses), weights=list(followed.weights))
-    boundaries: list[Boundary] = []
+    if "uniform" not in arms:
+        arms["uniform"] = arm.branch()
+        uniform = ArmResult(losses=list(followed.losses), weights=list(followed.weights))
     for start, end in zip(settings.boundaries, (*settings.boundaries[1:], settings.steps), strict=True):
+        if any(each.step == start for each in boundaries):
+            train_to(arm, end, followed, "TiKMiX-D")
+            continue  # before an interruption
         with clock.measure("measuring"):
             matrix = measure(arm.model, arm.optimizer, domains, steered, settings, random)
-        progress("TiKMiX-D", rows_measured(settings, len(domains), len(steered)))
+        advance("TiKMiX-D", rows_measured(settings, len(domains), len(steered)))
         with clock.measure("solving"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result holds them
             solution = tikmix_d(
@@ -97,10 +148,11 @@ def demonstrate(settings: DemoSettings, corpora: Corpora, progress: Progress = l
         message = "; ".join([solution.message, *solution.warnings])
         boundaries.append(Boundary(start, matrix, arm.weights, message, solution.success))
         followed.weights.append((start, arm.weights))
+        save()
         train_to(arm, end, followed, "TiKMiX-D")
     finish(arm, followed)
-    train_to(twin, settings.steps, uniform, "uniform")
-    finish(twin, uniform)
+    train_to(arms["uniform"], settings.steps, uniform, "uniform")
+    finish(arms["uniform"], uniform)
 
     return DemoResult(
         settings=settings,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,12 +36,36 @@ class ArmResult:
         The step from which a mixture held, and the mixture.
     drawn : dict of str to int
         Sequences trained on, by domain.
+    parameters : str
+        SHA-256 of the parameters after the last step: whether two runs ended alike to the last bit. Empty: not known.
     """
 
     losses: list[tuple[int, ByName]] = field(default_factory=list)
     final: ByName = field(default_factory=dict)
     weights: list[tuple[int, ByName]] = field(default_factory=list)
     drawn: dict[str, int] = field(default_factory=dict)
+    parameters: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "losses": [{"step": step, "tasks": losses} for step, losses in self.losses],
+            "final": self.final,
+            "weights": [{"step": step, "domains": weights} for step, weights in self.weights],
+            "drawn": self.drawn,
+            "parameters": self.parameters,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ArmResult:
+        """Read what `to_dict` returned."""
+        return cls(
+            losses=[(each["step"], each["tasks"]) for each in content["losses"]],
+            final=content["final"],
+            weights=[(each["step"], each["domains"]) for each in content["weights"]],
+            drawn=content["drawn"],
+            parameters=content.get("parameters", ""),
+        )
 
 
 @dataclass
@@ -66,6 +89,21 @@ class Boundary:
     weights: ByName
     message: str
     success: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "step": self.step,
+            "weights": self.weights,
+            "success": self.success,
+            "message": self.message,
+            "matrix": self.matrix.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Boundary:
+        """Read what `to_dict` returned."""
+        return cls(**{**content, "matrix": InfluenceMatrix.from_dict(content["matrix"])})
 
 
 @dataclass
@@ -125,17 +163,8 @@ class DemoResult:
             "environment": self.environment,
             "steered": list(self.steered),
             "held_out": list(self.held_out),
-            "arms": {name: _arm_to_dict(getattr(self, name)) for name in ("tikmix", "uniform")},
-            "boundaries": [
-                {
-                    "step": each.step,
-                    "weights": each.weights,
-                    "success": each.success,
-                    "message": each.message,
-                    "matrix": each.matrix.to_dict(),
-                }
-                for each in self.boundaries
-            ],
+            "arms": {name: getattr(self, name).to_dict() for name in ("tikmix", "uniform")},
+            "boundaries": [each.to_dict() for each in self.boundaries],
             "sources": self.sources,
             "text_bytes": self.text_bytes,
             "missing": self.missing,
@@ -157,12 +186,9 @@ class DemoResult:
         try:
             return cls(
                 settings=DemoSettings.from_dict(content["settings"]),
-                tikmix=_arm_from_dict(content["arms"]["tikmix"]),
-                uniform=_arm_from_dict(content["arms"]["uniform"]),
-                boundaries=[
-                    Boundary(**{**each, "matrix": InfluenceMatrix.from_dict(each["matrix"])})
-                    for each in content["boundaries"]
-                ],
+                tikmix=ArmResult.from_dict(content["arms"]["tikmix"]),
+                uniform=ArmResult.from_dict(content["arms"]["uniform"]),
+                boundaries=[Boundary.from_dict(each) for each in content["boundaries"]],
                 steered=tuple(content["steered"]),
                 held_out=tuple(content["held_out"]),
                 **{
@@ -174,8 +200,8 @@ class DemoResult:
             raise ValueError(f"the result of a demonstration lacks the field {error.args[0]!r}") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything as JSON, atomically; returns the path."""
-        return files.write_json(path, self.to_dict())
+        """Write everything as JSON with a checksum, atomically; returns the path."""
+        return files.write_sealed_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DemoResult:
@@ -184,27 +210,8 @@ class DemoResult:
         Raises
         ------
         ValueError
-            If the file is not JSON or not a demonstration's; the message names it.
+            If the file is not JSON, not a demonstration's, or damaged; the message names it.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
-
-
-def _arm_to_dict(arm: ArmResult) -> dict[str, Any]:
-    return {
-        "losses": [{"step": step, "tasks": losses} for step, losses in arm.losses],
-        "final": arm.final,
-        "weights": [{"step": step, "domains": weights} for step, weights in arm.weights],
-        "drawn": arm.drawn,
-    }
-
-
-def _arm_from_dict(content: Mapping[str, Any]) -> ArmResult:
-    return ArmResult(
-        losses=[(each["step"], each["tasks"]) for each in content["losses"]],
-        final=content["final"],
-        weights=[(each["step"], each["domains"]) for each in content["weights"]],
-        drawn=content["drawn"],
-    )
+        content = files.read_json(path)
+        with files.naming(path):
+            return cls.from_dict(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tikmix_fast import files
 from tikmix_fast.data.exports.shares import check_names, checked_weights
 from tikmix_fast.data.optional import optional
 
@@ -71,11 +71,9 @@ def mixture_file_algorithm(path: str | os.PathLike[str], domains: Sequence[str])
 def read_mixture(path: Path, domains: Sequence[str]) -> dict[str, float] | None:
     """Read ``{name: weight}``, or the result of a solver with such ``weights``; None if there is no file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path}: must be JSON; {error}") from None
     if isinstance(content, Mapping) and isinstance(content.get("weights"), Mapping):
         content = content["weights"]
     try:

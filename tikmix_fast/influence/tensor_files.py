@@ -1,0 +1,89 @@
+"""Tensors and a few words about them in one safetensors file, with a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tikmix_fast import files
+
+__all__ = ["digest", "read_tensors", "write_tensors"]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names and contents, in hexadecimal.
+
+    Examples
+    --------
+    >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}), digest({"a": torch.zeros(2)}) == digest({})
+    (True, False)
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def write_tensors(path: str | os.PathLike[str], format: str, tensors: Mapping[str, Tensor], about: Any) -> Path:
+    """Write tensors, and ``about`` as JSON, to a safetensors file, atomically.
+
+    Tensors that share memory are written as often as they are there. Needs their memory once more on the CPU, and that
+    of the file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = write_tensors(f"{folder}/a.safetensors", "mine", {"a": torch.zeros(2)}, {"step": 3})
+    ...     read_tensors(path, "mine")
+    ({'a': tensor([0., 0.])}, {'step': 3})
+    """
+    words = json.dumps(about, allow_nan=False)
+    own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    metadata = {"format": format, "about": words, "sha256": _seal(own, words)}
+    return files.write_bytes(path, safetensors.torch.save(own, metadata))
+
+
+def read_tensors(
+    path: str | os.PathLike[str], format: str, *, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], Any]:
+    """Read what `write_tensors` wrote.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it is no safetensors file (cut short, for one), of another format, or its checksum differs; the message
+        names it.
+    """
+    with open(path, "rb"):
+        pass  # a file that cannot be opened is told apart from one that cannot be read
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(f"{os.fspath(path)}: is damaged, cut short or of another kind: {error}") from None
+    if (found := metadata.get("format")) != format:
+        raise ValueError(f"{os.fspath(path)}: is another kind of file: 'format' must be {format!r}; got {found!r}")
+    words = metadata.get("about", "")
+    if metadata.get("sha256") != _seal(tensors, words):
+        raise ValueError(f"{os.fspath(path)}: its checksum differs: it is damaged")
+    with files.naming(path):
+        return {name: value.to(device) for name, value in tensors.items()}, json.loads(words)
+
+
+def _seal(tensors: Mapping[str, Tensor], words: str) -> str:
+    return hashlib.sha256(f"{digest(tensors)} {words}".encode()).hexdigest()
