@@ -38,7 +38,7 @@ from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
 from tikmix_fast.influence.engine import InfluenceEngine
 from tikmix_fast.influence.estimator import Estimator
 from tikmix_fast.influence.matrix import InfluenceMatrix
-from tikmix_fast.influence.preconditioners import Preconditioner
+from tikmix_fast.influence.preconditioners import Adam, Preconditioner
 from tikmix_fast.influence.projection import Projection
 from tikmix_fast.report.environment import describe_environment
 from tikmix_fast.training.arm import Arm
@@ -65,12 +65,15 @@ class Method:
         or where the optimizer's momentum alone carries the weights within a few steps.
     damping : float
         Of "ekfac" and "diagonal_fisher".
+    floor : float
+        Of "adam": see `tikmix_fast.Adam`.
     """
 
     preconditioner: str
     dim: int | None = None
     weights: Literal["current", "averaged", "decayed", "path", "coasted"] = "current"
     damping: float = 0.1
+    floor: float = 0.0
 
     @property
     def name(self) -> str:
@@ -79,12 +82,14 @@ class Method:
         parts += [f"k={self.dim}"] if self.dim else []
         parts += [f"{self.weights} weights"] if self.weights != "current" else []
         parts += [f"damping {self.damping:g}"] if self.damping != 0.1 else []
+        parts += [f"floor {self.floor:g}"] if self.floor else []
         return ", ".join(parts)
 
 
 METHODS = (
     Method("identity"),
     Method("adam"),
+    Method("adam", floor=1.0),
     Method("ekfac"),
     Method("ekfac", damping=10.0),
     Method("diagonal_fisher"),
@@ -327,8 +332,10 @@ def influence(
 
 def curvature(model: GPT, subject: Subject, method: Method) -> str | Preconditioner:
     """Return the preconditioner of a method, fitted to the domains in equal parts."""
-    if method.preconditioner in ("adam", "identity"):
-        return method.preconditioner
+    if method.preconditioner == "adam":
+        return Adam(floor=method.floor)
+    if method.preconditioner == "identity":
+        return "identity"
     random = np.random.default_rng([subject.seed, 3])
     rows = -(-subject.settings.fisher_rows // len(subject.domains))
     batches = [batch for batch, _ in interleaved(subject.domains, rows, subject.settings.batch_rows, random)]
@@ -460,7 +467,8 @@ def additivity(subject: Subject) -> dict[str, Any]:
     names = list(subject.domains)
     samples = np.random.default_rng([subject.seed, 6])
     batches = interleaved(subject.domains, settings.additivity_rows, settings.batch_rows, samples)
-    matrix = influence(arm.model, arm.optimizer, subject, "adam", batches, names)
+    # Without a floor, bytes that the run never trained on (P = 1 / eps) decide what no sample of this size can tell.
+    matrix = influence(arm.model, arm.optimizer, subject, Adam(floor=1.0), batches, names)
     weights = np.random.default_rng([subject.seed, 8]).dirichlet(np.ones(len(names)), settings.mixtures)
     lengths = {name: len(text) for name, text in subject.domains.items()}
     everything = torch.cat([text.all() for text in subject.domains.values()])
@@ -477,7 +485,7 @@ def additivity(subject: Subject) -> dict[str, Any]:
         arm.model,
         arm.optimizer,
         subject,
-        "adam",
+        Adam(floor=1.0),
         ((everything[column], ids) for column in chosen.T),
         [f"mixture {number}" for number in range(settings.mixtures)],
     )
@@ -505,8 +513,25 @@ def calibration(subject: Subject) -> dict[str, Any]:
     holds all measurements that can be drawn from the pools. Repetitions draw from them with replacement; the truth is
     the mean of the whole table, which is known exactly.
     """
-    settings, training, arm = subject.settings, subject.settings.training, subject.arm
+    settings, training = subject.settings, subject.settings.training
     random = np.random.default_rng([subject.seed, 9])
+    n, m = len(subject.tasks), len(subject.domains)
+    tokens = float(training.domain_rows * training.model.length)
+    shares: dict[str, list[float]] = {}
+    # One pool for both, so that they differ in nothing else.
+    for preconditioner in (Adam(), Adam(floor=1.0)):
+        table = influence_of_pools(subject, preconditioner)
+        truth = table.mean((1, 3))
+        for splits in (2, training.task_splits):
+            kept = [covered(table, truth, splits, training, tokens, random) for _ in range(settings.repetitions)]
+            shares[f"{preconditioner.name}, {splits} splits"] = np.mean(kept, axis=(1, 2)).tolist()
+    return {"shares": shares, "cells": n * m}
+
+
+def influence_of_pools(subject: Subject, preconditioner: Preconditioner) -> Array:
+    """Return the influence of every micro-batch of the tasks on every one of the domains [n, pool, m, pool]."""
+    settings, training, arm = subject.settings, subject.settings.training, subject.arm
+    random = np.random.default_rng([subject.seed, 10])
     n, m = len(subject.tasks), len(subject.domains)
     names = [f"{task} {number}" for task in subject.tasks for number in range(settings.pool_task)]
     columns = [f"{domain} {number}" for domain in subject.domains for number in range(settings.pool_domain)]
@@ -514,7 +539,7 @@ def calibration(subject: Subject) -> dict[str, Any]:
         arm.model,
         columns,
         names,
-        preconditioner="adam",
+        preconditioner=preconditioner,
         optimizer=arm.optimizer,
         task_splits=1,
         batch_dim=0,
@@ -533,14 +558,7 @@ def calibration(subject: Subject) -> dict[str, Any]:
             with engine.domains(each):
                 arm.model.loss(batch).backward()
             arm.model.zero_grad()
-    table = engine.matrix().values.reshape(n, settings.pool_task, m, settings.pool_domain)
-    truth = table.mean((1, 3))
-    tokens = float(training.domain_rows * training.model.length)
-    shares: dict[str, list[float]] = {}
-    for splits in (2, training.task_splits):
-        kept = [covered(table, truth, splits, training, tokens, random) for _ in range(settings.repetitions)]
-        shares[f"{splits} splits"] = np.mean(kept, axis=(1, 2)).tolist()
-    return {"shares": shares, "cells": n * m}
+    return engine.matrix().values.reshape(n, settings.pool_task, m, settings.pool_domain)
 
 
 def covered(

@@ -46,7 +46,7 @@ def test_the_quick_study_stores_every_part_and_does_not_repeat_it(study: ModuleT
     assert all(cell["a second real run"] > 0.4 for cell in scores.values())
     assert scores["1/1"]["adam"] > 0.2
     assert np.mean(content["additivity"]["3"]["r"]) > 0.4
-    assert 0.8 < content["calibration"]["3"]["2 splits"]["share"] <= 1
+    assert 0.8 < content["calibration"]["3"]["adam, 2 splits"]["share"] <= 1
     assert (tmp_path / "prediction.png").stat().st_size > 10_000
 
     study.main(arguments)
