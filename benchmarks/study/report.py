@@ -186,6 +186,11 @@ def bar_table(results: Results) -> str:
         add(f"TiKMiX-D better than {regmix} (its plateau), 95% interval excludes 0", percent(values), mean + half < 0)
         share = mixing_flops(results, OURS) / mixing_flops(results, regmix)
         add(f"mixing FLOPs at most 20% of {regmix}", f"{share:.0%}", share <= 0.2)
+    for arm, reference in (("tikmix-d in-run", regmix), ("tikmix-m linear", OURS), ("tikmix-m probe", OURS)):
+        if reference and arm in results:
+            values = changes(results, arm, reference, steered)
+            mean, half = interval(values)
+            add(f"{arm} better than {reference}, 95% interval excludes 0", percent(values), mean + half < 0)
     better = [task for task in steered if changes(results, OURS, REFERENCE, [task]).mean() < 0]
     values = changes(results, OURS, REFERENCE, steered)
     add(
@@ -312,7 +317,7 @@ def draw_influence(results: Results) -> Any:
 def write(results: Results, folder: Path, reading: str = "") -> Path:
     """Write report.md and its pictures into ``folder``; returns the report."""
     save_figure(draw_changes(results), folder / "changes.png")
-    shown = [name for name in (OURS, "dga", "odm", "ado", plateau(results)) if name in results]
+    shown = [name for name in (OURS, "tikmix-d in-run", "dga", "odm", plateau(results)) if name in results]
     save_figure(draw_weights(results, shown), folder / "weights.png")
     parts = [
         "# Study",
