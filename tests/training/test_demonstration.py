@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from tikmix_fast.data.corpora import Corpora, Sequences
+from tikmix_fast.training import demonstration
 from tikmix_fast.training.arm import Arm
 from tikmix_fast.training.demo_state import DemoState
 from tikmix_fast.training.demonstration import demonstrate, task_losses, work
+from tikmix_fast.training.measuring import measure
 from tikmix_fast.training.results import DemoResult
 from tikmix_fast.training.settings import DemoSettings
 
@@ -91,6 +93,27 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert (again.tikmix, again.uniform) == (result.tikmix, result.uniform)
     assert len(again.tikmix.parameters) == len(again.uniform.parameters) == 64
     assert [each.to_dict() for each in again.boundaries] == [each.to_dict() for each in result.boundaries]
+
+
+def test_what_is_measured_right_after_an_interruption_is_the_same(
+    settings: DemoSettings, corpora: Corpora, result: DemoResult, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "resume.safetensors"
+    calls = []
+
+    def measure_every_second_time(*args):
+        calls.append(len(calls))
+        if len(calls) % 2:
+            raise Interruption
+        return measure(*args)
+
+    monkeypatch.setattr(demonstration, "measure", measure_every_second_time)
+    for _ in result.boundaries:
+        with pytest.raises(Interruption):
+            demonstrate(settings, corpora, state=DemoState(path, settings, corpora, every=1))
+    again = demonstrate(settings, corpora, state=DemoState(path, settings, corpora, every=1))
+    assert [each.to_dict() for each in again.boundaries] == [each.to_dict() for each in result.boundaries]
+    assert again.tikmix == result.tikmix
 
 
 def test_the_state_of_another_run_is_refused(settings: DemoSettings, corpora: Corpora, tmp_path) -> None:

@@ -65,7 +65,8 @@ class Arm:
 
     def counters(self) -> dict[str, Any]:
         """Return the rest of the state as plain JSON types."""
-        return {"step": self.step, "sampler": self.sampler.state_dict()}
+        # The rate is that of the last step, which a measurement before the next one takes for its unit.
+        return {"step": self.step, "rate": self.optimizer.param_groups[0]["lr"], "sampler": self.sampler.state_dict()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
@@ -76,6 +77,8 @@ class Arm:
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
             }
+        for group in self.optimizer.param_groups:
+            group["lr"] = counters["rate"]
         self.step = counters["step"]
         self.sampler.load_state_dict(counters["sampler"])
 
