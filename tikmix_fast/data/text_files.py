@@ -169,7 +169,7 @@ def _rows(path: Path, column: str) -> Iterator[Piece]:
                     yield Piece(_string(value, where, column), where, True)
     except KeyError as error:
         raise ValueError(error.args[0]) from None
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}, row {row + 1}: the file is damaged, cut short or not parquet: {error}") from None
 
 

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -216,7 +217,8 @@ def _npy(path: Path) -> TokenFile:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
-        except (ValueError, EOFError) as error:
+        # What numpy's reader of the header raises: it parses a Python literal, and mends that of old files by tokenizing.
+        except (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
             raise ValueError(f"{path}: is not a .npy file, or damaged: {error}") from None
         if len(shape) != 1:
             raise ValueError(f"{path}: must have one dimension; got shape {shape}")

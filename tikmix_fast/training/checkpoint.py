@@ -105,7 +105,15 @@ def load_checkpoint(
                     output_loading_info=True,
                 )
                 _check_complete(found)
-        except (ValueError, OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            OSError,
+            RuntimeError,
+            safetensors.SafetensorError,
+        ) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"model {str(given)!r} cannot be used: {reason}") from error
     text = config.get_text_config()

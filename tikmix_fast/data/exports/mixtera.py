@@ -76,9 +76,7 @@ def read_mixture(path: Path, domains: Sequence[str]) -> dict[str, float] | None:
         return None
     if isinstance(content, Mapping) and isinstance(content.get("weights"), Mapping):
         content = content["weights"]
-    try:
+    with files.naming(path):
         weights = checked_weights(content)
         check_names("weights", weights, domains)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
     return weights
