@@ -217,7 +217,7 @@ def _npy(path: Path) -> TokenFile:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
-        # What numpy's reader of the header raises: it parses a Python literal, and mends that of old files by tokenizing.
+        # numpy parses the header as a Python literal, and mends that of old files by tokenizing.
         except (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
             raise ValueError(f"{path}: is not a .npy file, or damaged: {error}") from None
         if len(shape) != 1:
