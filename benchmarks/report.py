@@ -109,9 +109,27 @@ def _newest_date(result: dict[str, Any]) -> str:
     return max((part["date"] for part in result["parts"].values()), default="")
 
 
+def study_section(results: dict[str, Any]) -> str:
+    """Return every arm of the study of mixtures against the uniform mixture, and how it was measured."""
+    from study.report import arm_table, collect  # with the arms, and so torch
+
+    arms = collect(results["results"], "summary.json")
+    environment = results["environment"]
+    settings = next(iter(arms["uniform"].values()))["settings"]["main"]
+    tokens = settings["steps"] * settings["batch"] * settings["model"]["length"]
+    return (
+        f"{arm_table(arms)}\n\n"
+        "Change of the mean loss from the uniform mixture at equal tokens, paired by seed, with 95 % t intervals; "
+        f"weights at the end, 1 = uniform. {tokens / 1e6:.1f} million bytes per arm; "
+        f"{environment['machine']['processor']}, torch {environment['packages']['torch']}, commit "
+        f"{environment['commit'][:10]}, {environment['date']}."
+    )
+
+
 RESULTS = "benchmarks/results"
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("demo.json",), demo_table),
+    "study": (("study/summary.json",), study_section),
     "ops": (("ops.json",), ops_section),
     "choice": (("choice.json",), choice_section),
     "engine": (("engine.json",), tables_section),

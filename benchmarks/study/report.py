@@ -59,6 +59,11 @@ def load(path: Path) -> Results:
         contents = json.loads(path.read_text(encoding="utf-8"))["results"]
     else:
         contents = [json.loads(each.read_text(encoding="utf-8")) for each in sorted(path.glob("*-*.json"))]
+    return collect(contents, str(path))
+
+
+def collect(contents: list[Any], where: str) -> Results:
+    """Sort what is a result of the study, by arm and seed; see `load`."""
     found: Results = {}
     made_with = set()
     for content in contents:
@@ -66,7 +71,7 @@ def load(path: Path) -> Results:
             found.setdefault(content["arm"], {})[content["seed"]] = content
             made_with.add((json.dumps(content["settings"], sort_keys=True), content["fingerprint"]))
     if len(made_with) != 1:
-        raise ValueError(f"{path} must hold results of one study; it holds those of {len(made_with)}")
+        raise ValueError(f"{where} must hold results of one study; it holds those of {len(made_with)}")
     return found
 
 

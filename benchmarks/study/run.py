@@ -17,6 +17,7 @@ import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -91,7 +92,8 @@ def main() -> None:
     if unknown:
         parser.error(f"--arms must be of {', '.join(map(repr, known))}; got {', '.join(map(repr, unknown))}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    files.write_json(arguments.out / "environment.json", describe_environment())
+    environment = {**describe_environment(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+    files.write_json(arguments.out / "environment.json", environment)
 
     # Arms that share proxy runs are one job, so that no two workers train the same proxies.
     jobs: dict[tuple[int, str], list[str]] = {}
