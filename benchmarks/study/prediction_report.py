@@ -154,8 +154,8 @@ def markdown(content: dict[str, Any], words: str) -> str:
             "",
             f"Pearson's r of S w with the influence of sampled mixtures (Dirichlet(1)), "
             f"{seeds[0]['tokens_per_mixture']:,.0f} tokens per mixture, {seeds[0]['tokens_per_domain']:,.0f} per "
-            "domain for S, preconditioner adam. At fixed weights influence is linear in the data, so only sampling can "
-            "lower r: the ceiling is what sampling of both sides allows.",
+            "domain for S, preconditioner adam with floor 1. At fixed weights influence is linear in the data, so only "
+            "sampling can lower r: the ceiling is what sampling of both sides allows.",
             "",
             "| task | r | ceiling |",
             "|---|---:|---:|",
