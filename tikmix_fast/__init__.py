@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tikmix_fast.influence.staleness import Staleness
     from tikmix_fast.mixture.candidates import draw_mixtures
     from tikmix_fast.mixture.dynamic import DynamicMixture
+    from tikmix_fast.mixture.final_choice import choose_by_labels
     from tikmix_fast.mixture.labels import linear_labels, resampled_labels
     from tikmix_fast.mixture.mixture_model import MixtureModel
     from tikmix_fast.mixture.result import MixtureResult
@@ -55,6 +56,7 @@ __all__ = [
     "Projection",
     "Staleness",
     "__version__",
+    "choose_by_labels",
     "draw_mixtures",
     "linear_labels",
     "open_domain",
@@ -80,6 +82,7 @@ _HOME = {
     "MixtureResult": "tikmix_fast.mixture.result",
     "MixtureSampler": "tikmix_fast.data.sampler",
     "Projection": "tikmix_fast.influence.projection",
+    "choose_by_labels": "tikmix_fast.mixture.final_choice",
     "draw_mixtures": "tikmix_fast.mixture.candidates",
     "linear_labels": "tikmix_fast.mixture.labels",
     "open_domain": "tikmix_fast.data.domain",

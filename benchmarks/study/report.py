@@ -191,6 +191,11 @@ def bar_table(results: Results) -> str:
         add(f"TiKMiX-D better than {regmix} (its plateau), 95% interval excludes 0", percent(values), mean + half < 0)
         share = mixing_flops(results, OURS) / mixing_flops(results, regmix)
         add(f"mixing FLOPs at most 20% of {regmix}", f"{share:.0%}", share <= 0.2)
+        others = [name for name in results if name.startswith("regmix") and name != regmix]
+        for other in sorted(others, key=lambda name: int(name.split()[1])):
+            values = changes(results, OURS, other, steered)
+            mean, half = interval(values)
+            add(f"TiKMiX-D better than {other}, 95% interval excludes 0", percent(values), mean + half < 0)
     for arm, reference in (("tikmix-d in-run", regmix), ("tikmix-m linear", OURS), ("tikmix-m probe", OURS)):
         if reference and arm in results:
             values = changes(results, arm, reference, steered)
@@ -305,8 +310,8 @@ def draw_influence(results: Results) -> Any:
     steps = [each["step"] for each in runs[0]["log"]]
     shares = []
     for run in runs:
-        values = np.array([each["influence"] for each in run["log"]])  # [stage, n, m]
-        shares.append((values / np.abs(values).max(2, keepdims=True)).mean(1))
+        values = np.array([each["influence"] for each in run["log"]], dtype=np.float64)  # [stage, n, m]
+        shares.append((values / np.nanmax(np.abs(values), axis=2, keepdims=True)).mean(1))
     mean, spread = np.mean(shares, axis=0), np.std(shares, axis=0)
     figure, axes = new_figure(5.6, 3.4)
     for name, colour in ((SHORT, _COLOURS[0]), ("python", _COLOURS[2]), (EARLY, _COLOURS[4]), (NOISE, "#777777")):

@@ -57,7 +57,8 @@ def run_arm(settings: StudySettings, problem: Problem, folder: Path, arm: str, s
             raise ValueError(f"{path} was made with another {' and '.join(differing)}: choose another --out")
         return path
     study = Study(settings, problem, seed, folder)
-    return files.write_json(path, {**made_with, **train(study, arms(settings)[arm](study))})
+    made_by = {"commit": describe_environment()["commit"]}
+    return files.write_json(path, {**made_with, **made_by, **train(study, arms(settings)[arm](study))})
 
 
 _problem: Problem | None = None  # of this worker

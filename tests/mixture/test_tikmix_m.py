@@ -173,9 +173,13 @@ def test_a_box_that_no_candidate_meets_is_said_and_the_anchor_returned():
 
 def test_a_prior_that_nothing_can_match_is_said():
     model = fitted(lambda w: np.column_stack([w[:, 0], w[:, 1]]), kind="ridge", m=3)
-    with pytest.warns(UserWarning, match="no mixture was found for which every task"):
+    with (
+        pytest.warns(UserWarning, match="prior lies outside the box"),
+        pytest.warns(UserWarning, match="no mixture was found for which every task"),
+    ):
         result = tikmix_m(model, [0.3, 0.3, 0.4], prior=[0.5, 0.5, 0.0], cap=0.45)
     assert not result.success
+    assert len(result.warnings) == 2
 
 
 @pytest.mark.parametrize(
@@ -203,3 +207,10 @@ def test_messages(change, error, message):
     arguments = {"model": fitted(lambda w: w[:, 0], kind="ridge"), "anchor": np.full(4, 0.25), **change}
     with pytest.raises(error, match=re.escape(message)):
         tikmix_m(arguments.pop("model"), arguments.pop("anchor"), **arguments)
+
+
+def test_a_prior_that_the_model_knows_nothing_of_is_said():
+    mixtures = np.random.default_rng(0).dirichlet(np.full(3, 50.0), 60)
+    model = MixtureModel(kind="ridge").fit(mixtures, mixtures @ [[1.0], [0.0], [0.0]])
+    with pytest.warns(UserWarning, match="prior lies outside the box"):
+        tikmix_m(model, mixtures.mean(0), prior=[0.0, 0.0, 1.0], rounds=2, candidates=100)

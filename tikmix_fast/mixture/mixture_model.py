@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from tikmix_fast import files
 from tikmix_fast.mixture.gaussian_process import GaussianProcess
-from tikmix_fast.mixture.inputs import Names, label, read_mixtures
+from tikmix_fast.mixture.inputs import Names, label, read_mixtures, read_whole
 from tikmix_fast.mixture.ridge import Ridge
 from tikmix_fast.mixture.trees import Trees
 
@@ -134,7 +134,7 @@ class MixtureModel:
             raise ValueError(f'kind must be "auto", "ridge", "gp" or "lightgbm"; got {kind!r}')
         if not isinstance(folds, (int, np.integer)) or folds < 2:
             raise ValueError(f"folds must be an integer of at least 2; got {folds!r}")
-        self.kind, self.folds, self.seed = kind, int(folds), seed
+        self.kind, self.folds, self.seed = kind, int(folds), read_whole("seed", seed, 0)
         self._models: tuple[Surrogate, ...] = ()
 
     def fit(

@@ -107,7 +107,8 @@ def tikmix_m(
     Warns
     -----
     UserWarning
-        If no round drew a candidate within the box, or Pareto holds nowhere; the texts are in ``result.warnings`` too.
+        If the prior is outside the box, no round drew a candidate within it, or Pareto holds nowhere; the texts are in
+        ``result.warnings`` too.
 
     Examples
     --------
@@ -177,6 +178,12 @@ def tikmix_m(
             break
 
     warned = []
+    beyond = ((reference < low - TOLERANCE) | (reference > high + TOLERANCE)).any()
+    if pareto and beyond:
+        warned.append(
+            "prior lies outside the box of the fitted mixtures, where the model knows nothing: what Pareto is held"
+            " against is a guess; label mixtures around the prior too, or set pareto=False"
+        )
     if not hits:
         warned.append(
             f"none of {candidates} candidates in any round lay within the box of the fitted mixtures; raise"
