@@ -66,14 +66,15 @@ def test_the_plateau_is_the_cheapest_that_is_not_reliably_worse(results: report.
 
 def test_goals(results: report.Results) -> None:
     rows = [line.split("|")[1:4] for line in report.bar_table(results).splitlines()[2:]]
-    assert [reached.strip() for *_, reached in rows] == ["yes"] * 6
+    # Changes of -3.6, -5.8 and -2.3% from regmix 256 have an interval that reaches above 0.
+    assert [reached.strip() for *_, reached in rows] == ["yes", "yes", "yes", "no", "yes", "yes", "yes"]
     assert rows[1][1].strip() == "16%"
-    assert "regmix 256" in rows[2][0]
-    assert rows[5][1].strip() == "0.08 ± 0.00"
+    assert ["regmix 16" in rows[2][0], "regmix 256" in rows[3][0]] == [True, True]
+    assert rows[6][1].strip() == "0.08 ± 0.00"
     for seed in results["tikmix-d"]:
         results["tikmix-d"][seed] = run(1.0 + 0.1 * seed, 2.1, noise=0.2, flops=200.0)
     rows = [line.split("|")[3].strip() for line in report.bar_table(results).splitlines()[2:]]
-    assert rows == ["no"] * 6
+    assert rows == ["no"] * 7
 
 
 def test_mixtures_hold_from_their_step_on() -> None:
