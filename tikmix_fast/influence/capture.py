@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tikmix_fast.influence import rules
+from tikmix_fast.influence.fully_sharded import is_sharded, units
 from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.transfers import PassStreams
 from tikmix_fast.influence.views import ParameterView, Source, plain
@@ -30,6 +31,8 @@ class Capture:
         Where inner products go; None only observes the shape of the rows.
     fused : bool
         Whether a linear layer's weight gradient comes from the kernel's own pass.
+    watch : callable (name, parameter), optional
+        Told of every parameter that is shown, when a sharded one has become whole too.
 
     Attributes
     ----------
@@ -40,7 +43,12 @@ class Capture:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], recorder: Recorder | None, fused: bool
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        recorder: Recorder | None,
+        fused: bool,
+        watch: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         self.fused = fused
         self.rows: tuple[int, ...] | None = None
@@ -48,6 +56,7 @@ class Capture:
         self._model = model
         self._parameters = parameters
         self._recorder = recorder
+        self._watch = watch
         self._open = False
 
     @property
@@ -60,30 +69,51 @@ class Capture:
     @contextmanager
     def open(self) -> Iterator[Capture]:
         """Show views in place of the parameters; whatever happens inside, the modules are as before afterwards."""
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        places = self._places()
         views: dict[str, ParameterView] = {}
-        shadowed: list[tuple[dict[str, Any], str]] = []
-        try:
-            for module in self._model.modules():
-                for attribute, parameter in module._parameters.items():
-                    name = names.get(id(parameter))
-                    # An entry of the instance's own dictionary hides the parameter of that name without touching it,
-                    # its hooks, or the state dict.
-                    if parameter is not None and name is not None and attribute not in vars(module):
-                        if name not in views:
-                            views[name] = ParameterView.make(parameter, self, (Source(name, parameter.detach()),))
-                        vars(module)[attribute] = views[name]
-                        shadowed.append((vars(module), attribute))
+
+        def show(some: list[tuple[nn.Module, str, str]]) -> None:
+            for module, attribute, name in some:
+                parameter = module._parameters[attribute]
+                if parameter is None or is_sharded(parameter):
+                    continue
+                if name not in views or views[name].plain is not parameter:
+                    views[name] = ParameterView.make(parameter, self, (Source(name, parameter.detach()),))
+                    if self._watch is not None:
+                        self._watch(name, parameter)
+                # An entry of the instance's own dictionary hides the parameter of that name without touching it, its
+                # hooks, or the state dict.
+                vars(module)[attribute] = views[name]
+
+        with ExitStack() as stack:
+            stack.callback(self._close, places)
+            show(places)
+            for unit in units(self._model):
+                # Its parameters become whole before this, in the hook of fully_shard itself; also in a recomputation.
+                inside = set(unit.modules())
+                own = [place for place in places if place[0] in inside]
+                stack.callback(unit.register_forward_pre_hook(lambda _module, _args, own=own: show(own)).remove)
             self._open = True
             with _eager():
                 yield self
-        finally:
-            self._open = False
-            if self._recorder is not None:
-                self._recorder.close()
-            for dictionary, attribute in shadowed:
-                if isinstance(dictionary.get(attribute), ParameterView):
-                    del dictionary[attribute]
+
+    def _places(self) -> list[tuple[nn.Module, str, str]]:
+        """Return where the parameters stand: the module, its attribute, and the parameter's name."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        return [
+            (module, attribute, names[id(parameter)])
+            for module in self._model.modules()
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in names and attribute not in vars(module)
+        ]
+
+    def _close(self, places: list[tuple[nn.Module, str, str]]) -> None:
+        self._open = False
+        if self._recorder is not None:
+            self._recorder.close()
+        for module, attribute, _ in places:
+            if isinstance(vars(module).get(attribute), ParameterView):
+                del vars(module)[attribute]
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function that met a view."""

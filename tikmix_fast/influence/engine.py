@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from tikmix_fast.influence.conservation import check_conservation
 from tikmix_fast.influence.coverage import Coverage
 from tikmix_fast.influence.ekfac import EKFAC
 from tikmix_fast.influence.estimator import Estimator
+from tikmix_fast.influence.fully_sharded import WholeGradients, check_sharding, is_sharded, reshard
 from tikmix_fast.influence.gradients import (
     GradientBefore,
     gradients_set_aside,
@@ -31,6 +31,7 @@ from tikmix_fast.influence.gradients import (
     without_synchronisation,
 )
 from tikmix_fast.influence.in_run import InRun
+from tikmix_fast.influence.loss_scale import LossScale, check_targets
 from tikmix_fast.influence.matrix import InfluenceMatrix
 from tikmix_fast.influence.memory import MemoryEstimate, estimate_memory, readable_size
 from tikmix_fast.influence.offload import Copier
@@ -44,7 +45,7 @@ from tikmix_fast.influence.recorder import Recorder
 from tikmix_fast.influence.rows import RowLabels
 from tikmix_fast.influence.staleness import QuerySketch, Watched
 from tikmix_fast.influence.stopping import Batch, until_known
-from tikmix_fast.influence.target_counts import SeenLosses, targets_and_weight, watch_losses
+from tikmix_fast.influence.target_counts import SeenLosses, watch_losses
 from tikmix_fast.influence.target_tokens import check_mask, count_target_tokens, masked_targets
 from tikmix_fast.influence.transfers import read_together
 from tikmix_fast.influence.verify import Cell, Verification, recompute_cells
@@ -114,12 +115,16 @@ class InfluenceEngine:
         `memory_estimate`. Means nothing for parameters on the CPU.
     process_group : ProcessGroup, "auto" or None
         The processes that measure one matrix together, each on batches of its own; "auto": those of
-        DistributedDataParallel around the model; None: this one alone. The queries are then those of all ranks'
-        task batches (summed when they freeze), the matrix that of all their micro-batches (gathered when it is read):
-        what one process with all of it would find, whichever rank had which domain. Every rank makes the same calls
-        of `refresh`, `matrix`, `state_dict` and the first `domains`, has at least one batch of some task, and keeps
-        (q + 1) x m numbers per micro-batch between two read-outs, q = tasks x ``task_splits``. A rank that stops makes
-        the others raise when the group's timeout is over.
+        DistributedDataParallel around the model or of ``fully_shard``; None: this one alone. The queries are then
+        those of all ranks' task batches (summed when they freeze), the matrix that of all their micro-batches (gathered
+        when it is read): what one process with all of it would find, whichever rank had which domain. Every rank makes
+        the same calls of `refresh`, `matrix`, `state_dict` and the first `domains`, has at least one batch of some
+        task, and keeps (q + 1) x m numbers per micro-batch between two read-outs, q = tasks x ``task_splits``. A rank
+        that stops makes the others raise when the group's timeout is over.
+    share_queries : bool
+        Of R ranks each holds one R-th of the task gradients and of the queries; the queries of a weight are gathered
+        when its turn in the backward comes. All ranks then run every `task` and `domains` together, as under
+        ``fully_shard`` they do anyhow, and are at the same task at a time; their batches of it count as one in a split.
 
     Raises
     ------
@@ -163,6 +168,7 @@ class InfluenceEngine:
         max_dropped_in_row: int = 10,
         queries_device: str | torch.device | None = None,
         process_group: torch.distributed.ProcessGroup | Literal["auto"] | None = "auto",
+        share_queries: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -173,6 +179,8 @@ class InfluenceEngine:
         _require_choice("batch_dim", batch_dim, (None, 0, 1))
         if queries_device is not None and str(queries_device) not in ("cpu", "auto"):
             raise ValueError(f"queries_device must be None, 'cpu' or 'auto'; got {queries_device!r}")
+        if share_queries and queries_device is not None:
+            raise ValueError(f"queries_device must be None with share_queries; got {queries_device!r}")
         _require_count("task_splits", task_splits, 1)
         _require_count("check_every", check_every, 0)
         _require_count("max_dropped_in_row", max_dropped_in_row, 1)
@@ -209,6 +217,7 @@ class InfluenceEngine:
         if not self.parameters():
             raise ValueError("model must have a trainable parameter that is not excluded")
         self._ranks = ranks_of(model, process_group, next(iter(self.parameters().values())).device)
+        self.share_queries = bool(share_queries) and self._ranks is not None
         self._begin_tasks()
 
     def parameters(self) -> dict[str, Tensor]:
@@ -253,23 +262,32 @@ class InfluenceEngine:
             )
         labels = RowLabels(0, 1, self.batch_dim)
         check_mask(mask, labels)
-        scale = _LossScale(normalizer, scaler)
+        scale = LossScale(normalizer, scaler)
         parameters = self.parameters()
         self._check_parameters(parameters)
         weights = Weights(parameters)
         stale = self._stale_flags(weights, "the first task")
         if self._copiers is None:
             self._copiers = self._choose_copiers()
-            self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers, self._ranks)
-        capture = Capture(self.model, parameters, None, fused=False)
+            self._tasks = TaskGradients(
+                self.task_names, self.task_splits, self._copiers, self._ranks, self.share_queries
+            )
+        taken = WholeGradients(parameters, take=True, keep=True)
+        capture = Capture(self.model, parameters, None, fused=False, watch=taken.watch)
         with ExitStack() as stack:
+            stack.enter_context(taken.open())
             self._enter(stack)
             stack.enter_context(gradients_set_aside(self.model))
             stack.enter_context(without_synchronisation(self.model))
             seen = stack.enter_context(watch_losses())
             stack.enter_context(capture.open())
             yield
-            gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+            gradients = {
+                name: p.grad.detach() for name, p in parameters.items() if p.grad is not None and not is_sharded(p)
+            }
+            gradients |= taken.found
+            if taken.unseen():
+                raise _not_captured(taken.unseen())
             if not gradients:
                 raise RuntimeError(f"no gradient reached a parameter inside task({name!r}): run loss.backward() in it")
             capture.streams.join(gradients.values())
@@ -283,10 +301,11 @@ class InfluenceEngine:
             self._check_stepping(found["stepped"], "task")
             tokens = count_target_tokens(labels, mask, capture.rows, found["masked"])
             factor = scale.factor(float(tokens.sum()), self.reduction, found["scale"])
-            if self._drop_if_not_finite(_all_finite(found["sums"], gradients.values()), f"task {name!r}", scaler):
+            finite = self._tasks.all_usable(index, _all_finite(found["sums"], gradients.values()))
+            if self._drop_if_not_finite(finite, f"task {name!r}", scaler):
                 return
-            _check_targets(tokens, factor, found["losses"], mask)
-            self._tasks.add(index, gradients, float(tokens[0]), factor)
+            check_targets(tokens, factor, found["losses"], mask)
+            self._tasks.add(index, gradients, float(tokens[0]), factor, parameters)
             self._weights = weights
 
     @contextmanager
@@ -335,7 +354,7 @@ class InfluenceEngine:
         ...         nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.zeros(8, dtype=torch.long)).backward()
         """
         self._require_idle()
-        if self._ranks is not None:
+        if self._ranks is not None or any(map(is_sharded, self.parameters().values())):
             raise RuntimeError(
                 "fisher(...) fits on one process: fit with process_group=None, save the preconditioner, and give every "
                 "rank an engine with what EKFAC.load or DiagonalFisher.load returns"
@@ -398,7 +417,7 @@ class InfluenceEngine:
         self._require_idle()
         labels = self._labels(ids, mask)
         check_mask(mask, labels)
-        scale = _LossScale(normalizer, scaler)
+        scale = LossScale(normalizer, scaler)
         parameters = self.parameters()
         self._check_parameters(parameters)
         weights = Weights(parameters)
@@ -412,13 +431,16 @@ class InfluenceEngine:
         held = self._queries.held
         checking = self.check_every > 0 and self._passes % self.check_every == 0
         reduced = checking and synchronises(self.model)
-        before = {name: GradientBefore(p, checking and not reduced) for name, p in parameters.items()}
+        own = {name: p for name, p in parameters.items() if not is_sharded(p)}
+        before = {name: GradientBefore(p, checking and not reduced) for name, p in own.items()}
+        gradients = WholeGradients(parameters, take=False, keep=checking)
         recorder = Recorder(labels, held, self._queries.projections)
-        capture = Capture(self.model, parameters, recorder, fused=self.grad == "fused")
+        capture = Capture(self.model, parameters, recorder, fused=self.grad == "fused", watch=gradients.watch)
         with ExitStack() as stack:
             self._enter(stack)
             seen = stack.enter_context(watch_losses())
-            local = stack.enter_context(local_gradients(parameters)) if reduced else {}
+            local = stack.enter_context(local_gradients(own)) if reduced else {}
+            stack.enter_context(gradients.open())
             stack.enter_context(capture.open())
             held.begin_pass()
             yield
@@ -433,18 +455,19 @@ class InfluenceEngine:
         )
         self._check_stale(found["stale"], "the tasks were measured")
         self._check_stepping(found["stepped"], "domains")
-        self._check_captured(parameters, before, recorder)
+        touched = [name for name, p in own.items() if before[name].touched(p)]
+        self._check_captured([*touched, *gradients.touched, *gradients.unseen()], recorder)
         tokens = count_target_tokens(labels, mask, capture.rows, found["masked"])
         factor = scale.factor(float(tokens.sum()), self.reduction, found["scale"])
         products = found["products"][0].numpy() * factor
         if self._drop_if_not_finite(bool(np.isfinite(products).all()), "a micro-batch of domains", scaler):
             return
-        _check_targets(tokens, factor, found["losses"], mask)
+        check_targets(tokens, factor, found["losses"], mask)
         if checking:
             low = any(p.dtype in _HALF for p in parameters.values()) or recorder.saw_half
             tolerance = 2e-2 if low else 1e-3
-            kept = {} if reduced else {name: gradient.kept(parameters[name]) for name, gradient in before.items()}
-            after = local if reduced else {name: p.grad for name, p in parameters.items()}
+            kept = {} if reduced else {name: before[name].kept(p) for name, p in own.items()}
+            after = {**(local if reduced else {name: p.grad for name, p in own.items()}), **gradients.found}
             check_conservation(recorder.sums, held, kept, after, tolerance, self._queries.projections)
         projected = {name: gradients.mul_(factor) for name, gradients in recorder.projected.items()}
         if self._ranks is None:
@@ -641,6 +664,7 @@ class InfluenceEngine:
             projection=self.projection,
             adam=isinstance(self.preconditioner, Adam),
             away=away,
+            shares=self._ranks.size if self.share_queries and self._ranks is not None else 1,
             checked=self.check_every > 0,
             dtype=dtype,
             tokens=tokens,
@@ -697,6 +721,8 @@ class InfluenceEngine:
         if not isinstance(labels.ids, Tensor):
             raise ValueError("ids must name the domain of every row for verify: pass a tensor of shape [B] or [B, S]")
         parameters = self.parameters()
+        if any(map(is_sharded, parameters.values())):
+            raise RuntimeError("verify needs the whole weights in one process: verify a small model before sharding it")
         queries = self._queries.by_task(len(self.task_names))
         projections = self._queries.projections
         recorder = Recorder(labels, queries, projections)
@@ -874,7 +900,7 @@ class InfluenceEngine:
         return self._queries, *self._estimator.open_round()
 
     def _begin_tasks(self) -> None:
-        self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers, self._ranks)
+        self._tasks = TaskGradients(self.task_names, self.task_splits, self._copiers, self._ranks, self.share_queries)
         self._pending = PendingMicrobatches()
         self._queries = None
         self._weights = None
@@ -940,6 +966,7 @@ class InfluenceEngine:
 
     def _trainable(self) -> Iterator[tuple[str, Tensor]]:
         model = self.model
+        reshard(model)
         # The names are those of the innermost model, whatever wraps it now.
         while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
             model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
@@ -964,16 +991,14 @@ class InfluenceEngine:
         self._open = True
         stack.callback(leave)
 
-    @staticmethod
-    def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    def _check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        check_sharding(self.model, parameters)
         for name, parameter in parameters.items():
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 raise RuntimeError(
                     f"{name!r} has a post-accumulate-grad hook: an optimizer that steps inside the backward is not "
                     "supported; remove the hook while measuring"
                 )
-            if type(parameter).__name__ == "DTensor":
-                raise TypeError(f"{name!r} is sharded (DTensor), which this version does not support")
 
     def _stale_flags(self, weights: Weights, since: str) -> list[Tensor]:
         """Raise if weights changed as far as that is told without waiting; return what is still to be read."""
@@ -1003,19 +1028,13 @@ class InfluenceEngine:
                 "backward is not supported"
             )
 
-    def _check_captured(
-        self, parameters: Mapping[str, Tensor], before: Mapping[str, GradientBefore], recorder: Recorder
-    ) -> None:
-        touched = [name for name, p in parameters.items() if before[name].touched(p)]
+    @staticmethod
+    def _check_captured(touched: Sequence[str], recorder: Recorder) -> None:
         if not touched:
             raise RuntimeError("no gradient reached a parameter inside domains(...): run loss.backward() in it")
         missed = [name for name in touched if name not in recorder.sums]
         if missed:
-            raise UncapturedParameterError(
-                f"gradients reached {', '.join(map(repr, missed))} in a way that was not captured (a fused kernel, a "
-                f"recurrent layer, or a reference kept outside the module). Leave them out with exclude={missed!r}, "
-                "and their influence counts as zero"
-            )
+            raise _not_captured(missed)
 
     def _drop_if_not_finite(self, finite: bool, what: str, scaler: Any) -> bool:
         if finite:
@@ -1037,31 +1056,12 @@ class InfluenceEngine:
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _check_targets(
-    tokens: NDArray[np.float64], factor: float, losses: Sequence[Tensor], mask: Tensor | int | None
-) -> None:
-    """Compare the mask and the normalizer with what the cross-entropy and its backward said."""
-    counted = int(tokens.sum())
-    if counted == 0:
-        raise ValueError("the batch has no target token: check the mask")
-    found = targets_and_weight(losses)
-    if found is None:
-        return
-    targets, weight = found
-    if targets != counted:
-        source = "mask=None counts every position" if mask is None else "the mask counts"
-        raise ValueError(
-            f"the cross-entropy had {targets} target tokens, but {source}: {counted}. Pass mask=, True where the "
-            "logits enter the loss; tikmix_fast.shifted_mask(labels) makes it for models that shift labels "
-            "themselves"
-        )
-    if weight <= 0 or abs(weight * factor - 1) > 1e-2:
-        raise ValueError(
-            "the backward says that the sum of token losses was divided by "
-            f"{1 / weight if weight else float('inf'):.6g}, but reduction, normalizer and scaler say {factor:.6g}: "
-            "pass normalizer= what it was divided by (accumulation steps included), scaler= where a GradScaler "
-            "scaled the loss, or reduction='sum'"
-        )
+def _not_captured(missed: Sequence[str]) -> UncapturedParameterError:
+    return UncapturedParameterError(
+        f"gradients reached {', '.join(map(repr, missed))} in a way that was not captured (a fused kernel, a recurrent "
+        "layer, a reference kept outside the module, or a unit of fully_shard used aside from its forward). Leave "
+        f"them out with exclude={list(missed)!r}, and their influence counts as zero"
+    )
 
 
 def _sum(gradient: Tensor) -> Tensor:
@@ -1078,32 +1078,6 @@ def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-class _LossScale:
-    """What the summed token losses were divided by, so that it can be undone."""
-
-    def __init__(self, normalizer: float | None, scaler: Any) -> None:
-        if normalizer is not None:
-            if isinstance(normalizer, Tensor):
-                normalizer = float(normalizer)
-            if not isinstance(normalizer, Real):
-                raise TypeError(f"normalizer must be a number; got {type(normalizer).__name__}")
-            if not (np.isfinite(float(normalizer)) and normalizer > 0):
-                raise ValueError(f"normalizer must be a positive number; got {normalizer!r}")
-        if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler; got {type(scaler).__name__}")
-        self._normalizer = normalizer
-        # Taken before the step: update() may change the scale afterwards. get_scale() would wait for the device.
-        scaled = getattr(scaler, "_scale", None)
-        if not isinstance(scaled, Tensor):
-            scaled = torch.tensor(1.0 if scaler is None else float(scaler.get_scale()), device="cpu")
-        self.unread = scaled.to(torch.float64, copy=True)
-
-    def factor(self, tokens: float, reduction: str, scale: Sequence[Tensor]) -> float:
-        """Return by what to multiply, given the target tokens and the scale that was read."""
-        divided = self._normalizer if self._normalizer is not None else (tokens if reduction == "mean" else 1.0)
-        return float(divided) / float(scale[0])
-
-
 def _unread(
     stale: list[Tensor],
     before: Weights,
@@ -1111,7 +1085,7 @@ def _unread(
     labels: RowLabels,
     mask: Tensor | int | None,
     seen: SeenLosses,
-    scale: _LossScale,
+    scale: LossScale,
 ) -> dict[str, list[Tensor]]:
     """Return what both contexts have to read when they end."""
     now = Weights(parameters)

@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tikmix_fast.influence.fully_sharded import is_sharded
+
 __all__ = ["GradientBefore", "gradients_set_aside", "local_gradients", "synchronises", "without_synchronisation"]
 
 
@@ -31,8 +33,11 @@ class GradientBefore:
 
 @contextmanager
 def gradients_set_aside(model: nn.Module) -> Iterator[None]:
-    """Give every parameter an empty ``.grad`` inside, and its old one (None included) back afterwards."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    """Give every parameter an empty ``.grad`` inside, and its old one (None included) back afterwards.
+
+    Those of sharded parameters are `WholeGradients`' own to set aside.
+    """
+    kept = [(parameter, parameter.grad) for parameter in model.parameters() if not is_sharded(parameter)]
     try:
         for parameter, _ in kept:
             parameter.grad = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from tikmix_fast import ops
+from tikmix_fast.influence.fully_sharded import is_sharded
 from tikmix_fast.influence.offload import ALIGNMENT, can_leave
 from tikmix_fast.influence.projection import Projection, projected_weights
 from tikmix_fast.influence.queries import accumulated
@@ -107,6 +108,7 @@ def estimate_memory(
     projection: Projection | None,
     adam: bool,
     away: bool,
+    shares: int,
     checked: bool,
     dtype: torch.dtype | None,
     tokens: int,
@@ -124,11 +126,30 @@ def estimate_memory(
         Whether the preconditioner is Adam's.
     away : bool
         Whether sums and queries rest in host memory.
+    shares : int
+        How many ranks hold shares of sums and queries.
     checked : bool
         Whether conservation is.
     dtype, tokens
         As in `InfluenceEngine.memory_estimate`.
     """
+    if shares > 1:
+        return _shared(
+            estimate_memory(
+                model,
+                parameters,
+                queries=queries,
+                domains=domains,
+                projection=projection,
+                adam=adam,
+                away=True,
+                shares=1,
+                checked=checked,
+                dtype=dtype,
+                tokens=tokens,
+            ),
+            shares,
+        )
     products = _product_weights(model, parameters)
     dim = None if projection is None else projection.dim
     projected = set() if projection is None else projected_weights(model, parameters, projection.dim, projection.tables)
@@ -180,6 +201,20 @@ def estimate_memory(
         )
         + projected_gradients,
         host=host,
+    )
+
+
+def _shared(away: MemoryEstimate, shares: int) -> MemoryEstimate:
+    """Return the estimate where what rests in host memory in ``away`` is shared by so many ranks instead."""
+    share = -(-away.host // shares)
+    return replace(
+        away,
+        task_gradients=away.task_gradients + share,
+        queries=away.queries + share,
+        tasks=away.tasks + share,
+        freezing=away.freezing + share,
+        domains=away.domains + share,
+        host=0,
     )
 
 
@@ -296,7 +331,10 @@ def _passing(
 
 
 def _checking(parameters: Mapping[str, Tensor]) -> int:
-    """Return what conservation takes: gradients kept from before, and a few float64 copies of one at a time."""
-    kept = sum(p.grad.nbytes for p in parameters.values() if p.grad is not None)
+    """Return what conservation takes: gradients kept from before, and a few float64 copies of one at a time.
+
+    Of a sharded parameter the gradient of the pass is kept.
+    """
+    kept = sum(p.nbytes if is_sharded(p) else 0 if p.grad is None else p.grad.nbytes for p in parameters.values())
     copies = max((8 * p.numel() * (2 if p.grad is None else 4) for p in parameters.values()), default=0)
     return kept + copies

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tikmix_fast.influence.fully_sharded import whole
+
 __all__ = ["AdamMoment", "canonical_name", "read_adam"]
 
 
@@ -25,10 +27,11 @@ class AdamMoment:
     def denominator(self, floor: float = 0.0) -> Tensor:
         """Return sqrt(v / (1 - beta2^t)) + eps, float32 or wider, of the parameter's shape.
 
-        With a ``floor`` the root is at least so many times the median of those that are not zero.
+        With a ``floor`` the root is at least so many times the median of those that are not zero. Of a sharded v the
+        parts are gathered: every rank must ask.
         """
-        v = self.v if self.v.dtype == torch.float64 else self.v.float()
-        corrected: Tensor = v / (1.0 - self.beta2**self.step)
+        v = whole(self.v)
+        corrected: Tensor = (v if v.dtype == torch.float64 else v.float()) / (1.0 - self.beta2**self.step)
         roots = corrected.sqrt_()
         if floor and bool((roots > 0).any()):
             roots.clamp_min_(floor * float(roots[roots > 0].median()))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
+from tikmix_fast.influence.fully_sharded import is_sharded, whole
 from tikmix_fast.influence.optimizer_state import AdamMoment, read_adam
 
 __all__ = ["EKFAC", "Adam", "DiagonalFisher", "Identity", "Preconditioner", "make_preconditioner"]
@@ -144,7 +145,9 @@ class Adam:
             )
         self._moments = read_adam(optimizer, parameters)
         self.reference_lr = max((moment.lr for moment in self._moments.values()), default=0.0)
-        some = not self.floor and any(bool((moment.v == 0).any()) for moment in self._moments.values())
+        # Whether a sharded v has zeros is known where it is whole.
+        second_moments = [moment.v for moment in self._moments.values()]
+        some = not self.floor and any(is_sharded(v) or bool((v == 0).any()) for v in second_moments)
         self._untrained = _Share(set(self._moments)) if some else None
 
     def apply(self, name: str, gradients: Tensor) -> Tensor:
@@ -154,7 +157,7 @@ class Adam:
         # All rates zero, as before a warm-up: the ratio of rates has no meaning, and equal ones cancel.
         ratio = moment.lr / self.reference_lr if self.reference_lr > 0 else 1.0
         if self._untrained is not None:
-            self._untrained.add(name, gradients, denominator, ratio, (moment.v == 0).to(gradients.device))
+            self._untrained.add(name, gradients, denominator, ratio, (whole(moment.v) == 0).to(gradients.device))
         return gradients.div_(denominator).mul_(ratio)
 
 

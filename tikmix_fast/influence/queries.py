@@ -33,6 +33,8 @@ class HeldQueries(Mapping[str, Tensor]):
         Queries that stay where they are.
     copiers : mapping of torch.device to Copier, optional
         For the devices whose queries leave.
+    sharing : Ranks, optional
+        Who holds shares of those that may leave; all of them must ask for the same ones in the same order.
 
     Examples
     --------
@@ -42,8 +44,13 @@ class HeldQueries(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, values: Mapping[str, Tensor] | None = None, copiers: Mapping[torch.device, Copier] | None = None
+        self,
+        values: Mapping[str, Tensor] | None = None,
+        copiers: Mapping[torch.device, Copier] | None = None,
+        sharing: Ranks | None = None,
     ) -> None:
+        self._sharing = sharing
+        self._shares: dict[str, tuple[Tensor, torch.Size]] = {}
         self._here: dict[str, Tensor] = dict(values or {})
         self._packed: dict[tuple[str, torch.dtype], ops.PackedQueries] = {}
         self._copiers = copiers or {}
@@ -52,17 +59,23 @@ class HeldQueries(Mapping[str, Tensor]):
         self._prefetchers = {device: Prefetcher(copier, self._away) for device, copier in self._copiers.items()}
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._shares and self._sharing is not None:
+            return self._sharing.join(*self._shares[name])
         return self._here[name] if name in self._here else self._prefetchers[self._home[name]].get(name)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._here
         yield from self._away
+        yield from self._shares
 
     def __len__(self) -> int:
-        return len(self._here) + len(self._away)
+        return len(self._here) + len(self._away) + len(self._shares)
 
     def hold(self, name: str, value: Tensor, *, may_leave: bool = False) -> None:
-        """Hold queries, in host memory if they may leave and their device has a copier."""
+        """Hold queries; if they may leave, in host memory where their device has a copier, or this rank's share."""
+        if may_leave and self._sharing is not None:
+            self._shares[name] = self._sharing.share(value), value.shape
+            return
         copier = self._copiers.get(value.device) if may_leave else None
         if copier is None:
             self._here[name] = value
@@ -91,7 +104,7 @@ class HeldQueries(Mapping[str, Tensor]):
         queries = self[name]
         if dtype == torch.bfloat16 and queries.dtype == torch.float32:
             queries = queries.bfloat16()
-            self.hold(name, queries, may_leave=name in self._away)
+            self.hold(name, queries, may_leave=name not in self._here)
         packed = ops.pack_queries(queries)
         if name in self._here:
             self._packed[name, dtype] = packed
@@ -144,6 +157,9 @@ class TaskGradients:
         For the devices whose sums rest in host memory.
     ranks : Ranks, optional
         Who else adds batches of the same tasks.
+    shared : bool
+        Each rank holds a share of the sums of all, not the sums of its own batches: they add batches of one task at a
+        time, together.
     """
 
     def __init__(
@@ -152,7 +168,9 @@ class TaskGradients:
         splits: int,
         copiers: Mapping[torch.device, Copier] | None = None,
         ranks: Ranks | None = None,
+        shared: bool = False,
     ) -> None:
+        self._sharing = ranks if shared else None
         self._names, self._splits, self._ranks = names, splits, ranks
         self._copiers = copiers or {}
         self._batches = [0] * len(names)
@@ -164,14 +182,45 @@ class TaskGradients:
         """Whether there is a sum yet."""
         return bool(self._sums)
 
-    def add(self, task: int, gradients: Mapping[str, Tensor], tokens: float, factor: float) -> None:
+    def all_usable(self, task: int, usable: bool) -> bool:
+        """Return whether a batch may be added; where sums are shared, whether that of every rank may.
+
+        Raises
+        ------
+        ValueError
+            If sums are shared and the ranks are not at the same task.
+        """
+        if self._sharing is None:
+            return usable
+        said = np.zeros((len(self._names), 2))
+        said[task] = 1, usable
+        said = self._sharing.total(said)
+        if said[task, 0] != self._sharing.size:
+            at = [name for name, (here, _) in zip(self._names, said, strict=True) if here]
+            raise ValueError(
+                f"task must be the same on every rank at a time with share_queries; got {', '.join(map(repr, at))}: "
+                "let the ranks go through the tasks in one order, or leave share_queries off"
+            )
+        return bool(said[task, 1] == self._sharing.size)
+
+    def add(
+        self,
+        task: int,
+        gradients: Mapping[str, Tensor],
+        tokens: float,
+        factor: float,
+        parameters: Mapping[str, Tensor],
+    ) -> None:
         """Add one batch: ``factor`` times the gradients is the gradient of the summed loss of its ``tokens``."""
+        if self._sharing is not None:
+            self._add_together(self._sharing, task, gradients, tokens, factor, parameters)
+            return
         # Dealt as if the ranks' batches came in turn: one batch a rank fills the splits too.
         first, stride = (0, 1) if self._ranks is None else (self._ranks.index, self._ranks.size)
         split = task, (first + self._batches[task] * stride) % self._splits
         sums = self._sums.setdefault(split, {})
         for name, gradient in gradients.items():
-            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            dense = _dense(gradient)
             copier = self._copiers.get(dense.device) if can_leave(dense.shape) else None
             if name not in sums:
                 total = torch.zeros(dense.shape, dtype=accumulated(dense), device=dense.device)
@@ -180,6 +229,29 @@ class TaskGradients:
                 total = copier.fetch(sums[name]) if copier else sums[name]
             total.add_(dense, alpha=factor)
             sums[name] = copier.to_host(total, into=sums.get(name)) if copier else total
+        self._tokens[split] = self._tokens.get(split, 0.0) + tokens
+        self._batches[task] += 1
+
+    def _add_together(
+        self,
+        ranks: Ranks,
+        task: int,
+        gradients: Mapping[str, Tensor],
+        tokens: float,
+        factor: float,
+        parameters: Mapping[str, Tensor],
+    ) -> None:
+        """Add the batches of all ranks as one."""
+        split = task, self._batches[task] % self._splits
+        sums = self._sums.setdefault(split, {})
+        # What no batch of this rank reached, one of another's may have: every rank takes part in every sum.
+        for name, parameter in parameters.items():
+            total = torch.zeros(parameter.shape, dtype=accumulated(parameter), device=parameter.device)
+            if name in gradients:
+                total.add_(_dense(gradients[name]), alpha=factor)
+            if can_leave(parameter.shape):
+                total = ranks.share_of_sum(total)
+            sums[name] = sums[name].add_(total) if name in sums else total
         self._tokens[split] = self._tokens.get(split, 0.0) + tokens
         self._batches[task] += 1
 
@@ -211,7 +283,7 @@ class TaskGradients:
             )
         preconditioner.prepare(parameters, optimizer)
         splits = [(int(task), int(split)) for task, split in np.argwhere(tokens)]
-        held = HeldQueries(copiers=self._copiers)
+        held = HeldQueries(copiers=self._copiers, sharing=self._sharing)
         for name, parameter in parameters.items():
             values = preconditioner.apply(name, self._take_means(name, parameter, splits, tokens))
             if name in projections:
@@ -236,17 +308,24 @@ class TaskGradients:
         self, name: str, parameter: Tensor, splits: Sequence[tuple[int, int]], tokens: NDArray[np.float64]
     ) -> Tensor:
         copier = self._copiers.get(parameter.device) if can_leave(parameter.shape) else None
-        means = parameter.new_zeros((len(splits), *parameter.shape), dtype=accumulated(parameter))
+        means = torch.zeros((len(splits), *parameter.shape), dtype=accumulated(parameter), device=parameter.device)
+        shared = self._sharing is not None and can_leave(parameter.shape)
         for mean, split in zip(means, splits, strict=True):
             # A parameter that this split's batches did not reach has no gradient there.
             total = self._sums.get(split, {}).pop(name, None)
-            if total is not None:
+            if total is not None and shared and self._sharing is not None:
+                mean.copy_(self._sharing.join(total, parameter.shape))
+            elif total is not None:
                 mean.copy_(copier.fetch(total) if copier else total)
-        if self._ranks is not None:
+        if self._ranks is not None and not shared:
             self._ranks.add_up(means)
         for mean, split in zip(means, splits, strict=True):
             mean.div_(float(tokens[split]))
         return means
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def accumulated(tensor: Tensor) -> torch.dtype:

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tikmix_fast.influence.estimator import Estimator
+from tikmix_fast.influence.fully_sharded import mesh_group
 from tikmix_fast.influence.queries import Queries
 
 if TYPE_CHECKING:
@@ -54,6 +56,26 @@ class Ranks:
         self.add_up(sent)
         return sent.cpu().numpy()
 
+    def share_of_sum(self, tensor: Tensor) -> Tensor:
+        """Return this rank's share of the sum of ``tensor`` over all ranks: an equal part of its elements, flat."""
+        padded = self._padded(tensor)
+        share = padded.new_empty(len(padded) // self.size)
+        dist.reduce_scatter_tensor(share, padded, group=self._group)
+        return share
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """Return this rank's share of a tensor that all ranks hold."""
+        return self._padded(tensor).chunk(self.size)[self.index].clone()
+
+    def join(self, share: Tensor, shape: torch.Size) -> Tensor:
+        """Return the tensor that the ranks hold shares of."""
+        joined = share.new_empty(len(share) * self.size)
+        dist.all_gather_into_tensor(joined, share, group=self._group)
+        return joined[: shape.numel()].view(shape)
+
+    def _padded(self, tensor: Tensor) -> Tensor:
+        return F.pad(tensor.reshape(-1), (0, -tensor.numel() % self.size))
+
     def gather(self, rows: Array) -> list[Array]:
         """Return the ``rows`` [k, width] of every rank; k may differ."""
         counts = np.zeros(self.size)
@@ -69,20 +91,21 @@ class Ranks:
 
 
 def ranks_of(model: nn.Module, group: ProcessGroup | Literal["auto"] | None, device: torch.device) -> Ranks | None:
-    """Return who measures together: ``group``, for "auto" that of DistributedDataParallel around ``model``.
+    """Return who measures together: ``group``, for "auto" that of DistributedDataParallel or ``fully_shard``.
 
     None where that is this process alone.
 
     Raises
     ------
     ValueError
-        If ``group`` is another word, or this process does not belong to it.
+        If ``group`` is another word, this process does not belong to it, or a sharded model's is not clear.
     """
     if isinstance(group, str):
         if group != "auto":
             raise ValueError(f'process_group must be a ProcessGroup, "auto" or None; got {group!r}')
         wrapper: Any = getattr(model, "_orig_mod", model)
-        group = wrapper.process_group if isinstance(wrapper, nn.parallel.DistributedDataParallel) else None
+        parallel = isinstance(wrapper, nn.parallel.DistributedDataParallel)
+        group = wrapper.process_group if parallel else mesh_group(model)
     if group is None:
         return None
     ranks = Ranks(group, device)

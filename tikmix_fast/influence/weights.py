@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tikmix_fast.influence.fully_sharded import local
+
 __all__ = ["Weights"]
 
 
@@ -14,10 +16,11 @@ class Weights:
     """What the weights are now, for comparison later: where they lie, torch's version counters, and their norms.
 
     Version counters alone do not do: fused optimizers and writes through ``.data`` leave them as they are. Costs one
-    read of the weights. The host waits for nothing.
+    read of the weights, of this rank's parts where they are sharded. The host waits for nothing.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        parameters = {name: local(parameter) for name, parameter in parameters.items()}
         self._places = {name: (parameter._version, parameter.data_ptr()) for name, parameter in parameters.items()}
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for parameter in parameters.values():
