@@ -115,7 +115,7 @@ def check(page: Page, text: str) -> None:
             assert attributes.get("aria-hidden") == "true" or (attributes["role"] == "img" and attributes["aria-label"])
         if tag == "th":
             assert attributes["scope"] in ("row", "col")
-        if attributes.get("role") == "region":
+        if attributes.get("role") == "group":
             assert attributes["aria-label"]
             assert attributes["tabindex"] == "0"
     for table in page.tables:

@@ -26,7 +26,7 @@ def mixture_chart(weights: Sequence[tuple[int, Mapping[str, float]]], end: int, 
     name : str
         Of the picture, for screen readers.
     """
-    width, height, left, right, top, bottom = 420, 250, 34, 112, 8, 28
+    width, height, left, right, top, bottom = 426, 250, 40, 112, 8, 28
     domains = _largest([mixture for _, mixture in weights])
     bands = {each: [mixture[each] for _, mixture in weights] for each in domains}
     if len(domains) < len(weights[0][1]):

@@ -333,7 +333,7 @@ def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], ki
     body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in rows)
     # No <caption>, which would scroll away: what is wider than the screen scrolls by itself, also with the keyboard.
     return (
-        f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll" role="region" tabindex="0" '
+        f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll" role="group" tabindex="0" '
         f'aria-label="{label}"><table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>'
         "</div></figure>"
     )

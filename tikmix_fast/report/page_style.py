@@ -35,6 +35,11 @@ footer { color: var(--soft); margin-top: 2rem; border-top: 1px solid var(--rule)
 .warning h3, .warning h4 { margin: .5rem 0 0; }
 .warning ul { margin: .25rem 0 .5rem; padding-left: 1.2rem; }
 .scroll { position: relative; overflow-x: auto; margin: .25rem 0 .75rem; max-width: 100%; }
+/* A shadow at the side where a wide table goes on: its covers move along with the table, itself it stays. */
+.scroll { background: linear-gradient(to right, var(--page) 50%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--page) 50%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to right, var(--soft), transparent) left / .6rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--soft), transparent) right / .6rem 100% no-repeat scroll; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--l0); outline-offset: 2px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
