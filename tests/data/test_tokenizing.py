@@ -132,7 +132,7 @@ def test_what_lies_behind_the_last_state_is_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "_CHECKPOINT", 1)
     sources = texts(tmp_path, ["ab", "c", "de"], files=1)
     whole = np.load(tokenize(sources, tmp_path / "whole", LETTERS))
-    for damage in (b"half a token that was written", None):
+    for damage in (b"half a token that was written", None, "state"):
         left = 2
 
         def limited(text):
@@ -147,6 +147,9 @@ def test_what_lies_behind_the_last_state_is_cut_off(tmp_path, monkeypatch):
         (partial,) = (tmp_path / "cache").glob(".*.partial")
         if damage is None:
             partial.write_bytes(b"")  # shorter than its state says: it begins anew
+        elif damage == "state":
+            (state,) = (tmp_path / "cache").glob(".*.progress")
+            state.write_text(state.read_text().replace('"tokens": ', '"tokens": 1'))  # damaged: so does it then
         else:
             partial.write_bytes(partial.read_bytes() + damage)
         file = tokenize(sources, tmp_path / "cache", LETTERS)

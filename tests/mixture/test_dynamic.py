@@ -195,6 +195,8 @@ def test_a_supply_lasts_to_the_end_of_the_run() -> None:
             assert all(decision.weights[name] <= caps[name] + 1e-9 for name in DOMAINS)
         for name, weight in schedule.weights.items():
             drawn[name] += 10 * weight
+    with pytest.raises(ValueError, match="at least that of the last decision, 80; got 79"):
+        schedule.caps(79)
     assert drawn["books"] == pytest.approx(200)
     assert 400 < drawn["code"] <= 600 + 1e-6
 

@@ -138,15 +138,19 @@ def test_proxies_are_shared_and_the_smaller_counts_are_the_first_of_the_largest(
     study = make_study()
     few = proxy_losses(study, 3)
     path = study.folder / "proxies-0.json"
-    kept = json.loads(path.read_text())
+    kept = json.loads(path.read_text())["losses"]
     assert len(kept) == 3
     many = proxy_losses(study, 5)
-    assert json.loads(path.read_text())[:3] == kept
+    assert json.loads(path.read_text())["losses"][:3] == kept
     for less, more in zip(few, many, strict=True):
         assert np.array_equal(less, more[:3])
     assert many[1].shape == (5, 2)
     # Other mixtures give other losses.
     assert len(np.unique(many[1][:, 0])) == 5
+    longer = dataclasses.replace(study.settings.proxy, steps=study.settings.proxy.steps + 1)
+    other = dataclasses.replace(study, settings=dataclasses.replace(study.settings, proxy=longer))
+    with pytest.raises(ValueError, match=r"proxies-0\.json holds proxies of other settings"):
+        proxy_losses(other, 5)
 
 
 def test_weights_in_products_are_those_of_the_model() -> None:

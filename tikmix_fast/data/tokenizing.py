@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from tikmix_fast.data.text_files import Piece, read_text
 __all__ = ["BYTES", "Tokenizer", "tokenize"]
 
 _VERSION = 1
+_PROGRESS = "tikmix_fast.tokenizing"
+_LOG = logging.getLogger("tikmix_fast")
 _CHECKPOINT = 1 << 24
 """Tokens between two states that a later run can go on from."""
 
@@ -207,7 +210,7 @@ def _write(file: BinaryIO, progress: Path, paths: list[Path], tokenizer: Tokeniz
             if done["tokens"] - saved >= _CHECKPOINT:
                 done["pieces"] = pieces
                 _flush(file)
-                files.write_json(progress, done)
+                files.write_sealed_json(progress, {"format": _PROGRESS, **done})
                 saved = done["tokens"]
         done.update(files=number + 1, pieces=0)
     file.seek(0)
@@ -220,7 +223,12 @@ def _resume(file: BinaryIO, progress: Path, dtype: np.dtype[np.unsignedinteger])
     header = _header(dtype, 0)
     done = {"files": 0, "pieces": 0, "tokens": 0}
     if progress.exists():
-        saved = json.loads(progress.read_text(encoding="utf-8"))
+        try:
+            saved = files.read_json(progress, _PROGRESS, sealed=True)
+        except ValueError as error:
+            _LOG.warning("the sources are tokenised from the beginning: %s", error)
+            saved = {"format": _PROGRESS, **done}
+        del saved["format"]
         if len(header) + saved["tokens"] * dtype.itemsize <= file.seek(0, os.SEEK_END):
             done = saved
     if not done["tokens"]:

@@ -176,10 +176,12 @@ class DynamicMixture:
         Raises
         ------
         TypeError, ValueError
-            If ``step`` is no step of the run.
+            If ``step`` is no step of the run, or one before the last decision, which has used supply since.
         """
         if read_whole("step", step, 0) >= self.steps:
             raise ValueError(f"step must be below steps, {self.steps}; got {step}")
+        if self.history and step < self.history[-1].step:
+            raise ValueError(f"step must be at least that of the last decision, {self.history[-1].step}; got {step}")
         left = np.minimum(self._left(step) / (1 - step / self.steps), 1.0)
         return dict(zip(self.domains, left.tolist(), strict=True))
 

@@ -19,6 +19,7 @@ _TEMPERATURE = 0.5
 _STRENGTHS = np.logspace(np.log10(0.1), np.log10(5.0), 15)
 _LEAST, _MOST = 2e-4, 15  # a smaller weight counts as none; a larger multiple of the natural one is not drawn
 _SIMULATED, _AVERAGED = 100_000, 128
+_FORMAT = "tikmix_fast.study.proxies"
 
 
 class RegMix(Method):
@@ -68,13 +69,23 @@ def proxy_losses(study: Study, count: int) -> tuple[Array, Array]:
     settings = dataclasses.replace(study.settings.proxy, seed=study.seed)
     mixtures = candidates(study.problem.natural, max(study.settings.proxies), np.random.default_rng([study.seed, 4]))
     path = study.folder / f"proxies-{study.seed}.json"
-    done: list[list[float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    made_with = {"proxy": dataclasses.asdict(settings), "fingerprint": study.problem.fingerprint}
+    made_with = json.loads(json.dumps({**made_with, "mixtures": mixtures.tolist()}))
+    done: list[list[float]] = []
+    if path.exists():
+        kept = files.read_json(path, _FORMAT, sealed=True)
+        # More proxies begin with those of fewer, so a study with larger counts goes on from one with smaller.
+        both = min(len(kept["mixtures"]), len(mixtures))
+        same = all(kept[part] == made_with[part] for part in ("proxy", "fingerprint"))
+        if not same or kept["mixtures"][:both] != made_with["mixtures"][:both]:
+            raise ValueError(f"{path} holds proxies of other settings or texts: give this study a folder of its own")
+        done = kept["losses"]
     while len(done) < count:
         arm = Trainee(settings, study.problem.domains, mixtures[len(done)], study.settings.device)
         while arm.step < settings.steps:
             arm.train_on()
         done.append(list(task_losses(arm.model, study.problem.steered, settings.curve_rows).values()))
-        files.write_json(path, done)
+        files.write_sealed_json(path, {"format": _FORMAT, **made_with, "losses": done})
     return mixtures[:count], np.array(done[:count])
 
 
