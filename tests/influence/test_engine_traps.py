@@ -126,6 +126,30 @@ def test_a_bias_of_heads_is_not_one_of_sequences(kit, heads):
     assert kit.per_example_influence(model, tasks, batches, 2).error(engine.matrix().values) < TOLERANCE
 
 
+def backwards(flat):
+    return torch.arange(len(flat)).flip(0)
+
+
+# Ways to move flat rows [B * S, C] that leave their shape alone, with something ordinary behind.
+MOVED = {
+    "times": lambda h, flat: flat[backwards(flat)] * 1.5,
+    "activated": lambda h, flat: flat[backwards(flat)].relu(),
+    "normed": lambda h, flat: F.layer_norm(flat[backwards(flat)], (8,)),
+    "added": lambda h, flat: flat + flat.index_select(0, backwards(flat)),
+    "weighed": lambda h, flat: flat[backwards(flat)] * flat.softmax(-1)[:, :1],
+    "through frozen weights": lambda h, flat: flat[backwards(flat)] @ torch.eye(8),
+    "as features and back": lambda h, flat: flat[backwards(flat)].view(-1, 2, 4).flatten(1),
+    "flipped": lambda h, flat: flat.flip(0),
+    "rolled": lambda h, flat: flat.roll(1, 0),
+    "gathered": lambda h, flat: flat.gather(0, backwards(flat)[:, None].expand_as(flat)) + 1,
+    "scattered": lambda h, flat: torch.zeros_like(flat).index_copy(0, backwards(flat), flat),
+    "pieces": lambda h, flat: torch.cat([flat[3:], flat[:3]]) * 2,
+    "positions": lambda h, flat: torch.cat(list(h.unbind(1))),
+    "stacked": lambda h, flat: torch.stack(list(flat.unbind(0))[::-1]),
+    "later rows": lambda h, flat: torch.cat([flat, flat])[3 : 3 + len(flat)],
+}
+
+
 class Gathered(nn.Module):
     """Rows picked by an index, as a mixture of experts routes them, or flattened time first."""
 
@@ -140,12 +164,17 @@ class Gathered(nn.Module):
         if self.how == "time first":
             return self.head(h.transpose(0, 1).reshape(-1, 8)).unflatten(0, x.T.shape).transpose(0, 1)
         flat = h.reshape(-1, 8)
-        chosen = torch.arange(len(flat)).flip(0)[: len(flat) if self.how == "all" else len(x)]
+        if self.how in MOVED:
+            moved = MOVED[self.how](h, flat)
+            return self.head(torch.zeros_like(flat).index_add(0, backwards(flat), self.expert(moved)).view_as(h))
+        if self.how == "met by a bias":
+            return self.head((flat[backwards(flat)] + self.expert.bias)[backwards(flat)].view_as(h))
+        chosen = backwards(flat)[: len(flat) if self.how == "all" else len(x)]
         routed = torch.zeros_like(flat).index_copy(0, chosen, self.expert(flat[chosen]))
         return self.head(h + routed.view_as(h))
 
 
-@pytest.mark.parametrize("how", ["all", "as many as sequences", "time first"])
+@pytest.mark.parametrize("how", ["all", "as many as sequences", "time first", "met by a bias", *MOVED])
 def test_gathered_rows_are_refused_in_a_mixed_batch(kit, how):
     engine = engine_for(Gathered(how))
     run_task(kit, engine)
@@ -153,8 +182,37 @@ def test_gathered_rows_are_refused_in_a_mixed_batch(kit, how):
         run_domains(kit, engine)
 
 
-def test_gathered_rows_are_exact_in_a_batch_of_one_domain(kit):
-    model, tasks = Gathered("all"), {"a": [kit.make_batch(1, 3, 8)]}
+class FlatInOrder(nn.Module):
+    """A model that works on [B * S, C] throughout, with everything that moves features and leaves rows alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(37, 8), nn.Linear(8, 37)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.norm, self.bias = nn.LayerNorm(8), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        flat = self.tokens(x).flatten(0, 1)
+        for layer in self.layers:
+            turned = torch.cat([-flat[:, 4:], flat[:, :4]], -1) + flat.flip(-1) + flat.roll(1, 1)
+            heads = flat.view(-1, 2, 4).softmax(1).flatten(1)
+            best = flat.gather(1, flat.topk(2, -1).indices)[:, :1] * flat[:, [1, 0, 2, 3, 4, 5, 6, 7]]
+            parts = torch.stack(flat.chunk(2, -1), 1).transpose(1, 2).reshape(len(flat), 8)
+            flat = flat + layer(self.norm(turned + heads + best + parts) + self.bias)
+        return self.head(flat).view(*x.shape, -1)
+
+
+def test_flat_rows_in_order_are_exact(kit):
+    model, tasks = FlatInOrder(), {"a": [kit.make_batch(1, 3, 8)]}
+    batches = [kit.make_batch(2, 4, 9, ids=[0, 1, 1, 0])]
+    engine = kit.measure(model, tasks, batches, 2, preconditioner="identity")
+    assert kit.per_example_influence(model, tasks, batches, 2).error(engine.matrix().values) < TOLERANCE
+
+
+@pytest.mark.parametrize("how", ["all", "times", "flipped"])
+def test_gathered_rows_are_exact_in_a_batch_of_one_domain(kit, how):
+    model, tasks = Gathered(how), {"a": [kit.make_batch(1, 3, 8)]}
     batches = [kit.make_batch(2, 4, 9, ids=[1, 1, 1, 1]), kit.make_batch(3, 4, 9, ids=[0, 0, 0, 0])]
     engine = kit.measure(model, tasks, batches, 2, preconditioner="identity")
     assert kit.per_example_influence(model, tasks, batches, 2).error(engine.matrix().values) < TOLERANCE

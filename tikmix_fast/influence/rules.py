@@ -233,6 +233,10 @@ def _elementwise(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dic
     if func.__name__.endswith("_") and isinstance(args[0], ParameterView):
         raise _refusal(args[0], func, "a parameter must not be changed in place")
 
+    for each in others:
+        if each.shape == shape:
+            refuse_gathered_rows(each, labels)
+
     def meet(value: Any) -> Any:
         return capture.spread(value, shape) if isinstance(value, ParameterView) else value
 
