@@ -274,6 +274,27 @@ def test_a_scaler_drops_a_micro_batch_of_a_measured_step(kit):
     assert np.isfinite(matrix.values).all()
 
 
+def test_a_scaler_that_leaves_a_task_without_its_error_skips_the_step(kit):
+    training = Training(kit, every=1)
+    measure = training.run.tasks
+
+    def overflow(step):  # the second of two splits of task "a" is lost, and all of "b" is there
+        if step > 0:
+            measure(step)
+            return
+        for task, split, factor in ((0, 0, 1.0), (0, 1, math.inf), (1, 0, 1.0), (1, 1, 1.0)):
+            batch = training.task_batch(step, task, split)
+            with training.engine.task("ab"[task], shifted_mask(batch.labels), scaler=Scaler(1.0)):
+                (factor * kit.mean_loss(training.model, batch)).backward()
+
+    training.run.tasks = overflow
+    training.train(1)
+    assert (training.run.measured, training.run.skipped) == (0, 1)
+    training.train(2)
+    assert (training.run.measured, training.run.skipped) == (2, 1)
+    assert np.isfinite(training.run.matrix().stderr).all()
+
+
 def test_a_scaler_that_drops_the_tasks_skips_the_step(kit):
     training = Training(kit, every=1)
     good = training.run.tasks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from tikmix_fast import InfluenceEngine
 from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.influence.plan import plan_in_run
+from tikmix_fast.influence.plan import _expected_error, plan_in_run
 
 
 def engine(tasks=3, domains=5, **options):
@@ -102,6 +103,29 @@ def test_expected_error_is_what_measuring_then_finds():
         actual.append(noise / (noise + truth.var(axis=1, ddof=1)))
     assert expected == pytest.approx(np.sqrt(np.mean(actual, axis=0)), rel=0.2)
     assert "relative error of S expected" in str(plans[0])
+
+
+@pytest.mark.parametrize("redraw", [True, False])
+def test_expected_error_with_projections(redraw):
+    matrix, _ = measured(16, 3200, 400)
+    # The same measurement through projections: their variance comes on top of the other parts, which stay as they are.
+    of_projection = np.full(matrix.values.shape, 2.0)
+    projected = dataclasses.replace(
+        matrix,
+        stderr=np.sqrt(matrix.stderr**2 + of_projection**2),
+        stderr_projection=of_projection,
+        settings={**matrix.settings, "projection": {"redraw": redraw}},
+    )
+    steps = 100.0
+    options = {"task_tokens": 6400, "steps": steps, "step_tokens": 200 * 50, "of_task": 200}
+    plain, found = _expected_error(matrix, **options), _expected_error(projected, **options)
+    # relative error^2 = noise / (noise + signal), and the signal is the same: the noise grows by the projections'.
+    signal = np.nanvar(matrix.values, axis=1, ddof=1) - np.nanmean(matrix.stderr**2, axis=1)
+    noise = signal * plain**2 / (1 - plain**2)
+    less_signal = signal - 4.0
+    assert (less_signal > 0).all()
+    expected = noise + (4.0 / steps if redraw else 4.0)
+    assert found == pytest.approx(np.sqrt(expected / (expected + less_signal)))
 
 
 @pytest.mark.parametrize(

@@ -121,17 +121,35 @@ def test_other_batches_of_the_tasks_are_refused_and_refresh_takes_them() -> None
     assert engine.matrix().microbatches.sum() > 0
 
 
-def test_the_projections_own_error_is_unknown_until_the_tasks_are_measured_again() -> None:
+def test_the_projections_own_error_is_that_of_the_state_until_the_tasks_are_measured_again() -> None:
     engine = make(Projection(dim=4, kind="rademacher"))
     measure_tasks(engine)
     measure_domains(engine, range(3))
-    state = engine.state_dict(within_round=True)
-    engine = make(Projection(dim=4, kind="rademacher"))
-    engine.load_state_dict(state)
-    assert np.isnan(engine.matrix().stderr_projection).all()
-    measure_tasks(engine)
-    measure_domains(engine, range(3, 4))
-    assert np.isfinite(engine.matrix().stderr_projection).all()
+    state, before = engine.state_dict(within_round=True), engine.matrix().stderr_projection
+    assert before is not None
+    assert (before > 0).all()
+
+    def loaded(state: Any) -> InfluenceEngine:
+        other = make(Projection(dim=4, kind="rademacher"))
+        other.load_state_dict(state)
+        return other
+
+    assert (loaded(state).matrix().stderr_projection == before).all()
+    assert (loaded(loaded(state).state_dict(within_round=True)).matrix().stderr_projection == before).all()
+    closed = loaded(state)
+    closed.refresh()
+    assert closed.matrix().stderr_projection == pytest.approx(before)
+    forgotten = loaded(state)
+    forgotten.refresh(keep=0)
+    measure_tasks(forgotten)
+    measure_domains(forgotten, range(3))
+    assert np.isfinite(np.asarray(forgotten.matrix().stderr_projection)).all()
+    gone_on = loaded(state)
+    measure_tasks(gone_on)
+    measure_domains(gone_on, range(3, 4))
+    assert np.isfinite(np.asarray(gone_on.matrix().stderr_projection)).all()
+    earlier = {name: each for name, each in state.items() if name != "projection_variance_so_far"}
+    assert np.isnan(np.asarray(loaded(earlier).matrix().stderr_projection)).all()
 
 
 @pytest.mark.parametrize(

@@ -513,7 +513,7 @@ class InfluenceEngine:
         Raises
         ------
         ValueError
-            If ``rel_error`` is not above 0 or ``least`` is below 2.
+            If ``rel_error`` is not above 0, ``least`` is below 2, or there are fewer than two domains to tell apart.
 
         Examples
         --------
@@ -529,6 +529,10 @@ class InfluenceEngine:
         ...     with engine.domains([0, 1]):
         ...         model(rows).mean().backward()
         """
+        if len(self.domain_names) < 2:
+            raise ValueError(
+                f"domains must be at least two for run_until, which looks at how they differ; got {self.domain_names}"
+            )
         return until_known(batches, self.matrix, rel_error, least)
 
     def plan(
@@ -770,8 +774,8 @@ class InfluenceEngine:
         if not 0 <= keep <= 1:
             raise ValueError(f"keep must lie between 0 and 1; got {keep!r}")
         self._tell_ranks()
-        self._closed_projection_variance = self._projection_variance() * keep**2
-        self._projected = {}
+        self._closed_projection_variance = self._projection_variance() * keep**2 if keep else np.zeros(self._shape)
+        self._projected, self._loaded_projection_variance = {}, None
         self._refreshes += 1
         self._estimator.forget(keep)
         self._begin_tasks()
@@ -808,7 +812,11 @@ class InfluenceEngine:
             "estimator": self._estimator.state_dict(within_round=within_round),
             "refreshes": self._refreshes + (open_round and not going_on),
             "projection_variance": variance.tolist(),
-            **({"projected": dict(self._projected)} if going_on and self._projected else {}),
+            **(
+                {"projected": dict(self._projected), "projection_variance_so_far": self._projection_variance().tolist()}
+                if going_on and self._projected
+                else {}
+            ),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -835,6 +843,10 @@ class InfluenceEngine:
         variance = np.array(state.get("projection_variance", np.zeros(self._shape)), dtype=np.float64)
         if variance.shape != self._shape:
             raise ValueError(f"state 'projection_variance' must have shape {self._shape}; got {variance.shape}")
+        so_far = state.get("projection_variance_so_far")
+        so_far = None if so_far is None else np.array(so_far, dtype=np.float64)
+        if so_far is not None and so_far.shape != self._shape:
+            raise ValueError(f"state 'projection_variance_so_far' must have shape {self._shape}; got {so_far.shape}")
         projected, parameters = state.get("projected", {}), self.parameters()
         if not set(projected) <= set(parameters) or not all(isinstance(each, Tensor) for each in projected.values()):
             raise ValueError(f"state 'projected' must hold tensors of this model's parameters; got {list(projected)}")
@@ -842,6 +854,7 @@ class InfluenceEngine:
         self._begin_projections()
         self._refreshes, self._closed_projection_variance = refreshes, variance
         self._projected = {name: each.to(parameters[name].device, copy=True) for name, each in projected.items()}
+        self._loaded_projection_variance = so_far
         # Those that all ranks dropped together are counted by the first from here on.
         self.dropped = dropped if self._ranks is None or self._ranks.index == 0 else 0
         self._captured = set(captured)
@@ -871,6 +884,8 @@ class InfluenceEngine:
         self._refreshes = 0
         self._closed_projection_variance = np.zeros(self._shape)
         self._projected = {}
+        # Of a round that was loaded it is told by the state, until its queries are measured again.
+        self._loaded_projection_variance = None
 
     def _projection_variance(self) -> NDArray[np.float64]:
         """Return what projecting added to the variance of the sums [n, m] over all micro-batches."""
@@ -878,7 +893,8 @@ class InfluenceEngine:
         if self.projection is None or not self._projected:
             return closed
         if self._queries is None:
-            return closed * np.nan  # the round was loaded, and its queries are not measured yet
+            so_far = self._loaded_projection_variance
+            return closed * np.nan if so_far is None else so_far.copy()  # earlier states do not tell
         queries = self._queries.by_task(len(self.task_names), self._projected)
         of_layers = [
             ops.projection_stderr(gradients, queries[name]).square().cpu().numpy()

@@ -16,6 +16,16 @@ __all__ = ["Estimator"]
 Array = NDArray[np.float64]
 
 
+# What forgetting multiplies by its factor, and by its second and fourth power.
+_FADING: dict[tuple[str, ...], int] = {
+    ("_tokens", "_sum"): 1,
+    ("_tokens_squared", "_squares", "_cross", "_task_variance", "_both", "_between", "_task_rounds"): 2,
+    ("_task_spread",): 4,
+}
+# A domain whose micro-batches weigh less than this altogether is as if never measured: powers would become zero first.
+_NOTHING = 1e-30
+
+
 class Estimator:
     """Token-weighted mean over micro-batches with its standard error, kept as sums that can be merged.
 
@@ -31,9 +41,12 @@ class Estimator:
     Influence is bilinear, so each of the two variances also holds the product of both sides' noise. That part is
     estimated from how much noisier the single splits are than their mean, and counted once.
 
-    `forget` gives what came before a smaller weight. Then every sum above is a weighted one, the numbers of
-    micro-batches in the formulas are effective ones, (sum f)^2 / sum f^2, and degrees of freedom are (sum f^2)^2 / sum
-    f^4 - 1, f being the weight of a micro-batch.
+    `forget` gives what came before a smaller weight. Then every sum above is a weighted one; (k - 1) / k, the part of
+    the variance that deviations from their own mean keep, is 1 - 2 F3 / (F1 F2) + F2 / F1^2 with Fp = sum f^p, f being
+    the weight of a micro-batch; and degrees of freedom are F2^2 / F4 - 1.
+
+    Of a round in which a task had a single split its variance is not known: it is taken to be as large, by its tokens,
+    as in the rounds that tell it.
 
     Beside the sums a bounded `MicrobatchRecord` is kept, for intervals by resampling, split halves and heavy tails.
 
@@ -51,17 +64,17 @@ class Estimator:
         """Forget every micro-batch."""
         n, m = self.n, self.m
         self._microbatches = np.zeros(m, dtype=np.int64)
-        # Sums of f, f^2 and f^4 over micro-batches, f being the weight that forgetting left each of them.
-        self._weights = np.zeros((3, m))
+        # Sums of f, f^2, f^3 and f^4 over micro-batches, f being the weight that forgetting left each of them.
+        self._weights = np.zeros((4, m))
         self._tokens, self._tokens_squared = np.zeros(m), np.zeros(m)
         self._sum, self._squares, self._cross = np.zeros((n, m)), np.zeros((n, m)), np.zeros((n, m))
         # Closed rounds, in units of sum a_b: the task side's variance, its square over its degrees of freedom, the part
-        # of it that is both sides' noise, what of it is in the spread of single micro-batches, and whether all that is
-        # known.
+        # of it that is both sides' noise, and what of it is in the spread of single micro-batches.
         self._task_variance, self._task_spread, self._both = np.zeros((n, m)), np.zeros((n, m)), np.zeros((n, m))
         self._between = np.zeros((n, m))
-        self._rounds = np.zeros((2, m))  # sums of f and f^2 over rounds
-        self._task_known = np.ones((n, m), dtype=bool)
+        self._rounds = np.zeros((3, m))  # sums of f, f^2 and f^3 over rounds
+        # Sums of the square of a round's weighted tokens, over all rounds and over those that tell the task's variance.
+        self._task_rounds = np.zeros((2, n, m))
         self._record: MicrobatchRecord | None = MicrobatchRecord(n, m)
         self._round: _Round | None = None
         self._interrupted = False  # the round was loaded, and waits for its queries
@@ -96,7 +109,7 @@ class Estimator:
         """Close the round: its task-side variance is kept, its queries are forgotten."""
         closed = self._task_side()
         self._task_variance, self._task_spread, self._both = closed.variance, closed.spread, closed.both
-        self._between, self._rounds, self._task_known = closed.between, closed.rounds, closed.known
+        self._between, self._rounds, self._task_rounds = closed.between, closed.rounds, closed.task_rounds
         self._round, self._interrupted = None, False
 
     def forget(self, factor: float) -> None:
@@ -118,15 +131,24 @@ class Estimator:
         if factor == 0.0:
             self.reset()
             return
-        self._weights *= np.array([[factor], [factor**2], [factor**4]])
-        self._rounds *= np.array([[factor], [factor**2]])
-        for name in ("_tokens", "_sum"):
-            setattr(self, name, getattr(self, name) * factor)
-        for name in ("_tokens_squared", "_squares", "_cross", "_task_variance", "_both", "_between"):
-            setattr(self, name, getattr(self, name) * factor**2)
-        self._task_spread = self._task_spread * factor**4
+        self._weights *= np.array([[factor], [factor**2], [factor**3], [factor**4]])
+        self._rounds *= np.array([[factor], [factor**2], [factor**3]])
+        for names, power in _FADING.items():
+            for name in names:
+                setattr(self, name, getattr(self, name) * factor**power)
         if self._record is not None:
             self._record.forget(factor)
+        faded = (self._weights[0] > 0) & (self._weights[0] < _NOTHING)
+        if faded.any():
+            self._drop(faded)
+
+    def _drop(self, domains: NDArray[np.bool_]) -> None:
+        """Forget domains altogether, as if never measured."""
+        faded = [name for names in _FADING for name in names]
+        for name in ("_microbatches", "_weights", "_rounds", *faded):
+            getattr(self, name)[..., domains] = 0
+        if self._record is not None:
+            self._record.clear(domains)
 
     def open_round(self) -> tuple[Array, Array]:
         """Return the sum of a_b [n, m] and the target tokens [m] of the round that is open; zeros without one."""
@@ -170,20 +192,22 @@ class Estimator:
 
         ``projection_variance`` [n, m], in units of sum a_b, is what measuring through projections adds.
         """
-        task = self._task_side()
+        task = self._task_side().of_all_rounds()
         with np.errstate(divide="ignore", invalid="ignore"):
-            count = _effective(self._weights[0], self._weights[1])
+            kept = _kept(self._weights)
             values = np.where(self._tokens > 0, self._sum / self._tokens, np.nan)
-            spread = _ratio_variance(count, self._sum, self._squares, self._cross, self._tokens, self._tokens_squared)
-            # Of what micro-batches share with their round, the mean over all rounds has taken out the first part.
-            shares = count / (count - 1) * (1 - 1 / np.maximum(_effective(*task.rounds), 1))
-            between = np.where(task.between > 0, shares * task.between, 0.0)
+            spread = _ratio_variance(
+                1 / kept, self._sum, self._squares, self._cross, self._tokens, self._tokens_squared
+            )
+            # Of what micro-batches share with their round, the mean over all rounds has taken out a part too.
+            of_rounds = np.where(task.rounds[0] > 0, _kept(task.rounds), 0.0)
+            between = np.where(task.between > 0, np.nan_to_num(of_rounds) / kept * task.between, 0.0)
             of_domain = np.maximum(spread - between, 0.0)
             domain_variance = np.where(self._microbatches < 2, np.nan, of_domain) / self._tokens**2
-            task_variance = np.where(task.known, task.variance, np.nan) / self._tokens**2
+            task_variance = task.variance / self._tokens**2
             shared = np.clip(task.both / self._tokens**2, 0, np.minimum(domain_variance, task_variance))
             # Not of the two parts: where the domain side's was cut off at zero, their sum would be too large.
-            beyond = np.where(task.known, np.maximum(task.variance - between, 0.0), np.nan)
+            beyond = np.maximum(task.variance - between, 0.0)
             total = np.where(self._microbatches < 2, np.nan, spread + beyond) / self._tokens**2 - shared
             # As if known with unlimited degrees of freedom: it is the mean of dim x dim products a layer.
             of_projection = None if projection_variance is None else projection_variance / self._tokens**2
@@ -191,7 +215,7 @@ class Estimator:
             # What was taken out comes back with the task side: only the rest of that rests on the splits' few degrees.
             rest = np.clip(1 - np.where(between > 0, between / task.variance, 0.0), 0, 1)
             of_spread = np.where(self._microbatches < 2, np.nan, spread)
-            degrees = _effective(self._weights[1], self._weights[2]) - 1
+            degrees = _effective(self._weights[1], self._weights[3]) - 1
             dof = total**2 * self._tokens**4 / (of_spread**2 / degrees + rest**2 * task.spread)
             dof = np.where(total == 0, np.inf, dof)
         return InfluenceMatrix(
@@ -228,7 +252,7 @@ class Estimator:
             "both": task.both.tolist(),
             "between": task.between.tolist(),
             "rounds": task.rounds.tolist(),
-            "task_known": task.known.tolist(),
+            "task_rounds": task.task_rounds.tolist(),
             "record": None if self._record is None else self._record.to_dict(),
             **({"round": self._round.state_dict()} if going_on and self._round is not None else {}),
         }
@@ -237,7 +261,8 @@ class Estimator:
         """Take the sums that `state_dict` gave; nothing changes if they do not fit.
 
         A state from before there was a record has none, and what is added to it is not recorded either: a record of a
-        part would be taken for the whole. A state from before there was forgetting has forgotten nothing.
+        part would be taken for the whole. A state from before there was forgetting has forgotten nothing; one from
+        before third powers were kept has those of equal weights.
 
         Raises
         ------
@@ -249,18 +274,17 @@ class Estimator:
             "tokens": (self.m,),
             "tokens_squared": (self.m,),
             **dict.fromkeys(
-                ("sum", "squares", "cross", "task_variance", "task_spread", "both", "task_known"), (self.n, self.m)
+                ("sum", "squares", "cross", "task_variance", "task_spread", "both", "between"), (self.n, self.m)
             ),
-            "weights": (3, self.m),
-            "between": (self.n, self.m),
-            "rounds": (2, self.m),
+            "weights": (4, self.m),
+            "rounds": (3, self.m),
+            "task_rounds": (2, self.n, self.m),
         }
-        if isinstance(state, Mapping) and "microbatches" in state:
-            earlier = {"weights": [state["microbatches"]] * 3, "between": np.zeros((self.n, self.m))}
-            state = {**earlier, "rounds": np.zeros((2, self.m)), **state}
+        if isinstance(state, Mapping) and {"microbatches", "tokens", "task_known"} <= set(state):
+            state = _from_earlier(state, self.n, self.m)
         if not isinstance(state, Mapping) or set(state) - {"record", "round"} != set(shapes):
             raise ValueError(f"state 'estimator' must be a mapping with {', '.join(shapes)}")
-        read = _read_arrays(state, shapes, {"microbatches": np.int64, "task_known": np.bool_})
+        read = _read_arrays(state, shapes, {"microbatches": np.int64})
         record, interrupted = state.get("record"), state.get("round")
         open_round = None if interrupted is None else _Round.from_state(interrupted, self.n, self.m)
         self._record = None if record is None else MicrobatchRecord.from_dict(record, self.n, self.m)
@@ -275,7 +299,7 @@ class Estimator:
             both=self._both.copy(),
             between=self._between.copy(),
             rounds=self._rounds.copy(),
-            known=self._task_known.copy(),
+            task_rounds=self._task_rounds.copy(),
         )
 
     def _task_side(self) -> _TaskSide:
@@ -288,9 +312,10 @@ class Estimator:
         alike = np.where(measured, self._round.tokens_squared / np.where(measured, self._round.tokens, 1.0) ** 2, 0.0)
         for task in range(self.n):
             splits = int((self._round.owners == task).sum())
+            side.task_rounds[0, task] += self._round.tokens**2
             if splits < 2:
-                side.known[task] = False
                 continue
+            side.task_rounds[1, task] += self._round.tokens**2
             of_round, of_both = self._round.variance(task)
             side.variance[task] += of_round
             side.spread[task] += of_round**2 / (splits - 1)
@@ -307,7 +332,16 @@ class _TaskSide(NamedTuple):
     both: Array
     between: Array
     rounds: Array
-    known: NDArray[np.bool_]
+    task_rounds: Array
+
+    def of_all_rounds(self) -> _TaskSide:
+        """Return the same with rounds that do not tell a task's variance taken to have that of those that do."""
+        measured, known = self.task_rounds
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(measured > known, measured / known, 1.0)
+            ratio = np.where(np.isfinite(ratio), ratio, np.nan)
+        scaled = {name: getattr(self, name) * ratio for name in ("variance", "both", "between")}
+        return self._replace(spread=self.spread * ratio**2, **scaled)
 
 
 # What a round is kept in a file as: per query, per domain, per query and domain, per task of the round and domain.
@@ -398,11 +432,13 @@ class _Round:
         mean = (weights * splits).sum(0)
         # Unbiased where the variance of a split goes as one over its tokens.
         of_task = (weights * (splits - mean) ** 2).sum(0) / (len(splits) - 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            correction = self.count / (self.count - 1)
         single = _ratio_variance(
-            self.count, splits, self.squares[mine], self.cross[mine], self.tokens, self.tokens_squared
+            correction, splits, self.squares[mine], self.cross[mine], self.tokens, self.tokens_squared
         )
         whole = _ratio_variance(
-            self.count, mean, self.task_squares[task], self.task_cross[task], self.tokens, self.tokens_squared
+            correction, mean, self.task_squares[task], self.task_cross[task], self.tokens, self.tokens_squared
         )
         # With V(q) = q' D q the domain side's variance for the query q, and independent noise of covariance C_k in
         # split k: E V(split k) = V(truth) + tr(D C_k) and E V(mean) = V(truth) + sum w_k^2 tr(D C_k). Solve for the
@@ -414,13 +450,46 @@ class _Round:
 
 
 def _ratio_variance(
-    count: Array, sums: Array, squares: Array, cross: Array, tokens: Array, tokens_squared: Array
+    correction: Array, sums: Array, squares: Array, cross: Array, tokens: Array, tokens_squared: Array
 ) -> Array:
-    """Return the variance of sum a_b about R N_b over micro-batches; meaningless where ``count`` is below two."""
+    """Return the variance of sum a_b about R N_b over micro-batches, ``correction`` being k / (k - 1) for k of them."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = sums / tokens
         residual = squares - 2 * ratio * cross + ratio**2 * tokens_squared
-        return np.asarray(count / (count - 1) * np.maximum(residual, 0))
+        return np.asarray(correction * np.maximum(residual, 0))
+
+
+def _kept(weights: Array) -> Array:
+    """Return what part of the variance deviations from the weighted mean keep; NaN if there is as good as one only.
+
+    ``weights`` are the sums of the first three powers of the weights, in this order.
+    """
+    first, second, third = weights[:3]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = 1 - 2 * third / (first * second) + second / first**2
+    return np.asarray(np.where(kept > 1e-9, kept, np.nan))
+
+
+def _from_earlier(state: Mapping[str, Any], n: int, m: int) -> dict[str, Any]:
+    """Return a state of an earlier version in the form of today's."""
+    count, known = np.array(state["microbatches"], dtype=np.float64), np.array(state["task_known"], dtype=np.bool_)
+    tokens_squared = np.broadcast_to(np.array(state["tokens"], dtype=np.float64) ** 2, (n, m))
+    weights = np.array(state.get("weights", [count] * 3), dtype=np.float64)
+    rounds = np.array(state.get("rounds", np.zeros((2, m))), dtype=np.float64)
+    if weights.shape != (3, m) or rounds.shape != (2, m) or known.shape != (n, m) or count.shape != (m,):
+        raise ValueError(f"state 'estimator' must be of {n} tasks and {m} domains")
+
+    def with_third(sums: Array) -> Array:
+        third = sums[1] ** 2 / np.where(sums[0] > 0, sums[0], 1.0)
+        return np.stack([*sums[:2], third, *sums[2:]])
+
+    return {
+        "between": np.zeros((n, m)),
+        **{name: value for name, value in state.items() if name != "task_known"},
+        "weights": with_third(weights),
+        "rounds": with_third(rounds),
+        "task_rounds": np.stack([tokens_squared, np.where(known, tokens_squared, 0.0)]),
+    }
 
 
 def _read_arrays(

@@ -147,11 +147,10 @@ class InRun:
         Standard errors take measured steps as independent and S as constant over a time constant: how far S moved
         meanwhile is told by `staleness`.
         """
-        options = {"every": self.every, "time_constant": self.time_constant, "near_every": self.near_every}
+        options = {"every": self.every, "near_every": self.near_every}
         progress = {"steps": self.steps, "measured": self.measured}
         matrix = self.engine.matrix()
-        constant = None if math.isinf(self.time_constant) else self.time_constant
-        in_run = {**options, "time_constant": constant, **progress}
+        in_run = {**options, "time_constant": self._finite_time_constant, **progress}
         return replace(matrix, settings={**matrix.settings, "in_run": in_run})
 
     def staleness(self) -> Staleness:
@@ -173,6 +172,7 @@ class InRun:
             "version": _VERSION,
             "every": self.every,
             "near_every": self.near_every,
+            "time_constant": self._finite_time_constant,
             **{name: getattr(self, name) for name in ("steps", "measured", "skipped")},
             **{name: getattr(self, f"_{name}") for name in ("due", "regular", "weighed")},
             "staleness": self._record.to_dict(),
@@ -188,6 +188,8 @@ class InRun:
             If the state is of another kind, version or schedule, or does not fit the engine; nothing changes then.
         """
         own = {"format": _FORMAT, "version": _VERSION, "every": self.every, "near_every": self.near_every}
+        if "time_constant" in state:  # earlier states have none
+            own["time_constant"] = self._finite_time_constant
         for name, value in own.items():
             if state.get(name) != value:
                 raise ValueError(f"state {name!r} must be {value!r}; got {state.get(name)!r}")
@@ -204,14 +206,20 @@ class InRun:
         self._record = record
         self._end_measuring()
 
+    @property
+    def _finite_time_constant(self) -> float | None:
+        """What JSON can hold of it."""
+        return None if math.isinf(self.time_constant) else self.time_constant
+
     def _measure_tasks(self) -> None:
         age = 0 if self._weighed is None else self.steps - self._weighed
         self.engine.refresh(keep=math.exp(-age / self.time_constant))
         self._weighed = self.steps
         dropped = self.engine._tell_ranks()
         self.tasks(self.steps)
-        if self.engine._tasks.unmeasured() and self.engine._tell_ranks() > dropped:
-            # A GradScaler still looks for its scale: the next step tries again, on all ranks.
+        if self.engine._tasks.fewest_splits() < min(2, self.engine.task_splits) and self.engine._tell_ranks() > dropped:
+            # A GradScaler still looks for its scale, and left a task without a batch or without its error: the next
+            # step tries again, on all ranks.
             self.skipped += 1
             self._due = self.steps + 1
             return

@@ -147,17 +147,21 @@ def plan_in_run(
 def _expected_error(
     matrix: InfluenceMatrix, task_tokens: int | None, steps: float, step_tokens: int, of_task: int
 ) -> NDArray[np.float64]:
-    """Scale the three parts of an earlier measurement's variance to so many measured steps, [n]."""
+    """Scale the parts of an earlier measurement's variance to so many measured steps, [n]."""
     if task_tokens is None or task_tokens < 1:
         raise ValueError("task_tokens must be the tokens of each task that matrix was measured on")
     if np.isnan(matrix.stderr_task).all() or np.isnan(matrix.stderr_domain).all():
         raise ValueError("matrix must have been measured, with errors of both sides: it has none")
     domain, task = matrix.stderr_domain**2, matrix.stderr_task**2
-    both = np.clip(domain + task - matrix.stderr**2, 0, np.minimum(domain, task))
+    projection = np.zeros_like(domain) if matrix.stderr_projection is None else matrix.stderr_projection**2
+    both = np.clip(domain + task + projection - matrix.stderr**2, 0, np.minimum(domain, task))
     # Half the tokens of a side, twice its variance; the product of both sides' noise falls with either.
     of_domain = matrix.tokens / (step_tokens / len(matrix.domains))
     of_tasks = task_tokens / of_task
     variance = ((domain - both) * of_domain + (task - both) * of_tasks + both * of_domain * of_tasks) / steps
+    # Matrices that every measured step draws anew err independently; the same ones err alike.
+    redrawn = (matrix.settings.get("projection") or {}).get("redraw", True)
+    variance += projection / steps if redrawn else projection
     noise = np.nanmean(variance, axis=1)
     # Of how the domains differ in the matrix, a part is its own noise; in the average that is to come it is another.
     signal = np.nanvar(matrix.values, axis=1, ddof=1) - np.nanmean(matrix.stderr**2, axis=1)

@@ -255,9 +255,9 @@ class TaskGradients:
         self._tokens[split] = self._tokens.get(split, 0.0) + tokens
         self._batches[task] += 1
 
-    def unmeasured(self) -> list[str]:
-        """Return the names of the tasks that no rank has a batch of; every rank asks."""
-        return self._without_any(self._tokens_of_all())
+    def fewest_splits(self) -> int:
+        """Return how many splits have batches on any rank, of the task that has the fewest; every rank asks."""
+        return int((self._tokens_of_all() > 0).sum(1).min())
 
     def freeze(
         self,

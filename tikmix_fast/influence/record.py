@@ -93,6 +93,10 @@ class MicrobatchRecord:
         self._table[:, :, :-1] *= factor
         self._table[:, :, -1] *= factor**2
 
+    def clear(self, domains: NDArray[np.bool_]) -> None:
+        """Take out everything of some domains."""
+        self._table[domains], self._seen[domains], self._size[domains] = 0.0, 0, 1
+
     def of_domain(self, domain: int) -> tuple[Array, Array]:
         """Return the tokens [k] and the sums [n, k] of a domain's blocks."""
         table = self._used(domain)

@@ -240,7 +240,8 @@ class StalenessRecord:
         gap = (middles[-1] - middles[0]) / (len(windows) - 1)
         half = float(np.nanmean([_rank_agreement(_mean(each[::2]), _mean(each[1::2])) for each in windows]))
         lags = tuple(Lag(round(gap * many), float(np.nanmean(found)), len(found)) for many, found in apart.items())
-        return lags, max(2 * half / (1 + half), 0.0) if half > -1 else 0.0
+        # Of too few measured steps the ceiling is unknown, which is not zero.
+        return lags, half if np.isnan(half) else max(2 * half / (1 + half), 0.0) if half > -1 else 0.0
 
     def _hint(self, every: int) -> float | None:
         """Return the time constant that leaves the least squared error, for S with the covariances that were seen."""
