@@ -157,7 +157,11 @@ def run_seed(seed: int, settings: InRunSettings, training: DemoSettings) -> dict
 
 
 def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean over seeds and checkpoints of each comparison, with its standard error over seeds."""
+    """Return the mean over seeds and checkpoints of each comparison, with its standard error over seeds.
+
+    ``noise_ceiling_of_full`` is the agreement of two measurements as noisy as the full one; one without noise would
+    agree with it about as well as the root of that.
+    """
     result = {}
     for name in (
         "in_run_vs_full",

@@ -594,14 +594,13 @@ PARTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 def run(settings: PredictionSettings, seeds: list[int], parts: list[str], folder: Path) -> None:
     """Run what is not in ``folder`` yet, part by part over all seeds, and print a line for each."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = json.loads(json.dumps(dataclasses.asdict(settings)))
+    corpora = gather(domain_bytes=settings.training.domain_bytes, task_bytes=settings.training.task_bytes)
+    described = {**json.loads(json.dumps(dataclasses.asdict(settings))), "text": corpora.digest()}
     about = folder / "settings.json"
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != described:
-        raise ValueError(f"{folder} must hold results of the same settings; got others: choose another --out")
+        raise ValueError(f"{folder} must hold results of the same settings and text; got others: choose another --out")
     files.write_json(about, described)
     missing = [(part, seed) for part in parts for seed in seeds if not (folder / f"{part}-{seed}.json").exists()]
-    if missing:
-        corpora = gather(domain_bytes=settings.training.domain_bytes, task_bytes=settings.training.task_bytes)
     for part, seed in missing:
         began = time.process_time()
         found = PARTS[part](train(settings, seed, corpora, folder))

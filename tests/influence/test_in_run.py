@@ -230,7 +230,12 @@ def test_states_that_do_not_fit(kit):
     for name, value in (("format", "x"), ("every", 7), ("steps", -1), ("staleness", {}), ("due", None)):
         with pytest.raises(ValueError, match=name):
             training.run.load_state_dict({**state, name: value})
+    with pytest.raises(ValueError, match=r"time_constant.*must be .*; got 7.0"):
+        training.run.load_state_dict({**state, "time_constant": 7.0})
     assert training.run.steps == 3
+    assert (training.run.matrix().values == values).all()
+    earlier = {name: value for name, value in state.items() if name != "time_constant"}
+    training.run.load_state_dict(earlier)
     assert (training.run.matrix().values == values).all()
     training.train(2)
     training.accumulate(training.micro_batches(5)[0])

@@ -72,6 +72,12 @@ def test_bad_arguments_are_refused_at_once(rel_error, least):
         until_known([], Estimator(1, 1).matrix, rel_error, least)
 
 
+def test_one_domain_is_refused_at_once():
+    engine = InfluenceEngine(nn.Linear(4, 1), ["web"], ["qa"], preconditioner="identity")
+    with pytest.raises(ValueError, match=r"at least two for run_until.*'web'"):
+        engine.run_until([])
+
+
 def test_engine():
     torch.manual_seed(0)
     model = nn.Linear(4, 1)

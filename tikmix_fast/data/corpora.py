@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import hashlib
 import importlib.metadata
 import sysconfig
 import warnings
@@ -95,6 +96,16 @@ class Corpora:
     def held_out(self) -> tuple[str, ...]:
         """Names of the tasks that the mixture is not steered for."""
         return tuple(name for name, task in self.tasks.items() if not task.steered)
+
+    def digest(self) -> str:
+        """Return a checksum of all text and of which tasks are steered, for results to say what they are of."""
+        total = hashlib.sha256()
+        for name, text in self.domains.items():
+            total.update(f"domain {name} {len(text)}\n".encode() + text.tobytes())
+        for name, task in self.tasks.items():
+            for text in (task.measure, task.report):
+                total.update(f"task {name} {task.steered} {len(text)}\n".encode() + text.tobytes())
+        return total.hexdigest()
 
 
 class Sequences(Dataset[Tensor]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -44,7 +43,7 @@ class DemoState:
         if every < 1:
             raise ValueError(f"every must be at least 1; got {every}")
         self.path, self.every = Path(path), every
-        self._of = {"settings": json.loads(json.dumps(settings.to_dict())), "text": _text_digest(corpora)}
+        self._of = {"settings": json.loads(json.dumps(settings.to_dict())), "text": corpora.digest()}
         self._tensors: dict[str, Tensor] = {}
         self.progress: dict[str, Any] | None = None
         if self.path.exists():
@@ -78,13 +77,3 @@ class DemoState:
     def delete(self) -> None:
         """Remove the file: for when the results have been written."""
         self.path.unlink(missing_ok=True)
-
-
-def _text_digest(corpora: Corpora) -> str:
-    total = hashlib.sha256()
-    for name, text in corpora.domains.items():
-        total.update(f"domain {name} {len(text)}\n".encode() + text.tobytes())
-    for name, task in corpora.tasks.items():
-        for text in (task.measure, task.report):
-            total.update(f"task {name} {task.steered} {len(text)}\n".encode() + text.tobytes())
-    return total.hexdigest()
