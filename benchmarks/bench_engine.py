@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.suites.neighbours import find_neighbours
 from tikmix_fast.benchmarking import engine
-from tikmix_fast.benchmarking.neighbours import find_neighbours
 from tikmix_fast.benchmarking.suites import BenchSettings
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.suites.mixture import SHAPES, TINY_SHAPES, make_problem, measure_mixture
 from tikmix_fast import tikmix_d
-from tikmix_fast.benchmarking.mixture import SHAPES, TINY_SHAPES, make_problem, measure_mixture
 from tikmix_fast.benchmarking.suites import BenchSettings
 
 

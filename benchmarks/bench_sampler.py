@@ -5,7 +5,7 @@ pytest benchmarks/bench_sampler.py --benchmark-json sampler.json
 
 from __future__ import annotations
 
-from tikmix_fast.benchmarking.sampler import measure_sampler
+from benchmarks.suites.sampler import measure_sampler
 from tikmix_fast.benchmarking.suites import BenchSettings
 
 

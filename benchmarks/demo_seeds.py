@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from tikmix_fast import files
-from tikmix_fast.data.corpora import gather
+from tikmix_fast.demo.corpora import gather
+from tikmix_fast.demo.demonstration import demonstrate
+from tikmix_fast.demo.results import DemoResult
+from tikmix_fast.demo.settings import DemoSettings
 from tikmix_fast.report.environment import describe_environment
 from tikmix_fast.report.plots import draw_influence, draw_losses, draw_mixture, save_figure
-from tikmix_fast.training.demonstration import demonstrate
-from tikmix_fast.training.results import DemoResult
-from tikmix_fast.training.settings import DemoSettings
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.tables import gpu_bars, gpu_facts, gpu_tables
 from tikmix_fast import files
 from tikmix_fast.report.benchmark_tables import TextTable, benchmark_facts, benchmark_tables, ops_summary
-from tikmix_fast.report.gpu_tables import gpu_bars, gpu_facts, gpu_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,7 +111,7 @@ def _newest_date(result: dict[str, Any]) -> str:
 
 def study_section(results: dict[str, Any]) -> str:
     """Return every arm of the study of mixtures against the uniform mixture, and how it was measured."""
-    from study.report import arm_table, collect  # with the arms, and so torch
+    from benchmarks.study.report import arm_table, collect  # with the arms, and so torch
 
     arms = collect(results["results"], "summary.json")
     environment = results["environment"]

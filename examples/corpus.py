@@ -7,7 +7,7 @@ from bisect import bisect_right
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
-from tikmix_fast.data.corpora import Sequences, gather
+from tikmix_fast.demo.corpora import Sequences, gather
 
 LENGTH = 64
 

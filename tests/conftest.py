@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tikmix_fast import ops
-from tikmix_fast.ops import cpu
+from tikmix_fast.demo.corpora import Corpora, Task
+from tikmix_fast.demo.gpt import GPTSettings
+from tikmix_fast.demo.settings import DemoSettings
+from tikmix_fast.ops.backends.cpu import cpu
 
 BACKENDS = ("reference", "cpu", "triton")
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")
@@ -71,3 +75,45 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def corpora() -> Corpora:
+    """Two real kinds of text and noise, small enough for a training run in a test."""
+    random = np.random.default_rng(0)
+
+    def words(vocabulary: list[str], count: int) -> np.ndarray:
+        return np.frombuffer(" ".join(random.choice(vocabulary, count)).encode(), dtype=np.uint8)
+
+    prose = ["the", "cat", "sat", "mat", "on", "a", "and", "dog", "ran"]
+    code = ["def", "x=1;", "(y)", "if:", "==", "{}", "[0]", "+="]
+    noise = random.integers(0, 256, 4000).astype(np.uint8)
+    return Corpora(
+        domains={"prose": words(prose, 1500), "code": words(code, 1500), "noise": noise},
+        tasks={
+            "prose": Task(True, words(prose, 400), words(prose, 400)),
+            "code": Task(False, words(code, 400), words(code, 400)),
+        },
+        sources={"prose": "made up", "code": "made up", "noise": "random"},
+        missing={},
+    )
+
+
+@pytest.fixture
+def settings() -> DemoSettings:
+    """A demonstration of seconds."""
+    return DemoSettings(
+        steps=24,
+        stages=3,
+        batch=4,
+        model=GPTSettings(layers=1, heads=2, width=16, length=16),
+        learning_rate=1e-2,
+        warm_up=4,
+        task_batches=4,
+        task_rows=3,
+        domain_batches=6,
+        domain_rows=2,
+        task_splits=2,
+        evaluate_every=8,
+        curve_rows=8,
+    )

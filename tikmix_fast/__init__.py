@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from tikmix_fast import ops
     from tikmix_fast.data.domain import open_domain
     from tikmix_fast.data.sampler import MixtureSampler
-    from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
     from tikmix_fast.influence.engine import InfluenceEngine
-    from tikmix_fast.influence.in_run import InRun
-    from tikmix_fast.influence.masks import shifted_mask
-    from tikmix_fast.influence.matrix import InfluenceMatrix
-    from tikmix_fast.influence.plan import InRunPlan
-    from tikmix_fast.influence.preconditioners import Adam
-    from tikmix_fast.influence.projection import Projection
-    from tikmix_fast.influence.staleness import Staleness
-    from tikmix_fast.mixture.candidates import draw_mixtures
-    from tikmix_fast.mixture.dynamic import DynamicMixture
-    from tikmix_fast.mixture.final_choice import choose_by_labels
-    from tikmix_fast.mixture.labels import linear_labels, resampled_labels
-    from tikmix_fast.mixture.mixture_model import MixtureModel
+    from tikmix_fast.influence.in_run.plan import InRunPlan
+    from tikmix_fast.influence.in_run.run import InRun
+    from tikmix_fast.influence.in_run.staleness import Staleness
+    from tikmix_fast.influence.loss.masks import shifted_mask
+    from tikmix_fast.influence.preconditioners.adam import Adam
+    from tikmix_fast.influence.preconditioners.ekfac import EKFAC, DiagonalFisher
+    from tikmix_fast.influence.queries.projection import Projection
+    from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+    from tikmix_fast.mixture.direct.tikmix_d import tikmix_d
     from tikmix_fast.mixture.result import MixtureResult
-    from tikmix_fast.mixture.tikmix_d import tikmix_d
-    from tikmix_fast.mixture.tikmix_m import tikmix_m
-    from tikmix_fast.training.probe import probe
+    from tikmix_fast.mixture.schedule.dynamic import DynamicMixture
+    from tikmix_fast.mixture.surrogate.candidates import draw_mixtures
+    from tikmix_fast.mixture.surrogate.final_choice import choose_by_labels
+    from tikmix_fast.mixture.surrogate.labels import linear_labels, resampled_labels
+    from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
+    from tikmix_fast.mixture.surrogate.tikmix_m import tikmix_m
+    from tikmix_fast.probes.probe import probe
 
 __all__ = [
     "EKFAC",
@@ -69,28 +69,28 @@ __all__ = [
 ]
 
 _HOME = {
-    "Adam": "tikmix_fast.influence.preconditioners",
-    "DiagonalFisher": "tikmix_fast.influence.ekfac",
-    "DynamicMixture": "tikmix_fast.mixture.dynamic",
-    "EKFAC": "tikmix_fast.influence.ekfac",
-    "InRun": "tikmix_fast.influence.in_run",
-    "InRunPlan": "tikmix_fast.influence.plan",
-    "Staleness": "tikmix_fast.influence.staleness",
+    "Adam": "tikmix_fast.influence.preconditioners.adam",
+    "DiagonalFisher": "tikmix_fast.influence.preconditioners.ekfac",
+    "DynamicMixture": "tikmix_fast.mixture.schedule.dynamic",
+    "EKFAC": "tikmix_fast.influence.preconditioners.ekfac",
+    "InRun": "tikmix_fast.influence.in_run.run",
+    "InRunPlan": "tikmix_fast.influence.in_run.plan",
+    "Staleness": "tikmix_fast.influence.in_run.staleness",
     "InfluenceEngine": "tikmix_fast.influence.engine",
-    "InfluenceMatrix": "tikmix_fast.influence.matrix",
-    "MixtureModel": "tikmix_fast.mixture.mixture_model",
+    "InfluenceMatrix": "tikmix_fast.matrix.influence_matrix",
+    "MixtureModel": "tikmix_fast.mixture.surrogate.mixture_model",
     "MixtureResult": "tikmix_fast.mixture.result",
     "MixtureSampler": "tikmix_fast.data.sampler",
-    "Projection": "tikmix_fast.influence.projection",
-    "choose_by_labels": "tikmix_fast.mixture.final_choice",
-    "draw_mixtures": "tikmix_fast.mixture.candidates",
-    "linear_labels": "tikmix_fast.mixture.labels",
+    "Projection": "tikmix_fast.influence.queries.projection",
+    "choose_by_labels": "tikmix_fast.mixture.surrogate.final_choice",
+    "draw_mixtures": "tikmix_fast.mixture.surrogate.candidates",
+    "linear_labels": "tikmix_fast.mixture.surrogate.labels",
     "open_domain": "tikmix_fast.data.domain",
-    "probe": "tikmix_fast.training.probe",
-    "resampled_labels": "tikmix_fast.mixture.labels",
-    "shifted_mask": "tikmix_fast.influence.masks",
-    "tikmix_d": "tikmix_fast.mixture.tikmix_d",
-    "tikmix_m": "tikmix_fast.mixture.tikmix_m",
+    "probe": "tikmix_fast.probes.probe",
+    "resampled_labels": "tikmix_fast.mixture.surrogate.labels",
+    "shifted_mask": "tikmix_fast.influence.loss.masks",
+    "tikmix_d": "tikmix_fast.mixture.direct.tikmix_d",
+    "tikmix_m": "tikmix_fast.mixture.surrogate.tikmix_m",
 }
 
 

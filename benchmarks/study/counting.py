@@ -7,7 +7,7 @@ and backward. Not counted, in training and mixing alike: attention scores, norms
 
 from __future__ import annotations
 
-from tikmix_fast.training.gpt import BYTES, GPTSettings
+from tikmix_fast.demo.gpt import BYTES, GPTSettings
 
 __all__ = ["forward", "inner_products", "training", "weights"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.study.ekfac_fit import FitCase, measure_fit
 from tikmix_fast import files
-from tikmix_fast.benchmarking.ekfac import FitCase, measure_fit
 from tikmix_fast.report.environment import describe_environment
 
 RESULT = Path(__file__).parents[1] / "results" / "ekfac.json"

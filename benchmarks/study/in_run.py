@@ -42,11 +42,11 @@ import torch
 from scipy.stats import spearmanr
 
 from tikmix_fast import InfluenceEngine, files
-from tikmix_fast.data.corpora import Sequences, gather
+from tikmix_fast.demo.arm import Arm
+from tikmix_fast.demo.corpora import Sequences, gather
+from tikmix_fast.demo.measuring import measure
+from tikmix_fast.demo.settings import DemoSettings
 from tikmix_fast.report.environment import describe_environment
-from tikmix_fast.training.arm import Arm
-from tikmix_fast.training.measuring import measure
-from tikmix_fast.training.settings import DemoSettings
 
 
 @dataclass(frozen=True)

@@ -32,18 +32,18 @@ from prediction_report import write_report
 from torch import Tensor
 
 from tikmix_fast import files
-from tikmix_fast.data.corpora import Corpora, Sequences, gather
 from tikmix_fast.data.sampler import MixtureSampler
-from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
+from tikmix_fast.demo.arm import Arm
+from tikmix_fast.demo.corpora import Corpora, Sequences, gather
+from tikmix_fast.demo.gpt import GPT, GPTSettings
+from tikmix_fast.demo.settings import DemoSettings
 from tikmix_fast.influence.engine import InfluenceEngine
-from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.influence.matrix import InfluenceMatrix
-from tikmix_fast.influence.preconditioners import Adam, Preconditioner
-from tikmix_fast.influence.projection import Projection
+from tikmix_fast.influence.preconditioners.adam import Adam, Preconditioner
+from tikmix_fast.influence.preconditioners.ekfac import EKFAC, DiagonalFisher
+from tikmix_fast.influence.queries.projection import Projection
+from tikmix_fast.matrix.estimator import Estimator
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.report.environment import describe_environment
-from tikmix_fast.training.arm import Arm
-from tikmix_fast.training.gpt import GPT, GPTSettings
-from tikmix_fast.training.settings import DemoSettings
 
 REPOSITORY = Path(__file__).parents[2]
 Array = NDArray[np.float64]

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from study.settings import StudySettings
-from tikmix_fast.data.corpora import Bytes, Corpora, Sequences, gather
+from benchmarks.study.settings import StudySettings
+from tikmix_fast.demo.corpora import Bytes, Corpora, Sequences, gather
 
 __all__ = ["EARLY", "NOISE", "SHORT", "Problem", "cut_up"]
 

@@ -27,12 +27,12 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from tikmix_fast import InfluenceEngine, Projection, files
-from tikmix_fast.data.corpora import Bytes, Corpora, Sequences, gather
-from tikmix_fast.influence.preconditioners import Preconditioner, make_preconditioner
-from tikmix_fast.influence.projection import expected_error
-from tikmix_fast.ops.projection import LayerProjection, ProjectionKind
+from tikmix_fast.demo.corpora import Bytes, Corpora, Sequences, gather
+from tikmix_fast.demo.gpt import GPT, GPTSettings
+from tikmix_fast.influence.preconditioners.adam import Preconditioner, make_preconditioner
+from tikmix_fast.influence.queries.projection import expected_error
+from tikmix_fast.ops.common.projection import LayerProjection, ProjectionKind
 from tikmix_fast.report.environment import describe_environment
-from tikmix_fast.training.gpt import GPT, GPTSettings
 
 RESULT = Path(__file__).parents[1] / "results" / "projection.json"
 Array = NDArray[np.float64]

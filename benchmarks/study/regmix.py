@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast import files
-from tikmix_fast.mixture.mixture_model import MixtureModel, rank_correlation
+from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel, rank_correlation
 from tikmix_fast.report.environment import describe_environment
 
 Array = NDArray[np.float64]

@@ -22,8 +22,8 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from study.problem import EARLY, NOISE, SHORT
-from study.run import FORMAT
+from benchmarks.study.problem import EARLY, NOISE, SHORT
+from benchmarks.study.run import FORMAT
 from tikmix_fast import files
 from tikmix_fast.report.plots import new_figure, save_figure
 

@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from study.baselines import arms
-from study.problem import Problem
-from study.settings import SETTINGS, StudySettings
-from study.training import Study, train
+from benchmarks.study.baselines import arms
+from benchmarks.study.problem import Problem
+from benchmarks.study.settings import SETTINGS, StudySettings
+from benchmarks.study.training import Study, train
 from tikmix_fast import files
 from tikmix_fast.report.environment import describe_environment
 

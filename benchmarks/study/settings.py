@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tikmix_fast.training.gpt import GPTSettings
-from tikmix_fast.training.settings import DemoSettings
+from tikmix_fast.demo.gpt import GPTSettings
+from tikmix_fast.demo.settings import DemoSettings
 
 __all__ = ["SETTINGS", "StudySettings"]
 

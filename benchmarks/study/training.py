@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from study import counting
-from study.problem import Problem
-from study.settings import StudySettings
-from tikmix_fast.data.corpora import Sequences
-from tikmix_fast.training.arm import Arm
-from tikmix_fast.training.demonstration import task_losses
-from tikmix_fast.training.settings import DemoSettings
+from benchmarks.study import counting
+from benchmarks.study.problem import Problem
+from benchmarks.study.settings import StudySettings
+from tikmix_fast.demo.arm import Arm
+from tikmix_fast.demo.corpora import Sequences
+from tikmix_fast.demo.demonstration import task_losses
+from tikmix_fast.demo.settings import DemoSettings
 
 __all__ = ["Method", "Study", "Trainee", "train"]
 

@@ -1,5 +1,5 @@
 // Philox4x32-10, a counter-based random generator: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1,
-// 2, 3", SC 2011. The same words as tikmix_fast/ops/philox.py.
+// 2, 3", SC 2011. The same words as tikmix_fast/ops/common/philox.py.
 #pragma once
 
 #include <array>

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tikmix_fast.benchmarking.choice import TINY_GRID, measure_choice
-from tikmix_fast.ops.choice import count_costs
+from benchmarks.suites.choice import TINY_GRID, measure_choice
+from tikmix_fast.ops.backends.cpu.cost import count_costs
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "choice.json"
 

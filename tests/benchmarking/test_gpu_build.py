@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tikmix_fast.benchmarking.gpu_build import build_package, gpu_architecture, interpreter_for, parse_kernels
+from benchmarks.gpu.build import build_package, gpu_architecture, interpreter_for, parse_kernels
 
 PROJECT = """
 cmake_minimum_required(VERSION 3.25)

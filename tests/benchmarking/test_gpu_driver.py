@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from tikmix_fast.benchmarking.gpu_results import GpuResults
-from tikmix_fast.benchmarking.gpu_worker import jobs_of
+from benchmarks.gpu.results import GpuResults
+from benchmarks.gpu.worker import jobs_of
 
 ROOT = Path(__file__).parents[2]
 

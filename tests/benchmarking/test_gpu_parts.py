@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from tikmix_fast.benchmarking import gpu_ops, gpu_tools
+from benchmarks.gpu import ops as gpu_ops
+from benchmarks.gpu import tools as gpu_tools
+from benchmarks.gpu.device import Rehearsal, find_device, read_smi
+from benchmarks.gpu.methods import gpu_methods
+from benchmarks.gpu.ops import GPU_CASES, TINY_GPU_CASES, Bar, LayerTruth, measure_gpu_case, run_ops
+from benchmarks.gpu.timing import time_in_turn
+from benchmarks.gpu.tools import run_profile, run_sanitizer
 from tikmix_fast.benchmarking.baselines import PLAIN, Answer, Method
-from tikmix_fast.benchmarking.gpu_device import Rehearsal, find_device, read_smi
-from tikmix_fast.benchmarking.gpu_methods import gpu_methods
-from tikmix_fast.benchmarking.gpu_ops import GPU_CASES, TINY_GPU_CASES, Bar, LayerTruth, measure_gpu_case, run_ops
-from tikmix_fast.benchmarking.gpu_timing import time_in_turn
-from tikmix_fast.benchmarking.gpu_tools import run_profile, run_sanitizer
 from tikmix_fast.benchmarking.ops import Case, make_layer
 from tikmix_fast.testing import domain_gradients
 
@@ -271,7 +272,7 @@ def test_the_profile_names_kernels(monkeypatch, tmp_path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_clocks_of_no_card(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("tikmix_fast.benchmarking.gpu_device._smi_command", lambda fields: ["nvidia-smi"])
+    monkeypatch.setattr("benchmarks.gpu.device._smi_command", lambda fields: ["nvidia-smi"])
     monkeypatch.setenv("PATH", str(tmp_path))
     assert read_smi(("a",)) is None
     tool(tmp_path, "nvidia-smi", "echo '580.1, 1980'")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.suites.mixture import measure_mixture
+from benchmarks.suites.neighbours import find_neighbours
+from benchmarks.suites.sampler import measure_sampler
 from tikmix_fast.benchmarking import engine
 from tikmix_fast.benchmarking.engine import FLOOR, TINY_MEASUREMENT, MeasurementMethod, Truth
-from tikmix_fast.benchmarking.mixture import measure_mixture
-from tikmix_fast.benchmarking.neighbours import find_neighbours
-from tikmix_fast.benchmarking.sampler import measure_sampler
 from tikmix_fast.benchmarking.suites import BenchSettings, run_suite
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from tikmix_fast import InfluenceMatrix, __version__, tikmix_d
 from tikmix_fast.cli.app import app
-from tikmix_fast.data import corpora
-from tikmix_fast.data.corpora import Corpora, Task
-from tikmix_fast.training.results import DemoResult
+from tikmix_fast.demo import corpora
+from tikmix_fast.demo.corpora import Corpora, Task
+from tikmix_fast.demo.results import DemoResult
 
 DOMAINS = ("web", "code", "noise")
 

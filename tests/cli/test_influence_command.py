@@ -21,13 +21,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tikmix_fast import InfluenceEngine, InfluenceMatrix
+from tikmix_fast.checkpoints import checkpoint_influence
+from tikmix_fast.checkpoints.adam_files import load_adam, save_adam
+from tikmix_fast.checkpoints.checkpoint import load_checkpoint
+from tikmix_fast.checkpoints.checkpoint_influence import CheckpointInfluence, CheckpointSettings
 from tikmix_fast.cli.app import app
-from tikmix_fast.influence.conservation import ConservationError
-from tikmix_fast.influence.tensor_files import digest, read_tensors, write_tensors
-from tikmix_fast.training import checkpoint_influence
-from tikmix_fast.training.adam_files import load_adam, save_adam
-from tikmix_fast.training.checkpoint import load_checkpoint
-from tikmix_fast.training.checkpoint_influence import CheckpointInfluence, CheckpointSettings
+from tikmix_fast.influence.passes.conservation import ConservationError
+from tikmix_fast.tensor_files import digest, read_tensors, write_tensors
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -273,7 +273,7 @@ def killed_after(microbatches: int, arguments: list[str]) -> None:
     """Run the command in a process of its own that is killed once so many micro-batches were saved."""
     script = f"""
 import os, signal, sys
-from tikmix_fast.training import checkpoint_influence as module
+from tikmix_fast.checkpoints import checkpoint_influence as module
 write = module.CheckpointInfluence._write_state
 def write_and_die(self, done):
     write(self, done)

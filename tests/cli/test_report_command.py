@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from tikmix_fast import InfluenceMatrix
 from tikmix_fast.cli.app import app
-from tikmix_fast.influence.record import MicrobatchRecord
-from tikmix_fast.mixture.dynamic import DynamicMixture
+from tikmix_fast.demo.results import ArmResult, Boundary, DemoResult
+from tikmix_fast.demo.settings import DemoSettings
+from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
+from tikmix_fast.mixture.schedule.dynamic import DynamicMixture
 from tikmix_fast.report.charts import loss_chart, mixture_chart
 from tikmix_fast.report.findings import matrix_warnings
-from tikmix_fast.training.results import ArmResult, Boundary, DemoResult
-from tikmix_fast.training.settings import DemoSettings
 
 EVIL = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a & b's", "</table></style><style>*{}"]
 VOID = {"meta", "img", "br", "link", "input", "hr", "col", "wbr", "base"}

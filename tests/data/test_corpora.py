@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tikmix_fast.data import corpora
-from tikmix_fast.data.corpora import Sequences, gather
+from tikmix_fast.demo import corpora
+from tikmix_fast.demo.corpora import Sequences, gather
 
 SMALL = {"domain_bytes": 60_000, "task_bytes": 16_000, "fewest_bytes": 4_000}
 

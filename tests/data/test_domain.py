@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from tikmix_fast import MixtureSampler
-from tikmix_fast.data.corpora import Sequences
 from tikmix_fast.data.domain import open_domain
 from tikmix_fast.data.domain_files import find_files
 from tikmix_fast.data.tokenizing import Tokenizer
+from tikmix_fast.demo.corpora import Sequences
 
 DOCUMENTS = [f"document {number}: " + "abc " * number for number in range(20)]
 TEXT = "".join(document + "\n\n" for document in DOCUMENTS).encode()

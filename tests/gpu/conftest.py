@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops import cuda, triton
-from tikmix_fast.ops.gpu_choice import GpuCosts
+from tikmix_fast.ops.backends import triton
+from tikmix_fast.ops.backends.cuda import cuda
+from tikmix_fast.ops.backends.gpu_cost import GpuCosts
 from tikmix_fast.testing import (
     check_budget,
     domain_gradients,

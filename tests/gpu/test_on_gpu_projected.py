@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops, testing
-from tikmix_fast.ops.projection import ProjectionKind
+from tikmix_fast.ops.common.projection import ProjectionKind
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 

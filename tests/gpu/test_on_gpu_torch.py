@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops.device_checks import raise_on_device_errors
+from tikmix_fast.ops.common.device_checks import raise_on_device_errors
 
 EXACT = torch.ops.tikmix_fast.group_influence.default
 PROJECTED = torch.ops.tikmix_fast.projected_group_influence.default

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tikmix_fast import ops
-from tikmix_fast.ops.device_checks import raise_on_device_errors
+from tikmix_fast.ops.common.device_checks import raise_on_device_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic", "ignore:Synchronization debug mode is a prototype")
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tikmix_fast import InfluenceEngine, Projection
-from tikmix_fast.influence.conservation import ConservationError
+from tikmix_fast.influence.passes.conservation import ConservationError
 
 DOMAINS, TASKS = ["web", "code", "books"], ["qa", "maths"]
 

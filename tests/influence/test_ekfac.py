@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tikmix_fast import InfluenceEngine, shifted_mask
-from tikmix_fast.influence import sampled_labels as sampling
-from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
-from tikmix_fast.influence.rows import RowShapeError
+from tikmix_fast.influence.capture.rows import RowShapeError
+from tikmix_fast.influence.loss import sampled_labels as sampling
+from tikmix_fast.influence.preconditioners.ekfac import EKFAC, DiagonalFisher
 
 
 def dense_solve(fisher, gradient, damping=0.1):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tikmix_fast import InfluenceEngine
-from tikmix_fast.influence.ekfac import EKFAC
+from tikmix_fast.influence.preconditioners.ekfac import EKFAC
 
 # Imported only where it is installed; it and what it imports use what others deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from tikmix_fast import InfluenceEngine, Projection, ops, shifted_mask
-from tikmix_fast.influence import offload
+from tikmix_fast.influence.queries import offload
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tikmix_fast import InfluenceEngine, ops, shifted_mask
-from tikmix_fast.influence.conservation import ConservationError
-from tikmix_fast.influence.views import UncapturedParameterError
+from tikmix_fast.influence.capture.views import UncapturedParameterError
+from tikmix_fast.influence.passes.conservation import ConservationError
 
 
 def engine_for(model, **options):

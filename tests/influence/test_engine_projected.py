@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tikmix_fast import InfluenceEngine, InfluenceMatrix, Projection, shifted_mask
-from tikmix_fast.influence.conservation import ConservationError
+from tikmix_fast.influence.passes.conservation import ConservationError
 
 
 class Model(nn.Module):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tikmix_fast import InfluenceEngine, shifted_mask
-from tikmix_fast.influence.conservation import ConservationError
-from tikmix_fast.influence.rows import RowShapeError
-from tikmix_fast.influence.views import ParameterView, UncapturedParameterError
+from tikmix_fast.influence.capture.rows import RowShapeError
+from tikmix_fast.influence.capture.views import ParameterView, UncapturedParameterError
+from tikmix_fast.influence.passes.conservation import ConservationError
 
 TOLERANCE = 1e-5
 

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tikmix_fast import InfluenceEngine, Projection, ops, shifted_mask
-from tikmix_fast.influence.recorder import Recorder
-from tikmix_fast.influence.rows import RowLabels
-from tikmix_fast.influence.transfers import read_together, send
-from tikmix_fast.influence.weights import Weights
-from tikmix_fast.ops import device_checks
+from tikmix_fast.influence.capture.rows import RowLabels
+from tikmix_fast.influence.parallel.transfers import read_together, send
+from tikmix_fast.influence.passes.fingerprint import Weights
+from tikmix_fast.influence.passes.recorder import Recorder
+from tikmix_fast.ops.common import device_checks
 
 
 class NoReads(TorchDispatchMode):
@@ -213,7 +213,7 @@ def test_half_precision_with_a_scaler_and_checkpointing(kit, reentrant):
 def test_streams_of_a_forward_are_joined(kit, monkeypatch):
     """A product's stream is noted where it runs, and joined before anything is read."""
     model, calls = kit.make_model("attentive"), []
-    from tikmix_fast.influence.transfers import PassStreams
+    from tikmix_fast.influence.parallel.transfers import PassStreams
 
     monkeypatch.setattr(PassStreams, "note", lambda self, tensor: calls.append("note"))
     monkeypatch.setattr(PassStreams, "join", lambda self, kept=(): calls.append("join"))

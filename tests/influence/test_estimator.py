@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tikmix_fast.influence.estimator import Estimator
+from tikmix_fast.matrix.estimator import Estimator
 
 
 def filled(n, m, owners, weights, batches):

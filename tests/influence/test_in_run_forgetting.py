@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tikmix_fast import InfluenceMatrix
-from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.influence.record import MicrobatchRecord
+from tikmix_fast.matrix.estimator import Estimator
+from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
 
 
 def run_rounds(estimator, rounds, factor, owners=(0, 0, 1, 1)):

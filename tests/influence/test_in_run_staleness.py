@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tikmix_fast.influence.preconditioners import Identity
-from tikmix_fast.influence.staleness import QuerySketch, StalenessRecord, Watched
+from tikmix_fast.influence.in_run.staleness import QuerySketch, StalenessRecord, Watched
+from tikmix_fast.influence.preconditioners.adam import Identity
 
 WIDTH = 1021
 

@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student
 
 from tikmix_fast import InfluenceMatrix
-from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.influence.record import MicrobatchRecord
+from tikmix_fast.matrix.estimator import Estimator
+from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
 
 REPETITIONS = 2000
 

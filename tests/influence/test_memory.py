@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tikmix_fast import InfluenceEngine, Projection, shifted_mask
-from tikmix_fast.influence import offload
-from tikmix_fast.influence.memory import readable_size
+from tikmix_fast.influence.memory_estimate import readable_size
+from tikmix_fast.influence.queries import offload
 
 VOCABULARY = 211
 

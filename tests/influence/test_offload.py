@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tikmix_fast import InfluenceEngine, Projection, shifted_mask
-from tikmix_fast.influence import offload
-from tikmix_fast.influence.offload import ALIGNMENT, Prefetcher
+from tikmix_fast.influence.queries import offload
+from tikmix_fast.influence.queries.offload import ALIGNMENT, Prefetcher
 
 
 class LateCopier:

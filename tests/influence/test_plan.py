@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tikmix_fast import InfluenceEngine
-from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.influence.plan import _expected_error, plan_in_run
+from tikmix_fast.influence.in_run.plan import _expected_error, plan_in_run
+from tikmix_fast.matrix.estimator import Estimator
 
 
 def engine(tasks=3, domains=5, **options):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tikmix_fast import InfluenceEngine
-from tikmix_fast.influence.preconditioners import Adam
+from tikmix_fast.influence.preconditioners.adam import Adam
 
 EPS = 1e-8
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tikmix_fast import InfluenceEngine, InfluenceMatrix, Projection
-from tikmix_fast.influence.projection import expected_error
+from tikmix_fast.influence.queries.projection import expected_error
 
 WIDTH = 300
 KINDS = ("countsketch", "rademacher", "gaussian")

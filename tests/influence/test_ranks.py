@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tikmix_fast import InfluenceEngine, Projection
-from tikmix_fast.influence.ranks import ranks_of
+from tikmix_fast.influence.parallel.ranks import ranks_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks_worker as worker

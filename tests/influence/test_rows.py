@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tikmix_fast.influence.rows import RowLabels, RowShapeError
+from tikmix_fast.influence.capture.rows import RowLabels, RowShapeError
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([2, 0, 2])

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tikmix_fast.influence.capture import Capture
-from tikmix_fast.influence.recorder import Recorder
-from tikmix_fast.influence.rows import RowLabels
-from tikmix_fast.influence.views import ParameterView, UncapturedParameterError
+from tikmix_fast.influence.capture.capture import Capture
+from tikmix_fast.influence.capture.rows import RowLabels
+from tikmix_fast.influence.capture.views import ParameterView, UncapturedParameterError
+from tikmix_fast.influence.passes.recorder import Recorder
 
 B, S, C = 5, 5, 6  # as many rows as positions: neither may pass for the other
 IDS = torch.tensor([1, 0, 2, 1, 1])

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tikmix_fast import InfluenceEngine
-from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.influence.stopping import until_known
+from tikmix_fast.matrix.estimator import Estimator
+from tikmix_fast.matrix.stopping import until_known
 
 TASKS, DOMAINS = ("qa", "code"), ("a", "b", "c", "d")
 

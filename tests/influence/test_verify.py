@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tikmix_fast import shifted_mask
-from tikmix_fast.influence.recorder import Recorder
+from tikmix_fast.influence.passes.recorder import Recorder
 
 
 def per_row(kit):

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tikmix_fast.influence.matrix import InfluenceMatrix
-from tikmix_fast.influence.record import MicrobatchRecord
-from tikmix_fast.mixture.candidates import dirichlet, draw_mixtures
-from tikmix_fast.mixture.labels import linear_labels, resampled_labels
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
+from tikmix_fast.mixture.surrogate.candidates import dirichlet, draw_mixtures
+from tikmix_fast.mixture.surrogate.labels import linear_labels, resampled_labels
 
 ANCHOR = np.array([0.4, 0.3, 0.2, 0.1])
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tikmix_fast import InfluenceMatrix, MixtureResult, MixtureSampler, tikmix_d
-from tikmix_fast.mixture.dynamic import DynamicMixture
+from tikmix_fast.mixture.schedule.dynamic import DynamicMixture
 
 DOMAINS = ("web", "code", "books", "noise")
 WARM_UP = {"web": 0.4, "code": 0.3, "books": 0.2, "noise": 0.1}

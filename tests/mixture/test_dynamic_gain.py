@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import kendalltau, spearmanr
 
 from tikmix_fast import InfluenceMatrix, tikmix_d
-from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.mixture.gain import Gain, expected_gain
-from tikmix_fast.mixture.stability import RankAgreement, rank_agreement
+from tikmix_fast.matrix.estimator import Estimator
+from tikmix_fast.mixture.schedule.gain import Gain, expected_gain
+from tikmix_fast.mixture.schedule.stability import RankAgreement, rank_agreement
 
 
 def measured(scores: np.ndarray, tokens: np.ndarray) -> InfluenceMatrix:

@@ -12,10 +12,10 @@ from scipy.optimize import check_grad
 from scipy.stats import spearmanr
 
 from tikmix_fast import files
-from tikmix_fast.mixture.gaussian_process import GaussianProcess, negative_log_posterior
-from tikmix_fast.mixture.mixture_model import MixtureModel, rank_correlation
-from tikmix_fast.mixture.ridge import Ridge
-from tikmix_fast.mixture.trees import Trees
+from tikmix_fast.mixture.surrogate.gaussian_process import GaussianProcess, negative_log_posterior
+from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel, rank_correlation
+from tikmix_fast.mixture.surrogate.ridge import Ridge
+from tikmix_fast.mixture.surrogate.trees import Trees
 
 REGMIX = Path(__file__).parents[3] / "shared" / "data" / "regmix"
 
@@ -290,7 +290,7 @@ def test_other_messages():
 
 def test_lightgbm_and_torch_are_not_imported_with_the_module():
     code = (
-        "import sys, tikmix_fast.mixture.mixture_model, tikmix_fast.mixture.tikmix_m;"
+        "import sys, tikmix_fast.mixture.surrogate.mixture_model, tikmix_fast.mixture.surrogate.tikmix_m;"
         "assert not {'lightgbm', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,8 +12,8 @@ from scipy.special import softmax
 
 import tikmix_fast
 from tikmix_fast import InfluenceMatrix, tikmix_d
-from tikmix_fast.mixture import interior, slsqp
-from tikmix_fast.mixture.problem import Solution
+from tikmix_fast.mixture.direct import interior, slsqp
+from tikmix_fast.mixture.direct.problem import Solution
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -413,8 +413,8 @@ def test_what_the_import_costs():
 
 
 def test_public_names():
+    from tikmix_fast.mixture.direct.tikmix_d import tikmix_d as function
     from tikmix_fast.mixture.result import MixtureResult
-    from tikmix_fast.mixture.tikmix_d import tikmix_d as function
 
     assert tikmix_fast.MixtureResult is MixtureResult
     assert tikmix_fast.tikmix_d is function

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tikmix_fast.mixture.labels import linear_labels
-from tikmix_fast.mixture.mixture_model import MixtureModel, rank_correlation
-from tikmix_fast.mixture.tikmix_d import tikmix_d
-from tikmix_fast.mixture.tikmix_m import tikmix_m
+from tikmix_fast.mixture.direct.tikmix_d import tikmix_d
+from tikmix_fast.mixture.surrogate.labels import linear_labels
+from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel, rank_correlation
+from tikmix_fast.mixture.surrogate.tikmix_m import tikmix_m
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -115,7 +115,7 @@ def test_pareto_mixtures_are_preferred():
 
 
 def test_the_schedule_runs_from_wide_to_narrow_and_literally_the_other_way(monkeypatch):
-    module = sys.modules["tikmix_fast.mixture.tikmix_m"]
+    module = sys.modules["tikmix_fast.mixture.surrogate.tikmix_m"]
     seen = []
     plain = module.dirichlet
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import softmax, xlogy
 
-from tikmix_fast.mixture.tilt import capped_tilt
+from tikmix_fast.mixture.direct.tilt import capped_tilt
 
 
 def test_without_bounds_it_is_the_softmax():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tikmix_fast.ops.projection import LayerProjection, factor_matrix
+from tikmix_fast.ops.common.projection import LayerProjection, factor_matrix
 from tikmix_fast.testing import aligned_rows
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops import cpu
+from tikmix_fast.ops.backends.cpu import cpu
 
 PROT_NONE = 0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tikmix_fast.ops.checks import Arguments
-from tikmix_fast.ops.triton import configs, fused, gradient, two_pass
+from tikmix_fast.ops.backends.triton import configs, fused, gradient, two_pass
+from tikmix_fast.ops.common.checks import Arguments
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

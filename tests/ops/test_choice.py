@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tikmix_fast import ops
-from tikmix_fast.ops import cpu
-from tikmix_fast.ops.checks import Arguments
-from tikmix_fast.ops.choice import count_costs
+from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends.cpu.cost import count_costs
+from tikmix_fast.ops.common.checks import Arguments
 from tikmix_fast.testing import check_budget, domain_gradients, eager_group_influence, influence_error, rounding_floor
 
 

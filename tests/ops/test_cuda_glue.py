@@ -18,10 +18,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tikmix_fast import ops
-from tikmix_fast.ops import cuda, device_checks, projected_kernels, reference, schema
-from tikmix_fast.ops.checks import Arguments
-from tikmix_fast.ops.gpu_choice import GpuCosts
-from tikmix_fast.ops.projected_checks import ProjectedArguments
+from tikmix_fast.ops.backends import projected_rows as projected_kernels
+from tikmix_fast.ops.backends import reference
+from tikmix_fast.ops.backends.cuda import cuda
+from tikmix_fast.ops.backends.gpu_cost import GpuCosts
+from tikmix_fast.ops.common import device_checks
+from tikmix_fast.ops.common.checks import Arguments
+from tikmix_fast.ops.common.projected_checks import ProjectedArguments
+from tikmix_fast.ops.exact import schema
 
 native = pytest.importorskip("tikmix_fast._cuda", reason="the CUDA module is not compiled in")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the module itself is called; see tests/gpu")

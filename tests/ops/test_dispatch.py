@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops import cpu, dispatch
+from tikmix_fast.ops import dispatch
+from tikmix_fast.ops.backends.cpu import cpu
 
 ARGUMENTS = (torch.ones(2, 1), torch.ones(2, 1), torch.tensor([0, 2]), torch.ones(1, 1, 1))
 

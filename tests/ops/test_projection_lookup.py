@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from tikmix_fast import ops
-from tikmix_fast.ops.projected_lookup import projected_lookup_gradients
-from tikmix_fast.ops.projection import ProjectionKind
+from tikmix_fast.ops.common.projection import ProjectionKind
+from tikmix_fast.ops.projected.lookup import projected_lookup_gradients
 
 V, C, T = 90, 50, 40
 OFFSETS = torch.tensor([0, 13, 13, 40])

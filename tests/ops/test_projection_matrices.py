@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops.projection import ProjectionKind, _normal_table, factor_matrix
+from tikmix_fast.ops.common.projection import ProjectionKind, _normal_table, factor_matrix
 
 KINDS = get_args(ProjectionKind)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tikmix_fast import ops
-from tikmix_fast.ops import cpu
-from tikmix_fast.ops.philox import philox4x32, random_words, random_words_in_torch
-from tikmix_fast.ops.sketch import write_random_words
+from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends.cpu.sketch import write_random_words
+from tikmix_fast.ops.common.philox import philox4x32, random_words, random_words_in_torch
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, answer.
 KNOWN_ANSWERS = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops.projection import ProjectionKind
+from tikmix_fast.ops.common.projection import ProjectionKind
 
 OP = torch.ops.tikmix_fast.projected_group_influence.default
 KINDS = get_args(ProjectionKind)

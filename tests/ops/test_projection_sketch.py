@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops.projection import factor_matrix
-from tikmix_fast.ops.sketch import sketch_rows
+from tikmix_fast.ops.backends.cpu.sketch import sketch_rows
+from tikmix_fast.ops.common.projection import factor_matrix
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = ["f32", "bf16", "f16"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops.projection import ProjectionKind
+from tikmix_fast.ops.common.projection import ProjectionKind
 
 KINDS = get_args(ProjectionKind)
 HEIGHT, WIDTH, DIM = 40, 36, 16  # blocks of 16, 16 and 8 columns

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from tikmix_fast.ops.triton import configs
+from tikmix_fast.ops.backends.triton import configs
 
 SCRIPT = Path(__file__).with_name("compile_triton.py")
 WGMMA, MMA, FLOAT = (configs._TILES[kind][0] for kind in ("wgmma", "mma", "float"))

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tikmix_fast.ops import reference
-from tikmix_fast.ops.checks import Arguments
-from tikmix_fast.ops.device_checks import WRONG_OFFSETS, WRONG_ORDER
+from tikmix_fast.ops.backends import reference
+from tikmix_fast.ops.common.checks import Arguments
+from tikmix_fast.ops.common.device_checks import WRONG_OFFSETS, WRONG_ORDER
 from tikmix_fast.testing import (
     check_budget,
     domain_gradients,
@@ -28,7 +28,7 @@ from tikmix_fast.testing import (
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from tikmix_fast.ops.triton import configs, fused, gradient, two_pass, unavailable
+from tikmix_fast.ops.backends.triton import configs, fused, gradient, two_pass, unavailable
 
 pytestmark = [
     pytest.mark.skipif(unavailable() is not None, reason=f"triton: {unavailable()}"),

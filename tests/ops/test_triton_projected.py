@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tikmix_fast import ops, testing
-from tikmix_fast.ops import projected_kernels
-from tikmix_fast.ops.device_checks import WRONG_OFFSETS, WRONG_ORDER
-from tikmix_fast.ops.projected_checks import ProjectedArguments
-from tikmix_fast.ops.projection import ProjectionKind, factor_matrix
+from tikmix_fast.ops.backends import projected_rows as projected_kernels
+from tikmix_fast.ops.common.device_checks import WRONG_OFFSETS, WRONG_ORDER
+from tikmix_fast.ops.common.projected_checks import ProjectedArguments
+from tikmix_fast.ops.common.projection import ProjectionKind, factor_matrix
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from tikmix_fast.ops.triton import configs, projected, unavailable
+from tikmix_fast.ops.backends.triton import configs, projected, unavailable
 
 pytestmark = [
     pytest.mark.skipif(unavailable() is not None, reason=f"triton: {unavailable()}"),
@@ -336,8 +336,8 @@ import torch, triton
 from triton.runtime.jit import JITFunction
 from compile_triton import Machine, report
 from tikmix_fast import ops
-from tikmix_fast.ops.projected_checks import ProjectedArguments
-from tikmix_fast.ops.triton import projected
+from tikmix_fast.ops.common.projected_checks import ProjectedArguments
+from tikmix_fast.ops.backends.triton import projected
 
 compiled, launch = [], JITFunction.run
 def compile_only(self, *args, **options):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops import reference, two_pass
-from tikmix_fast.ops.checks import Arguments
-from tikmix_fast.ops.device_checks import raise_on_device_errors
+from tikmix_fast.ops.backends import reference
+from tikmix_fast.ops.backends.cuda import grouped_mm as two_pass
+from tikmix_fast.ops.common.checks import Arguments
+from tikmix_fast.ops.common.device_checks import raise_on_device_errors
 from tikmix_fast.testing import (
     check_budget,
     domain_gradients,

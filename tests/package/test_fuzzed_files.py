@@ -21,19 +21,19 @@ from torch import nn
 
 import tikmix_fast
 from tikmix_fast import InfluenceMatrix, files
+from tikmix_fast.checkpoints.adam_files import load_adam, save_adam
+from tikmix_fast.checkpoints.checkpoint import load_tokenizer
 from tikmix_fast.cli.mix import _read_prior
 from tikmix_fast.data.exports.mixtera import read_mixture
 from tikmix_fast.data.text_files import read_text
 from tikmix_fast.data.token_files import TokenSequences
-from tikmix_fast.influence.ekfac import EKFAC, DiagonalFisher
-from tikmix_fast.influence.record import MicrobatchRecord
-from tikmix_fast.influence.tensor_files import write_tensors
-from tikmix_fast.mixture.dynamic import DynamicMixture
-from tikmix_fast.mixture.mixture_model import MixtureModel
+from tikmix_fast.demo.results import DemoResult
+from tikmix_fast.influence.preconditioners.ekfac import EKFAC, DiagonalFisher
+from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
+from tikmix_fast.mixture.schedule.dynamic import DynamicMixture
+from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
 from tikmix_fast.report.sources import read_sources
-from tikmix_fast.training.adam_files import load_adam, save_adam
-from tikmix_fast.training.checkpoint import load_tokenizer
-from tikmix_fast.training.results import DemoResult
+from tikmix_fast.tensor_files import write_tensors
 
 NAMES = ("x", "y")
 LINES = "".join(json.dumps({"text": f"line {number} ü"}) + "\n" for number in range(5)).encode()

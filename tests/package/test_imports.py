@@ -86,7 +86,7 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_the_direction_is_seen() -> None:
     assert layer_of("tikmix_fast.influence.engine") > layer_of("tikmix_fast.ops")
-    assert "tikmix_fast.ops.checks" in imported_modules(PACKAGE / "ops" / "cpu.py")
+    assert "tikmix_fast.ops.common.checks" in imported_modules(PACKAGE / "ops" / "cpu.py")
     assert "torch" in imported_modules(PACKAGE / "ops" / "cpu.py")
 
 

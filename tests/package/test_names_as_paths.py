@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from tikmix_fast.cli.app import app
 from tikmix_fast.cli.demo import _write
-from tikmix_fast.data.corpora import Corpora, Task
-from tikmix_fast.training.demo_state import DemoState
-from tikmix_fast.training.demonstration import demonstrate
-from tikmix_fast.training.gpt import GPTSettings
-from tikmix_fast.training.settings import DemoSettings
+from tikmix_fast.demo.corpora import Corpora, Task
+from tikmix_fast.demo.demonstration import demonstrate
+from tikmix_fast.demo.gpt import GPTSettings
+from tikmix_fast.demo.settings import DemoSettings
+from tikmix_fast.demo.state import DemoState
 
 
 def everything_in(folder: Path) -> set[str]:
@@ -64,7 +64,7 @@ def test_a_checkpoint_whose_index_points_outside_its_folder_is_refused(name: str
     pytest.importorskip("transformers")
     from safetensors.torch import save_file
 
-    from tikmix_fast.training.checkpoint import load_checkpoint
+    from tikmix_fast.checkpoints.checkpoint import load_checkpoint
 
     folder = tmp_path / "model"
     folder.mkdir()

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tikmix_fast import InfluenceMatrix, tikmix_d
 from tikmix_fast.cli.app import app
-from tikmix_fast.influence.record import MicrobatchRecord
+from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
 from tikmix_fast.schemas import schema
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tikmix_fast.influence.matrix import InfluenceMatrix
-from tikmix_fast.training.results import ArmResult, Boundary, DemoResult
-from tikmix_fast.training.settings import DemoSettings
+from tikmix_fast.demo.results import ArmResult, Boundary, DemoResult
+from tikmix_fast.demo.settings import DemoSettings
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 DOMAINS = ("python", "docstrings", "noise")
 TASKS = ("numpy docs", "readmes", "sums")

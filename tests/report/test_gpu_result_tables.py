@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tikmix_fast.report.gpu_tables import gpu_bars, gpu_facts, gpu_tables, is_passed
+from benchmarks.gpu.tables import gpu_bars, gpu_facts, gpu_tables, is_passed
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "report.py"
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from tikmix_fast.demo.results import ArmResult, DemoResult
 from tikmix_fast.report.tables import loss_table, weight_table
-from tikmix_fast.training.results import ArmResult, DemoResult
 
 
 def rows(table: Table) -> list[list[str]]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from study.problem import Problem
-from study.settings import SETTINGS, StudySettings
-from study.training import Study
-
-from tikmix_fast.data.corpora import Corpora, Task
+from benchmarks.study.problem import Problem
+from benchmarks.study.settings import SETTINGS, StudySettings
+from benchmarks.study.training import Study
+from tikmix_fast.demo.corpora import Corpora, Task
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from study.baselines.ado import ADO, at_least, fit_scaling_law, slope
-from study.baselines.dga import DGA
-from study.baselines.doge import DoGE
-from study.baselines.fixed import half_and_half, natural, own_domains, uniform
-from study.baselines.gradients import gradient, mirror_step
-from study.baselines.odm import ODM, explore
-from study.baselines.regmix import best_mixture, candidates
-from study.baselines.tikmix_d import TikmixD
-from study.training import Method, Study, Trainee
+
+from benchmarks.study.baselines.ado import ADO, at_least, fit_scaling_law, slope
+from benchmarks.study.baselines.dga import DGA
+from benchmarks.study.baselines.doge import DoGE
+from benchmarks.study.baselines.fixed import half_and_half, natural, own_domains, uniform
+from benchmarks.study.baselines.gradients import gradient, mirror_step
+from benchmarks.study.baselines.odm import ODM, explore
+from benchmarks.study.baselines.regmix import best_mixture, candidates
+from benchmarks.study.baselines.tikmix_d import TikmixD
+from benchmarks.study.training import Method, Study, Trainee
 
 MakeStudy = Callable[..., Study]
 

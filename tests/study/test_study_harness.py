@@ -15,19 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from study import counting, run
-from study.baselines import arms
-from study.baselines.dga import DGA
-from study.baselines.doge import DoGE
-from study.baselines.fixed import uniform
-from study.baselines.regmix import RegMix, proxy_losses
-from study.baselines.tikmix_d import measuring_flops
-from study.problem import Problem, cut_up
-from study.settings import SETTINGS, StudySettings
-from study.training import Method, Study, Trainee, sequence_losses, train
 
-from tikmix_fast.training.arm import Arm
-from tikmix_fast.training.gpt import GPT, GPTSettings
+from benchmarks.study import counting, run
+from benchmarks.study.baselines import arms
+from benchmarks.study.baselines.dga import DGA
+from benchmarks.study.baselines.doge import DoGE
+from benchmarks.study.baselines.fixed import uniform
+from benchmarks.study.baselines.regmix import RegMix, proxy_losses
+from benchmarks.study.baselines.tikmix_d import measuring_flops
+from benchmarks.study.problem import Problem, cut_up
+from benchmarks.study.settings import SETTINGS, StudySettings
+from benchmarks.study.training import Method, Study, Trainee, sequence_losses, train
+from tikmix_fast.demo.arm import Arm
+from tikmix_fast.demo.gpt import GPT, GPTSettings
 
 MakeStudy = Callable[..., Study]
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from study import report
-from study.run import FORMAT
+
+from benchmarks.study import report
+from benchmarks.study.run import FORMAT
 
 DOMAINS = ("docstrings", "python", "fragments", "noise")
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 import tikmix_fast
 from tikmix_fast.benchmarking import memory
 from tikmix_fast.benchmarking.interleaved import interleave
+from tikmix_fast.demo.gpt import GPT, GPTSettings
 from tikmix_fast.influence.engine import InfluenceEngine
 from tikmix_fast.testing import WorstCell, check_budget, influence_error, rounding_floor
-from tikmix_fast.training.gpt import GPT, GPTSettings
 
 __all__ = [
     "FLOOR",

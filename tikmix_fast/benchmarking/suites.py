@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from tikmix_fast.benchmarking import choice, engine, mixture, ops, sampler
+from benchmarks.suites import choice, mixture, sampler
+from benchmarks.suites.neighbours import find_neighbours
+from tikmix_fast.benchmarking import engine, ops
 from tikmix_fast.benchmarking.engine import FLOOR
 from tikmix_fast.benchmarking.machine import measure_rates
-from tikmix_fast.benchmarking.neighbours import find_neighbours
 from tikmix_fast.report.environment import describe_environment
 
 __all__ = ["SUITES", "BenchSettings", "Size", "run_suite"]

@@ -13,10 +13,10 @@ from tikmix_fast.cli.mistakes import user_mistakes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tikmix_fast.data.corpora import Corpora
-    from tikmix_fast.training.demo_state import DemoState
-    from tikmix_fast.training.results import DemoResult
-    from tikmix_fast.training.settings import DemoSettings
+    from tikmix_fast.demo.corpora import Corpora
+    from tikmix_fast.demo.results import DemoResult
+    from tikmix_fast.demo.settings import DemoSettings
+    from tikmix_fast.demo.state import DemoState
 
 __all__ = ["demo"]
 
@@ -73,10 +73,10 @@ def demo(
         with console.status("loading torch"):
             import torch
 
-            from tikmix_fast.data.corpora import gather
+            from tikmix_fast.demo.corpora import gather
+            from tikmix_fast.demo.settings import DemoSettings
+            from tikmix_fast.demo.state import DemoState
             from tikmix_fast.report.environment import describe_environment
-            from tikmix_fast.training.demo_state import DemoState
-            from tikmix_fast.training.settings import DemoSettings
         options = {"steps": steps, "stages": stages, "diversity": diversity, "preconditioner": preconditioner}
         given = {name: value for name, value in options.items() if value is not None}
         settings = DemoSettings(**{**(_QUICK if quick else {}), "seed": seed, **given})
@@ -123,7 +123,7 @@ def _run(settings: DemoSettings, corpora: Corpora, console: Console, state: Demo
     from rich import progress
     from rich.text import Text
 
-    from tikmix_fast.training.demonstration import demonstrate, work
+    from tikmix_fast.demo.demonstration import demonstrate, work
 
     class Rate(progress.ProgressColumn):
         def render(self, task: progress.Task) -> Text:

@@ -13,8 +13,8 @@ from tikmix_fast.cli.mistakes import user_mistakes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tikmix_fast.influence.matrix import InfluenceMatrix
-    from tikmix_fast.training.checkpoint_influence import CheckpointInfluence
+    from tikmix_fast.checkpoints.checkpoint_influence import CheckpointInfluence
+    from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 __all__ = ["influence"]
 
@@ -42,7 +42,7 @@ def influence(
         typer.Option(help="P. Default: adam where --optimizer is given, else identity."),
     ] = None,
     optimizer: Annotated[
-        Path | None, typer.Option(help="Adam's moments, as tikmix_fast.training.adam_files.save_adam writes them.")
+        Path | None, typer.Option(help="Adam's moments, as tikmix_fast.checkpoints.adam_files.save_adam writes them.")
     ] = None,
     damping: Annotated[float, typer.Option(help="Of ekfac and diagonal_fisher, times the mean eigenvalue.")] = 0.1,
     projection: Annotated[
@@ -92,8 +92,8 @@ def influence(
         with console.status("loading torch"):
             import torch
 
+            from tikmix_fast.checkpoints.checkpoint_influence import CheckpointInfluence, CheckpointSettings
             from tikmix_fast.report.environment import describe_environment
-            from tikmix_fast.training.checkpoint_influence import CheckpointInfluence, CheckpointSettings
         if threads:
             torch.set_num_threads(threads)
         settings = CheckpointSettings(
@@ -177,8 +177,8 @@ def _measure(measurement: CheckpointInfluence, console: Console) -> InfluenceMat
     import torch
     from rich import progress
 
-    from tikmix_fast.influence.conservation import ConservationError
-    from tikmix_fast.influence.views import UncapturedParameterError
+    from tikmix_fast.influence.capture.views import UncapturedParameterError
+    from tikmix_fast.influence.passes.conservation import ConservationError
 
     columns: tuple[Any, ...] = (
         progress.TextColumn("{task.description:8}"),

@@ -10,7 +10,7 @@ import typer
 from tikmix_fast.cli.mistakes import user_mistakes
 
 if TYPE_CHECKING:
-    from tikmix_fast.influence.matrix import InfluenceMatrix
+    from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 __all__ = ["mix"]
 
@@ -45,8 +45,8 @@ def mix(
     import warnings
 
     from tikmix_fast import files
-    from tikmix_fast.influence.matrix import InfluenceMatrix
-    from tikmix_fast.mixture.tikmix_d import tikmix_d
+    from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+    from tikmix_fast.mixture.direct.tikmix_d import tikmix_d
 
     with user_mistakes():
         matrix = InfluenceMatrix.load(matrix_file)

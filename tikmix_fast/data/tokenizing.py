@@ -96,7 +96,7 @@ def _bytes(text: str) -> NDArray[np.uint8]:
 
 
 BYTES = Tokenizer("bytes", _bytes, 256, separator=b"\n\n")
-"""UTF-8; an empty line after every document, as between the sections of `tikmix_fast.data.corpora`."""
+"""UTF-8; an empty line after every document, as between the sections of `tikmix_fast.demo.corpora`."""
 
 
 def tokenize(

@@ -16,42 +16,42 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tikmix_fast import ops
-from tikmix_fast.influence import offload
-from tikmix_fast.influence.capture import Capture
-from tikmix_fast.influence.conservation import check_conservation
-from tikmix_fast.influence.coverage import Coverage
-from tikmix_fast.influence.ekfac import EKFAC
-from tikmix_fast.influence.estimator import Estimator
-from tikmix_fast.influence.fully_sharded import WholeGradients, check_sharding, is_sharded, reshard
-from tikmix_fast.influence.gradients import (
+from tikmix_fast.influence.capture.capture import Capture
+from tikmix_fast.influence.capture.rows import RowLabels
+from tikmix_fast.influence.capture.views import UncapturedParameterError
+from tikmix_fast.influence.in_run.plan import InRunPlan, plan_in_run
+from tikmix_fast.influence.in_run.run import InRun
+from tikmix_fast.influence.in_run.staleness import QuerySketch, Watched
+from tikmix_fast.influence.loss.loss_scale import LossScale, check_targets
+from tikmix_fast.influence.loss.target_tokens import check_mask, count_target_tokens, masked_targets
+from tikmix_fast.influence.loss.watch import SeenLosses, watch_losses
+from tikmix_fast.influence.memory_estimate import MemoryEstimate, estimate_memory, readable_size
+from tikmix_fast.influence.parallel.fully_sharded import WholeGradients, check_sharding, is_sharded, reshard
+from tikmix_fast.influence.parallel.gradients import (
     GradientBefore,
     gradients_set_aside,
     local_gradients,
     synchronises,
     without_synchronisation,
 )
-from tikmix_fast.influence.in_run import InRun
-from tikmix_fast.influence.loss_scale import LossScale, check_targets
-from tikmix_fast.influence.matrix import InfluenceMatrix
-from tikmix_fast.influence.memory import MemoryEstimate, estimate_memory, readable_size
-from tikmix_fast.influence.offload import Copier
-from tikmix_fast.influence.optimizer_state import canonical_name
-from tikmix_fast.influence.plan import InRunPlan, plan_in_run
-from tikmix_fast.influence.preconditioners import Adam, Preconditioner, make_preconditioner
-from tikmix_fast.influence.projection import Projection, back_project
-from tikmix_fast.influence.queries import Queries, TaskGradients
-from tikmix_fast.influence.ranks import PendingMicrobatches, add_by_name, ranks_of
-from tikmix_fast.influence.recorder import Recorder
-from tikmix_fast.influence.rows import RowLabels
-from tikmix_fast.influence.staleness import QuerySketch, Watched
-from tikmix_fast.influence.stopping import Batch, until_known
-from tikmix_fast.influence.target_counts import SeenLosses, watch_losses
-from tikmix_fast.influence.target_tokens import check_mask, count_target_tokens, masked_targets
-from tikmix_fast.influence.transfers import read_together
-from tikmix_fast.influence.verify import Cell, Verification, recompute_cells
-from tikmix_fast.influence.views import UncapturedParameterError
-from tikmix_fast.influence.weights import Weights
-from tikmix_fast.ops.device_checks import raise_on_device_errors
+from tikmix_fast.influence.parallel.ranks import PendingMicrobatches, add_by_name, ranks_of
+from tikmix_fast.influence.parallel.transfers import read_together
+from tikmix_fast.influence.passes.conservation import check_conservation
+from tikmix_fast.influence.passes.coverage import Coverage
+from tikmix_fast.influence.passes.fingerprint import Weights
+from tikmix_fast.influence.passes.recorder import Recorder
+from tikmix_fast.influence.passes.verify import Cell, Verification, recompute_cells
+from tikmix_fast.influence.preconditioners.adam import Adam, Preconditioner, make_preconditioner
+from tikmix_fast.influence.preconditioners.ekfac import EKFAC
+from tikmix_fast.influence.preconditioners.optimizer_state import canonical_name
+from tikmix_fast.influence.queries import offload
+from tikmix_fast.influence.queries.held import Queries, TaskGradients
+from tikmix_fast.influence.queries.offload import Copier
+from tikmix_fast.influence.queries.projection import Projection, back_project
+from tikmix_fast.matrix.estimator import Estimator
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+from tikmix_fast.matrix.stopping import Batch, until_known
+from tikmix_fast.ops.common.device_checks import raise_on_device_errors
 
 __all__ = ["InfluenceEngine"]
 

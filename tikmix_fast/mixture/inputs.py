@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 Array = NDArray[np.float64]
 Names = tuple[str, ...] | None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from tikmix_fast.ops.common.projection import LayerProjection
 from tikmix_fast.ops.dispatch import available_backends, use_backend
-from tikmix_fast.ops.functions import group_influence
-from tikmix_fast.ops.packing import PackedQueries, pack_queries
-from tikmix_fast.ops.projected import projected_domain_gradients, projected_group_influence
-from tikmix_fast.ops.projection import LayerProjection
-from tikmix_fast.ops.projection_error import projection_stderr
+from tikmix_fast.ops.exact.functions import group_influence
+from tikmix_fast.ops.exact.packing import PackedQueries, pack_queries
+from tikmix_fast.ops.projected.error import projection_stderr
+from tikmix_fast.ops.projected.functions import projected_domain_gradients, projected_group_influence
 
 __all__ = [
     "LayerProjection",

@@ -11,9 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops import cpu, cuda, projected_kernels, reference, triton
-from tikmix_fast.ops.checks import Arguments, check_arguments, check_grad_weight_memory
-from tikmix_fast.ops.projected_checks import ProjectedArguments, check_projected_arguments
+from tikmix_fast.ops.backends import projected_rows as projected_kernels
+from tikmix_fast.ops.backends import reference, triton
+from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends.cuda import cuda
+from tikmix_fast.ops.common.checks import Arguments, check_arguments, check_grad_weight_memory
+from tikmix_fast.ops.common.projected_checks import ProjectedArguments, check_projected_arguments
 
 __all__ = [
     "available_backends",

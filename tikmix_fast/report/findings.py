@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 __all__ = ["list_names", "matrix_warnings"]
 

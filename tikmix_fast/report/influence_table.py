@@ -6,7 +6,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from tikmix_fast.influence.matrix import InfluenceMatrix
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 __all__ = ["influence_table"]
 

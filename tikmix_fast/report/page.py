@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast._version import __version__
-from tikmix_fast.influence.matrix import InfluenceMatrix
-from tikmix_fast.mixture.decision import Decision
-from tikmix_fast.mixture.dynamic import DynamicMixture
+from tikmix_fast.demo.results import DemoResult
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+from tikmix_fast.mixture.schedule.decision import Decision
+from tikmix_fast.mixture.schedule.dynamic import DynamicMixture
 from tikmix_fast.report.charts import loss_chart, mixture_chart, sparkline
 from tikmix_fast.report.findings import list_names, matrix_warnings
 from tikmix_fast.report.page_style import STYLE
 from tikmix_fast.report.sources import Sources
-from tikmix_fast.training.results import DemoResult
 
 __all__ = ["make_page"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast import files
-from tikmix_fast.influence.matrix import InfluenceMatrix
-from tikmix_fast.training.results import DemoResult
+from tikmix_fast.demo.results import DemoResult
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tikmix_fast import files
-from tikmix_fast.influence.matrix import InfluenceMatrix
-from tikmix_fast.mixture.dynamic import DynamicMixture
-from tikmix_fast.training.results import DemoResult
+from tikmix_fast.demo.results import DemoResult
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+from tikmix_fast.mixture.schedule.dynamic import DynamicMixture
 
 __all__ = ["Sources", "read_sources"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.table import Table
 
-from tikmix_fast.training.results import DemoResult
+from tikmix_fast.demo.results import DemoResult
 
 __all__ = ["loss_table", "weight_table"]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from study.baselines.ado import ADO
-from study.baselines.dga import DGA
-from study.baselines.doge import DoGE
-from study.baselines.fixed import half_and_half, natural, own_domains, uniform
-from study.baselines.odm import ODM
-from study.baselines.regmix import RegMix
-from study.baselines.tikmix_d import TikmixD
-from study.baselines.tikmix_in_run import TikmixInRun
-from study.baselines.tikmix_m import TikmixM
-from study.settings import StudySettings
-from study.training import Method, Study
+from benchmarks.study.baselines.ado import ADO
+from benchmarks.study.baselines.dga import DGA
+from benchmarks.study.baselines.doge import DoGE
+from benchmarks.study.baselines.fixed import half_and_half, natural, own_domains, uniform
+from benchmarks.study.baselines.odm import ODM
+from benchmarks.study.baselines.regmix import RegMix
+from benchmarks.study.baselines.tikmix_d import TikmixD
+from benchmarks.study.baselines.tikmix_in_run import TikmixInRun
+from benchmarks.study.baselines.tikmix_m import TikmixM
+from benchmarks.study.settings import StudySettings
+from benchmarks.study.training import Method, Study
 
 __all__ = ["arms"]
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.signal import savgol_filter
 
-from study.training import Array, Method, Study, Trainee
+from benchmarks.study.training import Array, Method, Study, Trainee
 
 __all__ = ["ADO", "at_least", "fit_scaling_law", "slope"]
 

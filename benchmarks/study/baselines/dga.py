@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from study import counting
-from study.baselines.gradients import draw, gradient, mirror_step
-from study.training import Array, Method, Study, Trainee
+from benchmarks.study import counting
+from benchmarks.study.baselines.gradients import draw, gradient, mirror_step
+from benchmarks.study.training import Array, Method, Study, Trainee
 
 __all__ = ["DGA"]
 

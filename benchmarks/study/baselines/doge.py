@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import torch
 
-from study import counting
-from study.baselines.gradients import draw, gradient, mirror_step
-from study.training import Method, Study, Trainee
+from benchmarks.study import counting
+from benchmarks.study.baselines.gradients import draw, gradient, mirror_step
+from benchmarks.study.training import Method, Study, Trainee
 
 __all__ = ["DoGE"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from study.training import Array, Method, Study
+from benchmarks.study.training import Array, Method, Study
 
 __all__ = ["half_and_half", "natural", "own_domains", "uniform"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tikmix_fast.data.corpora import Sequences
-from tikmix_fast.training.gpt import GPT
+from tikmix_fast.demo.corpora import Sequences
+from tikmix_fast.demo.gpt import GPT
 
 __all__ = ["draw", "gradient", "mirror_step"]
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from study.training import Array, Method, Study, Trainee
+from benchmarks.study.training import Array, Method, Study, Trainee
 
 __all__ = ["ODM", "explore"]
 

@@ -8,10 +8,10 @@ import json
 import lightgbm
 import numpy as np
 
-from study import counting
-from study.training import Array, Method, Study, Trainee
+from benchmarks.study import counting
+from benchmarks.study.training import Array, Method, Study, Trainee
 from tikmix_fast import files
-from tikmix_fast.training.demonstration import task_losses
+from tikmix_fast.demo.demonstration import task_losses
 
 __all__ = ["RegMix", "best_mixture", "candidates", "proxy_losses"]
 

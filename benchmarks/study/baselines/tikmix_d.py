@@ -6,12 +6,12 @@ import warnings
 
 import numpy as np
 
-from study import counting
-from study.training import Array, Method, Study, Trainee
-from tikmix_fast.influence.matrix import InfluenceMatrix
+from benchmarks.study import counting
+from benchmarks.study.training import Array, Method, Study, Trainee
+from tikmix_fast.demo.measuring import measure, rows_measured
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+from tikmix_fast.mixture.direct.tikmix_d import tikmix_d
 from tikmix_fast.mixture.result import MixtureResult
-from tikmix_fast.mixture.tikmix_d import tikmix_d
-from tikmix_fast.training.measuring import measure, rows_measured
 
 __all__ = ["TikmixD", "measuring_flops"]
 

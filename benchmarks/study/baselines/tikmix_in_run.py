@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from study import counting
-from study.baselines.tikmix_d import TikmixD
-from study.training import Around, Array, Study, Trainee
+from benchmarks.study import counting
+from benchmarks.study.baselines.tikmix_d import TikmixD
+from benchmarks.study.training import Around, Array, Study, Trainee
 from tikmix_fast.influence.engine import InfluenceEngine
-from tikmix_fast.influence.in_run import InRun
+from tikmix_fast.influence.in_run.run import InRun
 
 __all__ = ["TikmixInRun"]
 

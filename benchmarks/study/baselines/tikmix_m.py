@@ -7,16 +7,16 @@ from typing import Literal
 
 import numpy as np
 
-from study import counting
-from study.baselines.tikmix_d import TikmixD
-from study.training import Array, Study, Trainee
-from tikmix_fast.influence.matrix import InfluenceMatrix
-from tikmix_fast.mixture.candidates import draw_mixtures
-from tikmix_fast.mixture.labels import linear_labels
-from tikmix_fast.mixture.mixture_model import MixtureModel
+from benchmarks.study import counting
+from benchmarks.study.baselines.tikmix_d import TikmixD
+from benchmarks.study.probe_arm import probe_arm
+from benchmarks.study.training import Array, Study, Trainee
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.mixture.result import MixtureResult
-from tikmix_fast.mixture.tikmix_m import tikmix_m
-from tikmix_fast.training.probe_arm import probe_arm
+from tikmix_fast.mixture.surrogate.candidates import draw_mixtures
+from tikmix_fast.mixture.surrogate.labels import linear_labels
+from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
+from tikmix_fast.mixture.surrogate.tikmix_m import tikmix_m
 
 __all__ = ["TikmixM"]
 

@@ -1,0 +1,65 @@
+"""What a GPU can do at most, measured in the same run as what is compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.timing import time_in_turn
+
+__all__ = ["measure_ceilings"]
+
+
+def measure_ceilings(device: Device, *, gemm: int = 8192, copied: int = 1 << 31, rounds: int = 20) -> dict[str, Any]:
+    """Measure copy, matrix products and the L2 cache, all on random data.
+
+    Parameters
+    ----------
+    device : Device
+    gemm : int
+        Size of the square products.
+    copied : int
+        Bytes of the array that is copied.
+    rounds : int
+
+    Returns
+    -------
+    dict
+        Plain JSON types: ``bandwidth`` (bytes read and written per second by a copy), ``flops`` by dtype, ``l2`` (bytes
+        read per second) or None, ``l2_why_not``, ``clocks``.
+    """
+    where = device.where
+
+    def seconds(run: Callable[[], object]) -> float:
+        return float(time_in_turn(device, {"": [run]}, rounds=rounds, seconds=4).summary("", "")["seconds"])
+
+    with device.watch_clocks() as clocks:
+        source = torch.randn(copied // 4, device=where)
+        target = torch.empty_like(source)
+        bandwidth = 2 * source.nbytes / seconds(partial(target.copy_, source))
+        del source, target
+        flops = {}
+        for name in ("bfloat16", "float16", "float32"):
+            a, b = (torch.randn(gemm, gemm, device=where).to(getattr(torch, name)) for _ in range(2))
+            out = torch.empty_like(a)
+            flops[name] = 2.0 * gemm**3 / seconds(partial(torch.mm, a, b, out=out))
+        l2, why_not = _measure_l2(device, seconds)
+    return {"bandwidth": bandwidth, "flops": flops, "l2": l2, "l2_why_not": why_not, "clocks": clocks}
+
+
+def _measure_l2(device: Device, seconds: Callable[[Callable[[], object]], float]) -> tuple[float | None, str | None]:
+    try:
+        from benchmarks.gpu.l2 import BLOCK, read_often
+
+        # Both halves of an H100's or H200's L2 may keep a copy: a quarter fits in any case.
+        source = torch.randn(max(device.cache_bytes // 4 // (4 * BLOCK), 1) * BLOCK, device=device.where)
+        multiprocessors = device.describe().get("multiprocessors", 1)
+        sums = torch.empty(8 * multiprocessors, device=device.where)
+        moved = read_often(source, sums, 256)
+        return moved / seconds(lambda: read_often(source, sums, 256)), None
+    except Exception as error:  # a machine without a working Triton has the other numbers
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,1 @@
+"""Suites that only this repository runs."""

@@ -1,0 +1,1 @@
+"""Influence at a checkpoint on disk."""

@@ -1,0 +1,1 @@
+"""Views in place of a model's parameters, and the rule of every operation that they meet."""

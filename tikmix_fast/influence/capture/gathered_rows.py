@@ -1,0 +1,89 @@
+"""Where flat rows come from: [N, C] may be the batch flattened, or rows gathered from it in another order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tikmix_fast.influence.capture.rows import RowLabels, RowShapeError
+
+__all__ = ["refuse_gathered_rows"]
+
+_GATHERS = ("Index", "Gather", "Sort", "Flip", "Roll", "Rot90", "Scatter", "MaskedScatter", "MaskedSelect", "Take")
+_PIECES = ("Cat", "Stack", "Slice", "Split", "Repeat", "Unfold")
+_RESHAPES = ("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze")
+_PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm")
+# Made by the rules of products, norms, lookups and parameters that meet data: their rows were looked at then.
+_OURS = ("_FusedProduct", "_Tap", "_Spread")
+_SEEN = "tikmix_fast: rows in the order of the batch"
+
+
+def refuse_gathered_rows(rows: Tensor, labels: RowLabels) -> None:
+    """Refuse rows [N, C] of a mixed batch whose autograd history says that they are not the batch in its own order.
+
+    A shape alone cannot tell the flattened batch from as many rows picked by an index (a mixture of experts), nor [B *
+    S] from [S * B]. So the history is followed, over every operand with N rows, back to the first activation that has
+    the batch's own dimensions, or to the parameters. A custom autograd function is taken to keep its rows in order,
+    activations of three and more dimensions are taken at their word, and what has no history (no gradient flows there)
+    cannot be followed.
+
+    Raises
+    ------
+    RowShapeError
+        If the rows were gathered, put together from pieces, or flattened from dimensions that are not the batch's.
+    """
+    if labels.single is not None:
+        return
+    if rows.ndim > 2 and labels.length is None:
+        labels.are_rows(rows.shape[:-1])  # the first activation [B, S, ...] tells S
+    if rows.ndim != 2:
+        return
+    count = len(rows)
+    followed: list[Any] = []
+    waiting: list[Any] = [rows.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or _SEEN in node.metadata:
+            continue
+        followed.append(node)
+        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        if kind in _OURS:
+            continue
+        sizes: Any = getattr(node, "_saved_self_sym_sizes", ())
+        if kind in _RESHAPES and len(sizes) > 2 and sizes[0] != count:
+            before = tuple(int(size) for size in sizes[:-1])
+            labels.are_rows(before)
+            labels.layout(before, rows.device)
+            continue
+        inputs = node.next_functions[:-1] if kind in _PRODUCTS else node.next_functions  # the last one is a weight
+        operands = [(each, _shape(each, index)) for each, index in inputs if each is not None]
+        if (kind.startswith(_GATHERS) and _along_rows(node)) or (
+            kind in _PIECES and any(shape[:1] != (count,) for _, shape in operands)
+        ):
+            raise RowShapeError(
+                f"rows of shape [{count}] were gathered by an index or put together from pieces ({kind}), so they "
+                "cannot be matched to the sequences of a batch that mixes domains: measure batches of one domain each, "
+                "or exclude the parameters behind"
+            )
+        waiting += [each for each, shape in operands if shape[:1] == (count,)]
+    # Not again for the next layer: a residual stream would be followed to its beginning each time.
+    for node in followed:
+        node.metadata[_SEEN] = True
+
+
+def _shape(node: Any, index: int) -> tuple[int, ...]:
+    return tuple(int(size) for size in node._input_metadata[index].shape)
+
+
+def _along_rows(node: Any) -> bool:
+    """Whether an indexing operation moves rows; along the features it does not."""
+    indices = getattr(node, "_saved_indices", None)
+    if indices is not None:
+        return len(indices) > 0 and indices[0] is not None
+    dim = getattr(node, "_saved_dim", None)
+    dims = getattr(node, "_saved_dims", ()) if dim is None else (dim,)
+    # Negative dimensions are kept as unsigned numbers.
+    signed = [each - (1 << 64) if each >= 1 << 63 else each for each in dims]
+    ndim = len(_shape(node, 0))
+    return not signed or 0 in [each % ndim for each in signed]

@@ -1,0 +1,1 @@
+"""Influence from a training run's own batches: measured steps now and then."""

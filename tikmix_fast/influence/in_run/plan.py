@@ -1,0 +1,175 @@
+"""How often to measure in a run, and on how much of each task, by counting what it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+
+__all__ = ["InRunPlan", "plan_in_run"]
+
+# One token costs 6 operations per weight, forward and backward.
+_FLOPS_PER_TOKEN = 6.0
+# Bytes moved per weight and query: by a measured step's sums, preconditioning and packing, and by each micro-batch.
+_BYTES_TO_FREEZE = 30.0
+_BYTES_TO_READ = 8.0
+# Operations of one inner product, per weight, query and domain, at the rate of matrix products.
+_FLOPS_OF_PRODUCT = 6.0
+_MANY_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class InRunPlan:
+    """When to measure, on what, and what it costs; shares are of the cost of training.
+
+    Attributes
+    ----------
+    every : int
+        Optimizer steps from one measured step to the next.
+    task_sequences : int
+        Sequences of each task in one measured step, at least one per split.
+    task_tokens : int
+        Tokens of all tasks together in one measured step.
+    overhead : float
+        Predicted extra cost in all.
+    of_tasks, of_queries, of_domains : float
+        Its parts: forward and backward passes on the tasks; making the queries; reading them in the backward of the
+        training batches, and the inner products.
+    budget : float
+        What was asked for.
+    relative_error : float64 [n] or None
+        What `InfluenceMatrix.relative_error` of the average is then expected to be, by the matrix that was given.
+    words : str
+        All that in a sentence.
+    """
+
+    every: int
+    task_sequences: int
+    task_tokens: int
+    overhead: float
+    of_tasks: float
+    of_queries: float
+    of_domains: float
+    budget: float
+    relative_error: NDArray[np.float64] | None
+    words: str
+
+    def __str__(self) -> str:
+        return self.words
+
+
+def plan_in_run(
+    budget: float,
+    *,
+    tasks: int,
+    splits: int,
+    domains: int,
+    step_tokens: int,
+    sequence_tokens: int,
+    micro_batches: int = 1,
+    near_every: int = 8,
+    flops_per_byte: float = 20.0,
+    earlier: tuple[InfluenceMatrix, int | None] | None = None,
+    time_constant: float = math.inf,
+) -> InRunPlan:
+    """Return the plan of most frequent measuring within the budget; see `InfluenceEngine.plan` for the arguments.
+
+    In units of one token forward and backward, q = tasks x splits, a measured step costs: the tasks' tokens; 30 bytes
+    per weight and query for making queries; and per micro-batch 8 bytes per weight and query for reading them, and 6
+    operations per weight, query and domain for the inner products. Reading is added, though it may hide behind
+    products.
+    """
+    for name, value, fewest in (
+        ("step_tokens", step_tokens, 1),
+        ("sequence_tokens", sequence_tokens, 1),
+        ("micro_batches", micro_batches, 1),
+        ("near_every", near_every, 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < fewest:
+            raise ValueError(f"{name} must be an int of at least {fewest}; got {value!r}")
+    for name, number in (
+        ("budget", budget),
+        ("flops_per_byte", flops_per_byte),
+        ("time_constant", time_constant),
+    ):
+        if not number > 0:
+            raise ValueError(f"{name} must be above 0; got {number!r}")
+    queries = tasks * splits
+    of_queries = queries * _BYTES_TO_FREEZE * flops_per_byte / _FLOPS_PER_TOKEN
+    of_domains = (
+        micro_batches * queries * (_FLOPS_OF_PRODUCT * domains + _BYTES_TO_READ * flops_per_byte) / _FLOPS_PER_TOKEN
+    )
+
+    def near(every: int) -> float:
+        return 1 + 1 / near_every if near_every and every > 1 else 1.0
+
+    def share(cost: float, every: int) -> float:
+        return cost * near(every) / (every * step_tokens)
+
+    least = splits * tasks * sequence_tokens + of_queries + of_domains
+    every = 1
+    if share(least, 1) > budget:
+        every = max(2, math.ceil(least * near(2) / (budget * step_tokens)))
+    # Only where every step can be measured is there something left for more sequences.
+    room = budget * step_tokens - of_queries - of_domains if every == 1 else 0.0
+    sequences = max(splits, int(room // (tasks * sequence_tokens)))
+    of_tasks = float(tasks * sequences * sequence_tokens)
+    parts = [share(cost, every) for cost in (of_tasks, of_queries, of_domains)]
+    expected = None
+    if earlier is not None:
+        measured_steps = _MANY_STEPS if math.isinf(time_constant) else max(2 * time_constant / every, 1.0)
+        expected = _expected_error(*earlier, measured_steps, step_tokens, sequences * sequence_tokens)
+    words = (
+        f"measure every {_ordinal(every)}step: {tasks} {'task' if tasks == 1 else 'tasks'} x {sequences} "
+        f"{'sequence' if sequences == 1 else 'sequences'} of {sequence_tokens} tokens, overhead {sum(parts):.1%} of "
+        f"{budget:.1%}: task passes {parts[0]:.1%}, making queries {parts[1]:.1%}, domain side {parts[2]:.1%}"
+    )
+    if expected is not None:
+        words += f"; relative error of S expected: {', '.join(f'{each:.2g}' for each in expected)}"
+    return InRunPlan(
+        every=every,
+        task_sequences=sequences,
+        task_tokens=int(of_tasks),
+        overhead=sum(parts),
+        of_tasks=parts[0],
+        of_queries=parts[1],
+        of_domains=parts[2],
+        budget=budget,
+        relative_error=expected,
+        words=words,
+    )
+
+
+def _expected_error(
+    matrix: InfluenceMatrix, task_tokens: int | None, steps: float, step_tokens: int, of_task: int
+) -> NDArray[np.float64]:
+    """Scale the parts of an earlier measurement's variance to so many measured steps, [n]."""
+    if task_tokens is None or task_tokens < 1:
+        raise ValueError("task_tokens must be the tokens of each task that matrix was measured on")
+    if np.isnan(matrix.stderr_task).all() or np.isnan(matrix.stderr_domain).all():
+        raise ValueError("matrix must have been measured, with errors of both sides: it has none")
+    domain, task = matrix.stderr_domain**2, matrix.stderr_task**2
+    projection = np.zeros_like(domain) if matrix.stderr_projection is None else matrix.stderr_projection**2
+    both = np.clip(domain + task + projection - matrix.stderr**2, 0, np.minimum(domain, task))
+    # Half the tokens of a side, twice its variance; the product of both sides' noise falls with either.
+    of_domain = matrix.tokens / (step_tokens / len(matrix.domains))
+    of_tasks = task_tokens / of_task
+    variance = ((domain - both) * of_domain + (task - both) * of_tasks + both * of_domain * of_tasks) / steps
+    # Matrices that every measured step draws anew err independently; the same ones err alike.
+    redrawn = (matrix.settings.get("projection") or {}).get("redraw", True)
+    variance += projection / steps if redrawn else projection
+    noise = np.nanmean(variance, axis=1)
+    # Of how the domains differ in the matrix, a part is its own noise; in the average that is to come it is another.
+    signal = np.nanvar(matrix.values, axis=1, ddof=1) - np.nanmean(matrix.stderr**2, axis=1)
+    return np.asarray(np.sqrt(noise / (noise + np.maximum(signal, 0.0))))
+
+
+def _ordinal(number: int) -> str:
+    if number == 1:
+        return ""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending} "

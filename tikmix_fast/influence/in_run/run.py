@@ -1,0 +1,240 @@
+"""Influence from a training run's own batches: measured steps now and then, ordinary ones in between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tikmix_fast.influence.in_run.staleness import QuerySketch, Staleness, StalenessRecord
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+
+if TYPE_CHECKING:
+    from tikmix_fast.influence.engine import Ids, InfluenceEngine
+
+__all__ = ["InRun"]
+
+_FORMAT = "tikmix_fast.in_run"
+_VERSION = 1
+_NEAR_LAGS = (1, 2, 4)
+
+
+class InRun:
+    """Measure influence in a training run: wrap every micro-batch, and call `step` after every optimizer step.
+
+    A measured step first takes small task passes at its own weights, then reads the domain side off its ordinary
+    micro-batches; every other step runs as if this object were not there. S is averaged over measured steps with
+    weights exp(-age / time constant), age in optimizer steps. Made by `InfluenceEngine.in_run`; the engine measures
+    nothing else meanwhile.
+
+    Parameters
+    ----------
+    engine : InfluenceEngine
+    every : int
+        Optimizer steps from one measured step to the next; the first one is step ``every - 1``, counted from 0.
+    tasks : callable (step) -> None
+        Runs the task passes of a measured step: forward and backward inside ``engine.task(name)``, for every task on at
+        least ``task_splits`` batches that were not used lately. Given the step, it can draw the same batches in a run
+        that was interrupted.
+    time_constant : float
+        In optimizer steps, above 0; infinite: all measured steps weigh the same.
+    near_every : int
+        After every so many measured steps another one follows 1, 2 or 4 steps later (in turn), so that `staleness`
+        sees short lags; it counts for S like any other. 0: never. Task passes cost 1 + 1 / near_every times as much.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from tikmix_fast import InfluenceEngine
+    >>> model = nn.Linear(4, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    >>> engine = InfluenceEngine(model, ["web", "code"], ["qa"], preconditioner="identity")
+    >>> def measure_tasks(step):
+    ...     for _ in range(2):
+    ...         with engine.task("qa"):
+    ...             model(torch.ones(8, 4)).mean().backward()
+    >>> run = engine.in_run(every=2, tasks=measure_tasks, time_constant=100)
+    >>> for _ in range(4):
+    ...     for _ in range(2):  # gradient accumulation
+    ...         with run.micro_batch([0, 1, 1], normalizer=6):
+    ...             (model(torch.ones(3, 4)).mean() / 2).backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     run.step()
+    >>> run.measured, run.matrix().values.round(3)
+    (2, array([[5., 5.]]))
+    """
+
+    def __init__(
+        self,
+        engine: InfluenceEngine,
+        every: int,
+        tasks: Callable[[int], object],
+        time_constant: float = math.inf,
+        near_every: int = 8,
+    ) -> None:
+        for name, value, least in (("every", every, 1), ("near_every", near_every, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+        if not callable(tasks):
+            raise TypeError(f"tasks must be callable with the step; got {type(tasks).__name__}")
+        if not time_constant > 0:
+            raise ValueError(f"time_constant must be above 0, in optimizer steps; got {time_constant!r}")
+        self.engine, self.every, self.tasks = engine, every, tasks
+        self.time_constant, self.near_every = float(time_constant), near_every
+        self.steps = self.measured = self.skipped = 0
+        self._near_lags = tuple(lag for lag in _NEAR_LAGS if lag < every) if near_every else ()
+        self._due = every - 1
+        self._regular: int | None = None  # the next regular step, while a near one is due before it
+        self._weighed: int | None = None  # the step that the weights of the engine's sums belong to
+        self._record = StalenessRecord(len(engine.task_names))
+        self._sketch: QuerySketch | None = None  # of the step that is being measured
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the step that comes or goes on now is a measured one."""
+        return self.steps >= self._due
+
+    @contextmanager
+    def micro_batch(
+        self, ids: Ids, mask: Tensor | int | None = None, normalizer: float | None = None, *, scaler: Any = None
+    ) -> Iterator[None]:
+        """Run forward and backward of one training micro-batch inside; arguments and errors as `engine.domains`.
+
+        The first one of a measured step runs the task passes first. In a step that is not measured nothing is looked
+        at. With gradient accumulation ``normalizer`` is what the sum of token losses was divided by in all: the target
+        tokens of the micro-batch times the number of micro-batches, if the loss was a mean divided by that number.
+        """
+        if self.measuring and self._sketch is None:
+            self._measure_tasks()
+        if self._sketch is None:
+            yield
+            return
+        try:
+            with self.engine.domains(ids, mask, normalizer, scaler=scaler):
+                yield
+        finally:
+            if self.engine._queries is None:  # it failed before they froze: whoever tries again measures tasks again
+                self._end_measuring()
+
+    def step(self) -> None:
+        """Tell that the optimizer has stepped."""
+        if self._sketch is not None:
+            queries, sums, tokens = self.engine._round_so_far()
+            if queries is not None and tokens.any():
+                sketch = self._sketch.by_task(len(self.engine.task_names), queries.owners, queries.weights)
+                self._record.add(self.steps, *sketch, sums, tokens)
+                self._schedule()
+                self.measured += 1
+            # Queries of these weights are of no use any more, and large.
+            self.engine.refresh()
+            self._end_measuring()
+        self.steps += 1
+
+    def matrix(self) -> InfluenceMatrix:
+        """Return the influence averaged over the measured steps; ``tokens`` count by the weight they still have.
+
+        Standard errors take measured steps as independent and S as constant over a time constant: how far S moved
+        meanwhile is told by `staleness`.
+        """
+        options = {"every": self.every, "near_every": self.near_every}
+        progress = {"steps": self.steps, "measured": self.measured}
+        matrix = self.engine.matrix()
+        in_run = {**options, "time_constant": self._finite_time_constant, **progress}
+        return replace(matrix, settings={**matrix.settings, "in_run": in_run})
+
+    def staleness(self) -> Staleness:
+        """Tell how fast queries and S went stale so far, and which time constant that speaks for; can be printed."""
+        return self._record.report(self.every)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types, between two steps: a run that loads it goes on as if uninterrupted.
+
+        Raises
+        ------
+        RuntimeError
+            Inside a measured step.
+        """
+        if self._sketch is not None:
+            raise RuntimeError("a measured step is under way: save after run.step()")
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "every": self.every,
+            "near_every": self.near_every,
+            "time_constant": self._finite_time_constant,
+            **{name: getattr(self, name) for name in ("steps", "measured", "skipped")},
+            **{name: getattr(self, f"_{name}") for name in ("due", "regular", "weighed")},
+            "staleness": self._record.to_dict(),
+            "engine": self.engine.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; the engine's own state is in it.
+
+        Raises
+        ------
+        ValueError
+            If the state is of another kind, version or schedule, or does not fit the engine; nothing changes then.
+        """
+        own = {"format": _FORMAT, "version": _VERSION, "every": self.every, "near_every": self.near_every}
+        if "time_constant" in state:  # earlier states have none
+            own["time_constant"] = self._finite_time_constant
+        for name, value in own.items():
+            if state.get(name) != value:
+                raise ValueError(f"state {name!r} must be {value!r}; got {state.get(name)!r}")
+        counts: dict[str, Any] = {}
+        for name in ("steps", "measured", "skipped", "due", "regular", "weighed"):
+            counts[name] = state.get(name)
+            optional = name in ("regular", "weighed") and counts[name] is None
+            if not optional and (not isinstance(counts[name], int) or counts[name] < 0):
+                raise ValueError(f"state {name!r} must be an int of at least 0; got {counts[name]!r}")
+        record = StalenessRecord.from_dict(state.get("staleness"), len(self.engine.task_names))
+        self.engine.load_state_dict(state.get("engine", {}))
+        self.steps, self.measured, self.skipped = counts["steps"], counts["measured"], counts["skipped"]
+        self._due, self._regular, self._weighed = counts["due"], counts["regular"], counts["weighed"]
+        self._record = record
+        self._end_measuring()
+
+    @property
+    def _finite_time_constant(self) -> float | None:
+        """What JSON can hold of it."""
+        return None if math.isinf(self.time_constant) else self.time_constant
+
+    def _measure_tasks(self) -> None:
+        age = 0 if self._weighed is None else self.steps - self._weighed
+        self.engine.refresh(keep=math.exp(-age / self.time_constant))
+        self._weighed = self.steps
+        dropped = self.engine._tell_ranks()
+        self.tasks(self.steps)
+        if self.engine._tasks.fewest_splits() < min(2, self.engine.task_splits) and self.engine._tell_ranks() > dropped:
+            # A GradScaler still looks for its scale, and left a task without a batch or without its error: the next
+            # step tries again, on all ranks.
+            self.skipped += 1
+            self._due = self.steps + 1
+            return
+        self._sketch = self.engine._sketch = QuerySketch()
+
+    def _end_measuring(self) -> None:
+        self._sketch = self.engine._sketch = None
+
+    def _schedule(self) -> None:
+        if self._regular is not None:
+            self._due, self._regular = max(self._regular, self.steps + 1), None
+            return
+        self._due = self.steps + self.every
+        # `measured` counts those before this one, near ones included.
+        period = self.near_every + 1
+        if self._near_lags and self.measured % period == self.near_every - 1:
+            lag = self._near_lags[self.measured // period % len(self._near_lags)]
+            self._due, self._regular = self.steps + lag, self._due

@@ -1,0 +1,304 @@
+"""How fast task gradients and influence change while a run goes on, told apart from their noise."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tikmix_fast.influence.preconditioners.adam import Preconditioner
+
+__all__ = ["Lag", "QuerySketch", "Staleness", "StalenessRecord", "Watched"]
+
+Array = NDArray[np.float64]
+
+_SKETCH = 1021  # prime, so that columns of a weight do not fall into the same place
+_SKETCHES_KEPT = 8
+_STEPS_KEPT = 256
+_FEWEST_FOR_HINT = 16
+_FORMS = ("query_lags", "ceilings", "sketches", "influence")
+
+
+class QuerySketch:
+    """Sum every query into few numbers that keep inner products (CountSketch, random signs from parameters' names).
+
+    Cosines of sketches are those of the queries up to about 1 / sqrt(1021) = 3% for each pair; the same parameter gets
+    the same signs at every step, on devices of the same type.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def see(self, name: str, queries: Tensor) -> None:
+        """Add the queries [q, *shape] of one parameter."""
+        flat = queries.detach().flatten(1)
+        generator = torch.Generator(device=flat.device).manual_seed(zlib.crc32(name.encode()))
+        signs = torch.randint(0, 2, (flat.shape[1],), generator=generator, device=flat.device, dtype=torch.int8)
+        signed = torch.nn.functional.pad(flat * signs.mul_(2).sub_(1), (0, -flat.shape[1] % _SKETCH))
+        # On the device: the host waits only when the step is over.
+        found = signed.unflatten(1, (-1, _SKETCH)).sum(1, dtype=torch.float64)
+        self._sum = found if self._sum is None else self._sum + found.to(self._sum.device)
+
+    def by_task(self, n: int, owners: Sequence[int], weights: Sequence[float]) -> tuple[Array, Array]:
+        """Return each task's sketch [n, 1021], and the share of its squared length that is not noise [n].
+
+        Query q belongs to task ``owners[q]`` and weighs ``weights[q]`` in it. The share is NaN for a task with a single
+        split.
+        """
+        sketches = np.zeros((len(owners), _SKETCH)) if self._sum is None else self._sum.cpu().numpy()
+        whole, signal = np.zeros((n, _SKETCH)), np.full(n, np.nan)
+        for task in range(n):
+            mine = np.array(owners) == task
+            shares, splits = np.array(weights)[mine], sketches[mine]
+            whole[task] = shares @ splits
+            length = (whole[task] ** 2).sum()
+            if mine.sum() >= 2 and length > 0:
+                noise = shares @ ((splits - whole[task]) ** 2).sum(1) / (mine.sum() - 1)
+                signal[task] = 1 - noise / length
+        return whole, signal
+
+
+class Watched:
+    """A preconditioner that shows the queries it makes to a sketch."""
+
+    def __init__(self, preconditioner: Preconditioner, sketch: QuerySketch) -> None:
+        self.name, self._preconditioner, self._sketch = preconditioner.name, preconditioner, sketch
+
+    def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
+        """Prepare it."""
+        self._preconditioner.prepare(parameters, optimizer)
+
+    def apply(self, name: str, gradients: Tensor) -> Tensor:
+        """Apply it, and show what comes out."""
+        queries = self._preconditioner.apply(name, gradients)
+        self._sketch.see(name, queries)
+        return queries
+
+
+@dataclass(frozen=True)
+class Lag:
+    """How alike two measured steps were that lay ``steps`` optimizer steps apart; the mean over tasks and pairs."""
+
+    steps: int
+    agreement: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """What `InRun.staleness` found; ``print`` gives it in words.
+
+    Attributes
+    ----------
+    queries : tuple of Lag
+        Cosine of the tasks' queries (their preconditioned gradients), noise included.
+    query_ceiling : float
+        The cosine that the noise of the task passes alone would leave at lag 0, from the splits of each step.
+    influence : tuple of Lag
+        Spearman correlation over domains of S averaged over ``window`` measured steps, against another such average.
+    influence_ceiling : float
+        The correlation that noise alone would leave, from every other step of each window (Spearman and Brown).
+    window : int
+        Measured steps in one average.
+    time_constant : float or None
+        That of the exponential average which would best follow S, in optimizer steps, from how the covariance of the
+        measured steps falls with their distance; infinite if the longest is the best. None: too few steps to tell.
+    """
+
+    queries: tuple[Lag, ...]
+    query_ceiling: float
+    influence: tuple[Lag, ...]
+    influence_ceiling: float
+    window: int
+    time_constant: float | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"task gradients {_steps(lag.steps)} apart: cosine {lag.agreement:.2f} (noise ceiling "
+            f"{self.query_ceiling:.2f}; {lag.pairs} pairs)"
+            for lag in self.queries
+        ]
+        lines += [
+            f"S averaged over {self.window} measured steps, {_steps(lag.steps)} apart: rank agreement "
+            f"{lag.agreement:.2f} (noise ceiling {self.influence_ceiling:.2f}; {lag.pairs} pairs)"
+            for lag in self.influence
+        ]
+        if self.time_constant is None:
+            lines.append("too few measured steps yet to advise a time constant")
+        elif math.isinf(self.time_constant):
+            lines.append("time constant: the longest; S moved less than its noise, as far as this run can tell")
+        else:
+            lines.append(f"time constant: about {_steps(round(self.time_constant))}")
+        return "\n".join(lines)
+
+
+class StalenessRecord:
+    """Compare measured steps with earlier ones: sketches with the last 8, influence with the last 256.
+
+    Parameters
+    ----------
+    n : int
+        Number of tasks.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._query_lags: dict[int, tuple[int, float]] = {}  # pairs, and the sum of their cosines
+        self._ceilings = (0, 0.0)  # steps, and the sum of their shares that are not noise
+        self._sketches: list[tuple[int, Array]] = []
+        self._influence: list[tuple[int, Array, Array]] = []
+
+    def add(self, step: int, whole: Array, signal: Array, sums: Array, tokens: Array) -> None:
+        """Take a measured step.
+
+        Parameters
+        ----------
+        step : int
+        whole, signal : float64 [n, 1021], [n]
+            What `QuerySketch.by_task` returns.
+        sums, tokens : float64 [n, m], [m]
+            Tokens times influence, and target tokens.
+        """
+        lengths = np.linalg.norm(whole, axis=1, keepdims=True)
+        whole = np.divide(whole, lengths, out=np.zeros_like(whole), where=lengths > 0)
+        for earlier, other in self._sketches:
+            pairs, total = self._query_lags.get(step - earlier, (0, 0.0))
+            self._query_lags[step - earlier] = pairs + 1, total + float((whole * other).sum(1).mean())
+        if not np.isnan(signal).all():
+            self._ceilings = self._ceilings[0] + 1, self._ceilings[1] + float(np.nanmean(signal))
+        self._sketches = [*self._sketches, (step, whole)][-_SKETCHES_KEPT:]
+        self._influence = [*self._influence, (step, sums, tokens)][-_STEPS_KEPT:]
+
+    def report(self, every: int) -> Staleness:
+        """Return what was found so far."""
+        lags = sorted(self._query_lags.items())
+        # The lags of the schedule itself, not of a near step and a later regular one.
+        shown = [(lag, found) for lag, found in lags if lag < every or lag % every == 0] or lags
+        steps, total = self._ceilings
+        window = max(4, len(self._influence) // 8)
+        influence, influence_ceiling = self._of_windows(window)
+        return Staleness(
+            queries=tuple(Lag(lag, total / pairs, pairs) for lag, (pairs, total) in shown),
+            query_ceiling=max(total / steps, 0.0) if steps else float("nan"),
+            influence=influence,
+            influence_ceiling=influence_ceiling,
+            window=window,
+            time_constant=self._hint(every),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "query_lags": [[lag, *found] for lag, found in self._query_lags.items()],
+            "ceilings": list(self._ceilings),
+            "sketches": [[step, whole.tolist()] for step, whole in self._sketches],
+            "influence": [[step, sums.tolist(), tokens.tolist()] for step, sums, tokens in self._influence],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any, n: int) -> StalenessRecord:
+        """Read what `to_dict` wrote for n tasks.
+
+        Raises
+        ------
+        ValueError
+            If a part is missing or has the wrong shape.
+        """
+        if not isinstance(content, Mapping) or set(content) != set(_FORMS):
+            raise ValueError(f"state 'staleness' must be a mapping with {', '.join(_FORMS)}")
+        record = cls(n)
+        record._query_lags = {int(lag): (int(pairs), float(total)) for lag, pairs, total in content["query_lags"]}
+        steps, total = content["ceilings"]
+        record._ceilings = int(steps), float(total)
+        record._sketches = [(int(step), np.array(whole)) for step, whole in content["sketches"]]
+        record._influence = [(int(step), np.array(a), np.array(t)) for step, a, t in content["influence"]]
+        if any(whole.shape != (n, _SKETCH) for _, whole in record._sketches) or any(
+            sums.shape != (n, *tokens.shape) for _, sums, tokens in record._influence
+        ):
+            raise ValueError(f"state 'staleness' must be of {n} tasks")
+        return record
+
+    def _of_windows(self, window: int) -> tuple[tuple[Lag, ...], float]:
+        """Return the rank agreement of windows by lag, and its noise ceiling."""
+        windows = [self._influence[at : at + window] for at in range(0, len(self._influence) - window + 1, window)]
+        if len(windows) < 2:
+            return (), float("nan")
+        middles = [float(np.mean([step for step, _, _ in each])) for each in windows]
+        means = [_mean(each) for each in windows]
+        apart: dict[int, list[float]] = {}
+        for i, first in enumerate(means):
+            for j in range(i):
+                apart.setdefault(i - j, []).append(_rank_agreement(first, means[j]))
+        gap = (middles[-1] - middles[0]) / (len(windows) - 1)
+        half = float(np.nanmean([_rank_agreement(_mean(each[::2]), _mean(each[1::2])) for each in windows]))
+        lags = tuple(Lag(round(gap * many), float(np.nanmean(found)), len(found)) for many, found in apart.items())
+        # Of too few measured steps the ceiling is unknown, which is not zero.
+        return lags, half if np.isnan(half) else max(2 * half / (1 + half), 0.0) if half > -1 else 0.0
+
+    def _hint(self, every: int) -> float | None:
+        """Return the time constant that leaves the least squared error, for S with the covariances that were seen."""
+        if len(self._influence) < _FEWEST_FOR_HINT:
+            return None
+        from scipy.optimize import nnls
+
+        steps = np.array([step for step, _, _ in self._influence], dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            each = np.array([sums / tokens for _, sums, tokens in self._influence])  # [t, n, m]
+        each -= np.nanmean(each, axis=2, keepdims=True)
+        each = np.nan_to_num(each / np.sqrt(np.nanmean(each**2, axis=(0, 2), keepdims=True))).reshape(len(steps), -1)
+        covariance = each @ each.T / each.shape[1]
+        apart = np.abs(steps[:, None] - steps)
+        first, second = np.triu_indices(len(steps), 1)
+        seen, lags = covariance[first, second], apart[first, second]
+        # What S has in common at a distance: a part that fades, and a part that stays.
+        fits = []
+        for fade in every * 2.0 ** np.arange(12):
+            shape = np.stack([np.exp(-lags / fade), np.ones_like(lags)], axis=1)
+            parts, residual = nnls(shape, seen)
+            fits.append((residual, fade, *parts))
+        _, fade, fading, staying = min(fits)
+        noise = max(float(np.diag(covariance).mean()) - fading - staying, 0.0)
+        ages = float(every) * np.arange(len(steps))
+
+        def error(constant: float) -> float:
+            weights = np.exp(-ages / constant)
+            weights /= weights.sum()
+            between = fading * np.exp(-np.abs(ages[:, None] - ages) / fade)
+            now = fading * np.exp(-ages / fade)
+            return float(weights @ between @ weights + noise * (weights**2).sum() - 2 * weights @ now)
+
+        choices = [*(every * 2.0 ** np.arange(0, 12, 0.5)), math.inf]
+        best = min(choices, key=error)
+        return best if best < 2 * ages[-1] else math.inf
+
+
+def _mean(steps: Sequence[tuple[int, Array, Array]]) -> Array:
+    tokens = np.sum([each for _, _, each in steps], axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.sum([sums for _, sums, _ in steps], axis=0) / tokens)
+
+
+def _rank_agreement(first: Array, second: Array) -> float:
+    """Return Spearman's correlation over the domains that both have, mean over tasks; NaN below three domains."""
+    from scipy.stats import rankdata
+
+    both = ~np.isnan(first).any(0) & ~np.isnan(second).any(0)
+    if both.sum() < 3:
+        return float("nan")
+    ranks = [rankdata(each[:, both], axis=1) for each in (first, second)]
+    centred = [each - each.mean(1, keepdims=True) for each in ranks]
+    spread = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
+    products = (centred[0] * centred[1]).sum(1)
+    return float(np.mean(np.divide(products, spread, out=np.zeros_like(products), where=spread > 0)))
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"

@@ -1,0 +1,1 @@
+"""All that is known of the user's loss: masks, target tokens, normalizer, scale."""

@@ -1,0 +1,156 @@
+"""Several processes that measure one matrix together, each on batches of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tikmix_fast.influence.parallel.fully_sharded import mesh_group
+from tikmix_fast.influence.queries.held import Queries
+from tikmix_fast.matrix.estimator import Estimator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["PendingMicrobatches", "Ranks", "ranks_of"]
+
+Array = NDArray[np.float64]
+
+
+class Ranks:
+    """The processes of a group, and what they add up or gather. All of them make the same calls in the same order.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+    device : torch.device
+        Where small numbers travel: that of the parameters, which the group's backend knows to handle.
+
+    Attributes
+    ----------
+    index, size : int
+        This process among them, and how many there are.
+    """
+
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self.index, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.index < 0:
+            raise ValueError("process_group must be a group that this process belongs to")
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` by its sum over all ranks, in place."""
+        dist.all_reduce(tensor, group=self._group)
+
+    def total(self, values: Array) -> Array:
+        """Return the sum of ``values`` over all ranks."""
+        sent = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(self._device, copy=True)
+        self.add_up(sent)
+        return sent.cpu().numpy()
+
+    def share_of_sum(self, tensor: Tensor) -> Tensor:
+        """Return this rank's share of the sum of ``tensor`` over all ranks: an equal part of its elements, flat."""
+        padded = self._padded(tensor)
+        share = padded.new_empty(len(padded) // self.size)
+        dist.reduce_scatter_tensor(share, padded, group=self._group)
+        return share
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """Return this rank's share of a tensor that all ranks hold."""
+        return self._padded(tensor).chunk(self.size)[self.index].clone()
+
+    def join(self, share: Tensor, shape: torch.Size) -> Tensor:
+        """Return the tensor that the ranks hold shares of."""
+        joined = share.new_empty(len(share) * self.size)
+        dist.all_gather_into_tensor(joined, share, group=self._group)
+        return joined[: shape.numel()].view(shape)
+
+    def _padded(self, tensor: Tensor) -> Tensor:
+        return F.pad(tensor.reshape(-1), (0, -tensor.numel() % self.size))
+
+    def gather(self, rows: Array) -> list[Array]:
+        """Return the ``rows`` [k, width] of every rank; k may differ."""
+        counts = np.zeros(self.size)
+        counts[self.index] = len(rows)
+        counts = self.total(counts)
+        mine = torch.zeros(int(counts.max()), rows.shape[1], dtype=torch.float64)
+        mine[: len(rows)] = torch.from_numpy(rows)
+        mine = mine.to(self._device)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        if mine.numel():
+            dist.all_gather(every, mine, group=self._group)
+        return [part[: int(count)].cpu().numpy() for part, count in zip(every, counts, strict=True)]
+
+
+def ranks_of(model: nn.Module, group: ProcessGroup | Literal["auto"] | None, device: torch.device) -> Ranks | None:
+    """Return who measures together: ``group``, for "auto" that of DistributedDataParallel or ``fully_shard``.
+
+    None where that is this process alone.
+
+    Raises
+    ------
+    ValueError
+        If ``group`` is another word, this process does not belong to it, or a sharded model's is not clear.
+    """
+    if isinstance(group, str):
+        if group != "auto":
+            raise ValueError(f'process_group must be a ProcessGroup, "auto" or None; got {group!r}')
+        wrapper: Any = getattr(model, "_orig_mod", model)
+        parallel = isinstance(wrapper, nn.parallel.DistributedDataParallel)
+        group = wrapper.process_group if parallel else mesh_group(model)
+    if group is None:
+        return None
+    ranks = Ranks(group, device)
+    return ranks if ranks.size > 1 else None
+
+
+def add_by_name(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add tensors to those of the same name; one without a sum yet begins it."""
+    for name, value in more.items():
+        sums[name] = sums[name].add_(value) if name in sums else value
+
+
+class PendingMicrobatches:
+    """The micro-batches that this rank measured since the ranks last told each other.
+
+    What they tell goes into the estimator of every rank in one order: first the first of each rank, then the second of
+    each. So every rank holds the very numbers that one process with all the batches would hold.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[Array] = []
+        self._projected: dict[str, Tensor] = {}
+
+    def add(self, products: Array, tokens: Array, projected: Mapping[str, Tensor]) -> None:
+        """Keep one micro-batch: products [q, m], tokens [m], projected gradients [m, k_out, k_in] by name.
+
+        Takes (q + 1) x m numbers until it is told.
+        """
+        self._rows.append(np.concatenate([products, tokens[None]]).reshape(-1))
+        add_by_name(self._projected, projected)
+
+    def tell(self, ranks: Ranks, estimator: Estimator, queries: Queries, projected: dict[str, Tensor]) -> None:
+        """Add the micro-batches of all ranks to the estimator, and their projected gradients to ``projected``."""
+        q, m = len(queries.owners), estimator.m
+        everyone = ranks.gather(np.stack(self._rows) if self._rows else np.empty((0, (q + 1) * m)))
+        self._rows.clear()
+        for rows in zip_longest(*everyone):
+            for row in rows:
+                if row is not None:
+                    table = row.reshape(q + 1, m)
+                    estimator.add(table[:-1], table[-1])
+        for name, projection in queries.projections.items():
+            device = queries.held[name].device
+            mine = self._projected.pop(name, None)
+            if mine is None:
+                mine = torch.zeros(m, projection.k_out, projection.k_in, dtype=torch.float32, device=device)
+            ranks.add_up(mine)
+            add_by_name(projected, {name: mine})

@@ -1,0 +1,1 @@
+"""One forward and backward inside a context of the engine: what is recorded and how it is checked."""

@@ -1,0 +1,222 @@
+"""The inner products of one micro-batch: gradients of the domains' rows times the queries, per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tikmix_fast import ops
+from tikmix_fast.influence.capture.rows import Layout, RowLabels
+from tikmix_fast.influence.capture.views import ParameterView
+from tikmix_fast.influence.queries.held import HeldQueries
+from tikmix_fast.ops.projected.lookup import projected_lookup_gradients
+
+__all__ = ["LOOKED_UP_TOGETHER", "Recorder"]
+
+# Rows of an embedding's queries at a time, on a GPU: 64 MiB where they have 4096 columns.
+LOOKED_UP_TOGETHER = 4096
+
+
+class Recorder:
+    """Sum over the uses of every parameter of <query, gradient of the rows of a domain>.
+
+    Parameters
+    ----------
+    labels : RowLabels
+        The domain of every row.
+    queries : HeldQueries, or mapping of str to Tensor [q, *parameter.shape]
+        The preconditioned task gradients, by the name of the parameter.
+    projections : mapping of str to LayerProjection, optional
+        The weights whose queries are projected.
+
+    Attributes
+    ----------
+    sums : dict of str to float64 Tensor [q, m]
+        What was recorded so far, by the name of the parameter, in the units of the gradient that flowed.
+    projected : dict of str to Tensor [m, k_out, k_in]
+        The domains' gradients of those weights, projected.
+    saw_half : bool
+        Whether a gradient in half precision was read.
+    """
+
+    def __init__(
+        self,
+        labels: RowLabels,
+        queries: HeldQueries | Mapping[str, Tensor],
+        projections: Mapping[str, ops.LayerProjection] | None = None,
+    ) -> None:
+        self.labels = labels
+        self.queries = queries if isinstance(queries, HeldQueries) else HeldQueries(queries)
+        self.projections = projections or {}
+        self.sums: dict[str, Tensor] = {}
+        self.projected: dict[str, Tensor] = {}
+        self.saw_half = False
+
+    def close(self) -> None:
+        """Record no more, and let go of the queries: a graph or a view that is kept must not keep them."""
+        self.queries.end_pass()
+        self.queries = HeldQueries()
+
+    def is_projected(self, view: ParameterView) -> bool:
+        """Whether the view is a parameter that is measured through a projection."""
+        return view.is_parameter and view.sources[0].name in self.projections
+
+    def product(
+        self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
+    ) -> None:
+        """Record ``output = rows @ weight.T`` (or ``rows @ weight`` with ``in_out``) from the gradient of its output.
+
+        ``total``, if given, gets the weight gradient added in the same pass.
+        """
+        self._note(gradient)
+        # Under autocast the product itself saw the rows in the dtype of its output.
+        dtype = gradient.dtype
+        flat_rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
+        flat_gradient = gradient.reshape(-1, gradient.shape[-1])
+        left, right = (flat_rows, flat_gradient) if in_out else (flat_gradient, flat_rows)
+        if total is not None and (not self.queries or total.dtype not in (torch.float32, torch.bfloat16)):
+            # The kernel adds to float32 and bfloat16 only; a float64 model is for checking, not for speed.
+            total += left.t() @ right
+            total = None
+        if not self.queries:
+            return
+        layout = self.labels.layout(rows.shape[:-1], rows.device)
+        if self.is_projected(weight):
+            name = weight.sources[0].name
+            self._add_projected(
+                name,
+                ops.projected_domain_gradients(right, left, layout.offsets, self.projections[name], order=layout.order),
+            )
+            return
+        carried: Iterable[tuple[str, Tensor | ops.PackedQueries]]
+        if weight.is_parameter:
+            carried = [(weight.sources[0].name, self.queries.packed(weight.sources[0].name, dtype))]
+        else:
+            of_rows = layout.domain_of_rows()
+            self._add_derived(
+                weight, lambda domain: _wide(left[of_rows == domain]).t() @ _wide(right[of_rows == domain])
+            )
+            carried = self._carried(weight)
+        for name, queries in carried:
+            found = ops.group_influence(right, left, layout.offsets, queries, order=layout.order, grad_weight=total)
+            self._add(name, found)
+
+    def spread(self, view: ParameterView, gradient: Tensor) -> None:
+        """Record a view that was broadcast to the shape of ``gradient`` where it met the data."""
+        if not self.queries:
+            return
+        self._note(gradient)
+        if self.labels.single is not None:
+            gradient = gradient.sum_to_size(view.plain.shape)
+        if gradient.ndim == 0:
+            gradient = gradient.reshape(1, 1)
+        elif gradient.ndim == 1:
+            gradient = gradient.unsqueeze(0 if self.labels.single is not None else 1)
+        if view.plain.shape[:-1].numel() == 1:
+            self.features(view, gradient)
+            return
+        layout = self.labels.layout(gradient.shape[:-1], gradient.device)
+        of_rows = layout.domain_of_rows().reshape(*gradient.shape[:-1], 1)
+        shape = view.plain.shape
+        self._add_derived(view, lambda domain: (_wide(gradient) * (of_rows == domain)).sum_to_size(shape))
+        for name, queries in self._carried(view):
+            # Align on the right, as broadcasting does.
+            aligned = queries.reshape(len(queries), *(1,) * (gradient.ndim - queries.ndim + 1), *queries.shape[1:])
+            dots = torch.einsum("...c,q...c->...q", _wide(gradient), _wide(aligned))
+            self._add_rows(name, dots.reshape(-1, len(queries)), layout)
+
+    def features(self, view: ParameterView, per_row: Tensor) -> Tensor:
+        """Record a parameter with one value per feature, or for all: ``per_row`` [..., C] is its gradient by row.
+
+        Returns the sum of ``per_row`` over all rows, [C].
+        """
+        self._note(per_row)
+        layout = self.labels.layout(per_row.shape[:-1], per_row.device)
+        runs = layout.sum_runs(per_row.reshape(-1, per_row.shape[-1]))
+        if self.queries:
+            of_domains = layout.sum_domains(runs)
+            shape = view.plain.shape
+            self._add_derived(
+                view, lambda domain: of_domains[domain].expand(*shape[:-1], -1).sum_to_size(shape).to(runs.dtype)
+            )
+            for name, queries in self._carried(view):
+                features = queries.reshape(len(queries), -1).expand(-1, runs.shape[-1])
+                self._add(name, features.double() @ of_domains.t())
+        return runs.sum(0)
+
+    def lookup(self, view: ParameterView, ids: Tensor, padding: int | None, gradient: Tensor) -> None:
+        """Record an embedding looked up at ``ids`` [...] from the gradient [..., C] of the looked-up rows."""
+        if not self.queries:
+            return
+        self._note(gradient)
+        layout = self.labels.layout(ids.shape, ids.device)
+        flat_ids, flat = ids.reshape(-1), _wide(gradient.reshape(-1, gradient.shape[-1]))
+        if padding is not None:
+            flat = flat * (flat_ids != padding).unsqueeze(1)
+        name = view.sources[0].name
+        if name in self.projections:
+            projected = projected_lookup_gradients(
+                flat_ids, flat, layout.offsets, self.projections[name], order=layout.order
+            )
+            self._add_projected(name, projected)
+            return
+        queries = self.queries[name]
+        # Rows by the hundred, so that what is looked up stays in a CPU's cache until it is multiplied; a GPU is busier
+        # with more at a time.
+        some = 256 if flat.device.type == "cpu" else LOOKED_UP_TOGETHER
+        dots = [
+            torch.stack([torch.linalg.vecdot(_wide(F.embedding(some_ids, query)), rows) for query in queries], dim=1)
+            for some_ids, rows in zip(flat_ids.split(some), flat.split(some), strict=True)
+        ]
+        self._add_rows(name, torch.cat(dots), layout)
+
+    def _carried(self, view: ParameterView) -> Iterable[tuple[str, Tensor]]:
+        return view.queries(self.queries, without=self.projections)
+
+    def _add_derived(self, view: ParameterView, gradient_of: Callable[[int], Tensor]) -> None:
+        """Record the projected parameters that a view was derived from, given the gradient of it for any domain.
+
+        One such gradient is formed at a time, which takes as long as the ordinary one for all rows together.
+        """
+        derived = [index for index, source in enumerate(view.sources) if source.name in self.projections]
+        if not derived:
+            return
+        labels = self.labels
+        present = labels.ids.unique().tolist() if isinstance(labels.ids, Tensor) else [labels.ids]
+        for domain in present:
+            gradient = gradient_of(domain)
+            for index in derived:
+                name, lookup = view.sources[index].name, view.sources[index].lookup
+                pulled, projection = view.pull_back(index, gradient), self.projections[name]
+                if lookup is None:
+                    projected = projection.project(pulled)
+                else:
+                    rows = lookup.masked(pulled).reshape(-1, pulled.shape[-1])
+                    ends = torch.tensor([0, len(rows)], device=rows.device)
+                    projected = projected_lookup_gradients(lookup.ids.reshape(-1), rows, ends, projection)[0]
+                gradients = projected.new_zeros(labels.n_domains, *projected.shape)
+                gradients[domain] = projected
+                self._add_projected(name, gradients)
+
+    def _add_projected(self, name: str, gradients: Tensor) -> None:
+        """Record the domains' projected gradients [m, k_out, k_in] of a parameter, and their influence."""
+        self.projected[name] = self.projected[name] + gradients if name in self.projected else gradients
+        self._add(name, self.queries[name].flatten(1).double() @ gradients.flatten(1).double().t())
+
+    def _note(self, gradient: Tensor) -> None:
+        self.saw_half = self.saw_half or gradient.dtype in (torch.bfloat16, torch.float16)
+
+    def _add_rows(self, name: str, dots: Tensor, layout: Layout) -> None:
+        """Sum ``dots`` [T, q] over the rows of each domain."""
+        self._add(name, layout.sum_domains(layout.sum_runs(dots.double())).t())
+
+    def _add(self, name: str, sums: Tensor) -> None:
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return at least float32: products of half-precision numbers are accumulated wider."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -1,0 +1,1 @@
+"""P, the approximate inverse curvature that turns task gradients into queries."""

@@ -1,0 +1,1 @@
+"""The influence matrix, its estimator and its errors; numpy only."""

@@ -1,0 +1,414 @@
+"""The Group Influence matrix with its names and its error bars. No torch here: the mixture layer reads it too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tikmix_fast import files
+from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
+from tikmix_fast.matrix.resampling import SplitHalf, Tails, bootstrap_interval, heavy_tails, split_half
+
+__all__ = ["InfluenceMatrix"]
+
+Array = NDArray[np.float64]
+
+_FORMAT = "tikmix_fast.influence_matrix"
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class InfluenceMatrix:
+    """Group Influence of m domains on n tasks, ``values[i, j] = <P g_i, g_j>``.
+
+    Positive means that a small step on domain j lowers the loss of task i. Every gradient is a mean per target token,
+    so a cell does not depend on how many tokens were measured. A cell that was never measured is NaN.
+
+    Attributes
+    ----------
+    values : float64 [n, m]
+        The influence. Unit: loss of task i per unit step along P times the mean gradient of domain j.
+    stderr : float64 [n, m]
+        Standard error of ``values``: domain side, task side and projection together. NaN where either side had fewer
+        than two micro-batches.
+    tokens : float64 [m]
+        Target tokens measured per domain.
+    tasks, domains : tuple of str
+        Names of the rows and of the columns.
+    stderr_domain, stderr_task : float64 [n, m]
+        Two parts of ``stderr``: sampling of the domain's batches, and of the task's.
+    dof : float64 [n, m]
+        Degrees of freedom of ``stderr`` (Welch-Satterthwaite), for t quantiles.
+    microbatches : int64 [m]
+        Measured micro-batches in which the domain had a target token.
+    stderr_projection : float64 [n, m] or None
+        The part of ``stderr`` that comes from measuring through random projections; None = measured exactly.
+    dropped : int
+        Micro-batches dropped because they were not finite.
+    settings : mapping
+        How it was measured (preconditioner, reference learning rate, ...), plain JSON types.
+    effective_microbatches : float64 [m] or None
+        How many equally large micro-batches would tell as much: (sum N)^2 / sum N^2 of their target tokens N.
+    record : MicrobatchRecord or None
+        The micro-batches themselves, in a bounded number of blocks, for what needs them: ``interval(method=
+        "bootstrap")``, `split_half`, `tails`. None in matrices from plain values and from older files.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree, names repeat, or a standard error is negative.
+
+    Examples
+    --------
+    >>> matrix = InfluenceMatrix.from_values([[1.0, -0.5]], tasks=["qa"], domains=["web", "noise"])
+    >>> matrix["qa", "noise"]
+    -0.5
+    """
+
+    values: Array
+    stderr: Array
+    tokens: Array
+    tasks: tuple[str, ...]
+    domains: tuple[str, ...]
+    stderr_domain: Array
+    stderr_task: Array
+    dof: Array
+    microbatches: NDArray[np.int64]
+    dropped: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stderr_projection: Array | None = None
+    effective_microbatches: Array | None = None
+    record: MicrobatchRecord | None = None
+
+    def __post_init__(self) -> None:
+        cells = (len(self.tasks), len(self.domains))
+        errors = ["stderr", "stderr_domain", "stderr_task"]
+        if self.stderr_projection is not None:
+            errors.append("stderr_projection")
+        for name in ("values", *errors, "dof"):
+            _check_array(name, getattr(self, name), cells)
+        _check_array("tokens", self.tokens, cells[1:])
+        _check_array("microbatches", self.microbatches, cells[1:])
+        if self.effective_microbatches is not None:
+            _check_array("effective_microbatches", self.effective_microbatches, cells[1:])
+        if self.record is not None and (self.record.n, self.record.m) != cells:
+            raise ValueError(f"record must be of {cells} tasks and domains; got {(self.record.n, self.record.m)}")
+        for name in ("tasks", "domains"):
+            names = getattr(self, name)
+            if not all(isinstance(each, str) and each for each in names):
+                raise ValueError(f"{name} must be non-empty strings; got {names!r}")
+            if len(set(names)) != len(names):
+                raise ValueError(f"{name} must be unique; got {names!r}")
+        for name in (*errors, "tokens"):
+            if (getattr(self, name) < 0).any():
+                raise ValueError(f"{name} must not be negative")
+
+    @classmethod
+    def from_values(
+        cls,
+        values: Any,
+        *,
+        tasks: Any = None,
+        domains: Any = None,
+        stderr: Any = None,
+        tokens: Any = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> InfluenceMatrix:
+        """Make a matrix from plain numbers; what is not given is unknown (NaN), names default to ``task0``,
+        ``domain0``.
+
+        Parameters
+        ----------
+        values : array_like [n, m]
+        tasks, domains : sequence of str, optional
+        stderr : array_like [n, m], optional
+            Taken as the domain side's error, with unlimited degrees of freedom.
+        tokens : array_like [m], optional
+        settings : mapping, optional
+        """
+        cells = np.array(values, dtype=np.float64)
+        if cells.ndim != 2:
+            raise ValueError(f"values must have shape [n, m]; got {cells.shape}")
+        n, m = cells.shape
+        unknown = np.full((n, m), np.nan)
+        error = unknown if stderr is None else np.array(stderr, dtype=np.float64)
+        return cls(
+            values=cells,
+            stderr=error,
+            tokens=np.full(m, np.nan) if tokens is None else np.array(tokens, dtype=np.float64),
+            tasks=tuple(f"task{i}" for i in range(n)) if tasks is None else tuple(tasks),
+            domains=tuple(f"domain{j}" for j in range(m)) if domains is None else tuple(domains),
+            stderr_domain=error.copy(),
+            stderr_task=unknown.copy(),
+            dof=unknown.copy() if stderr is None else np.full((n, m), np.inf),
+            microbatches=np.zeros(m, dtype=np.int64),
+            settings=dict(settings or {}),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of tasks and of domains, (n, m)."""
+        return len(self.tasks), len(self.domains)
+
+    def __getitem__(self, cell: tuple[str, str]) -> float:
+        """Return one influence by the names of its task and its domain."""
+        task, domain = cell
+        for name, names, wanted in (("task", self.tasks, task), ("domain", self.domains, domain)):
+            if wanted not in names:
+                raise KeyError(f"unknown {name} {wanted!r}; known: {', '.join(names)}")
+        return float(self.values[self.tasks.index(task), self.domains.index(domain)])
+
+    def interval(
+        self,
+        level: float = 0.95,
+        *,
+        method: Literal["t", "bootstrap"] = "t",
+        resamples: int = 2000,
+        seed: int = 0,
+    ) -> tuple[Array, Array]:
+        """Return the lower and upper ends [n, m] of the confidence interval of every cell, each for itself.
+
+        Parameters
+        ----------
+        level : float
+            How often such an interval holds the truth.
+        method : {"t", "bootstrap"}
+            "t": symmetric, by t quantiles with `dof`. "bootstrap": the domain side resampled in blocks of micro-batches
+            and studentised, which follows a skewed distribution, the rest by t quantiles; domains with fewer than eight
+            blocks get the t interval. Costs a few ms a domain.
+        resamples, seed : int
+            Of the bootstrap.
+
+        Raises
+        ------
+        ValueError
+            If ``level`` is not between 0 and 1, the method is unknown, or there is no record to resample.
+        """
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level must lie between 0 and 1; got {level!r}")
+        if method not in ("t", "bootstrap"):
+            raise ValueError(f'method must be "t" or "bootstrap"; got {method!r}')
+        if method == "bootstrap":
+            if resamples < 2:
+                raise ValueError(f"resamples must be at least 2; got {resamples!r}")
+            return bootstrap_interval(self, level, resamples, seed)
+        from scipy.special import stdtrit
+
+        half = stdtrit(self.dof, 0.5 + level / 2) * self.stderr
+        return self.values - half, self.values + half
+
+    def p_values(self) -> Array:
+        """Return for each cell [n, m] the two-sided p-value of "no influence", by `dof`; NaN where unknown."""
+        from scipy.special import stdtr
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(2 * stdtr(self.dof, -np.abs(self.values) / self.stderr), dtype=np.float64)
+
+    def significant(self, level: float = 0.95, *, correction: Literal["bh"] | None = None) -> NDArray[np.bool_]:
+        """Tell for each cell [n, m] whether its influence differs from zero; False where the error is unknown.
+
+        Parameters
+        ----------
+        level : float
+            Confidence, as in `interval`: 0.95 allows 5% errors. At least 0.5, so that 0.05 is not taken for it.
+        correction : "bh" or None
+            None: each cell for itself, so of 100 cells without influence 5 are called significant. "bh": of the cells
+            called significant, at most 5% are expected to have none (Benjamini and Hochberg 1995, over all cells whose
+            error is known; valid for independent and for positively dependent cells).
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range.
+
+        Examples
+        --------
+        >>> matrix = InfluenceMatrix.from_values([[2.5, 1.0, 0.1, 0.2]], stderr=[[1.0, 1.0, 1.0, 1.0]])
+        >>> matrix.significant().tolist(), matrix.significant(correction="bh").tolist()
+        ([[True, False, False, False]], [[True, False, False, False]])
+        >>> matrix.significant(0.97, correction="bh").tolist()
+        [[False, False, False, False]]
+        """
+        if not 0.5 <= level < 1.0:
+            raise ValueError(
+                f"level must be the confidence, at least 0.5 and below 1; got {level!r}: 0.95 for 5% errors"
+            )
+        if correction not in (None, "bh"):
+            raise ValueError(f'correction must be "bh" or None; got {correction!r}')
+        if correction is None:
+            low, high = self.interval(level)
+            return np.asarray((low > 0) | (high < 0))
+        from scipy.stats import false_discovery_control
+
+        p = self.p_values()
+        known = ~np.isnan(p)
+        found = np.zeros(p.shape, dtype=np.bool_)
+        if known.any():
+            found[known] = false_discovery_control(p[known]) < 1 - level
+        return found
+
+    def split_half(self, *, draws: int = 100, seed: int = 0) -> SplitHalf:
+        """Tell how far two halves of this measurement agree on the order of the domains, and so two whole ones.
+
+        Raises
+        ------
+        ValueError
+            If there is no record, or ``draws`` is below one.
+        """
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1; got {draws!r}")
+        return split_half(self, draws, seed)
+
+    def tails(self) -> Tails:
+        """Tell where single micro-batches decide a cell, with the winsorised values beside the plain ones.
+
+        In a record whose blocks hold several micro-batches it is the blocks that are looked at.
+
+        Raises
+        ------
+        ValueError
+            If there is no record.
+        """
+        return heavy_tails(self)
+
+    def relative_error(self, side: Literal["both", "domain"] = "both") -> Array:
+        """Return for each task [n] the root mean square of `stderr` over the std of the values, both over domains.
+
+        ``side="domain"`` takes `stderr_domain`: what more micro-batches of the domains could still improve.
+
+        A mixture depends on how the domains differ, so this is the error that matters for it: at 0.3 some 9% of what
+        looks like a difference is noise, at 1 all of it. NaN for fewer than two measured domains; infinite where the
+        values are all equal or an error is unknown.
+        """
+        if side not in ("both", "domain"):
+            raise ValueError(f'side must be "both" or "domain"; got {side!r}')
+        errors = self.stderr if side == "both" else self.stderr_domain
+        measured = ~np.isnan(self.values).any(axis=0)
+        if measured.sum() < 2:
+            return np.full(len(self.tasks), np.nan)
+        noise = np.sqrt((errors[:, measured] ** 2).mean(axis=1))
+        spread = self.values[:, measured].std(axis=1, ddof=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.where(np.isnan(noise) | (spread == 0), np.inf, noise / spread))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; a number that is not finite becomes None (unknown) or "inf"."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "tasks": list(self.tasks),
+            "domains": list(self.domains),
+            "values": _to_json(self.values),
+            "stderr": _to_json(self.stderr),
+            "stderr_domain": _to_json(self.stderr_domain),
+            "stderr_task": _to_json(self.stderr_task),
+            **({} if self.stderr_projection is None else {"stderr_projection": _to_json(self.stderr_projection)}),
+            "dof": _to_json(self.dof),
+            "tokens": _to_json(self.tokens),
+            "microbatches": self.microbatches.tolist(),
+            "dropped": self.dropped,
+            "settings": dict(self.settings),
+            **(
+                {}
+                if self.effective_microbatches is None
+                else {"effective_microbatches": _to_json(self.effective_microbatches)}
+            ),
+            **({} if self.record is None else {"record": self.record.to_dict()}),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> InfluenceMatrix:
+        """Read what `to_dict` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the content is not an influence matrix, is of an unknown version, or lacks a field.
+        """
+        if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
+            raise ValueError(f"not an influence matrix: 'format' must be {_FORMAT!r}")
+        if content.get("version") != _VERSION:
+            raise ValueError(f"influence matrix version must be {_VERSION}; got {content.get('version')!r}")
+        optional = {
+            name: _from_json(content[name])
+            for name in ("stderr_projection", "effective_microbatches")
+            if content.get(name) is not None
+        }
+        try:
+            tasks, domains = tuple(content["tasks"]), tuple(content["domains"])
+            record = content.get("record")
+            return cls(
+                values=_from_json(content["values"]),
+                stderr=_from_json(content["stderr"]),
+                tokens=_from_json(content["tokens"]),
+                tasks=tasks,
+                domains=domains,
+                stderr_domain=_from_json(content["stderr_domain"]),
+                stderr_task=_from_json(content["stderr_task"]),
+                dof=_from_json(content["dof"]),
+                microbatches=np.array(content["microbatches"], dtype=np.int64),
+                dropped=int(content["dropped"]),
+                settings=dict(content["settings"]),
+                record=None if record is None else MicrobatchRecord.from_dict(record, len(tasks), len(domains)),
+                **optional,
+            )
+        except KeyError as error:
+            raise ValueError(f"influence matrix lacks the field {error.args[0]!r}") from None
+        except TypeError as error:
+            raise ValueError(f"influence matrix has a field of the wrong type: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the matrix as JSON with a checksum, atomically; returns the path.
+
+        Raises
+        ------
+        OSError
+            If the folder is missing or not writable.
+        """
+        return files.write_sealed_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> InfluenceMatrix:
+        """Read a matrix that `save` wrote, or one without a checksum that something else did.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is not JSON, not an influence matrix, or damaged; the message names it.
+        """
+        content = files.read_json(path)
+        with files.naming(path):
+            return cls.from_dict(content)
+
+
+def _check_array(name: str, array: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(array, np.ndarray) or array.shape != shape:
+        raise ValueError(
+            f"{name} must be an array of shape {shape}; got {getattr(array, 'shape', type(array).__name__)}"
+        )
+
+
+def _to_json(array: Array) -> list[Any]:
+    def one(number: float) -> Any:
+        if np.isnan(number):
+            return None
+        return float(number) if np.isfinite(number) else ("inf" if number > 0 else "-inf")
+
+    return [one(row) if array.ndim == 1 else [one(cell) for cell in row] for row in array]
+
+
+def _from_json(rows: Any) -> Array:
+    def one(cell: Any) -> float:
+        return float("nan") if cell is None else float(cell)
+
+    return np.array(
+        [[one(cell) for cell in row] if isinstance(row, list) else one(row) for row in rows], dtype=np.float64
+    )

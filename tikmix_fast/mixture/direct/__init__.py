@@ -1,0 +1,1 @@
+"""TiKMiX-D: the mixture solved for directly."""

@@ -1,0 +1,1 @@
+"""When a run measures, and whether a change of mixture is worth it."""

@@ -1,0 +1,92 @@
+"""Labels for mixtures that need no training: from an influence matrix, or from its cached micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+from tikmix_fast.mixture.inputs import label, read_matrix, read_mixtures
+
+Array = NDArray[np.float64]
+
+__all__ = ["linear_labels", "resampled_labels"]
+
+
+def linear_labels(matrix: InfluenceMatrix | Any, mixtures: Any) -> Array:
+    """Return ``S @ w`` for every mixture: what TiKMiX-D assumes. A surrogate of it can add nothing to TiKMiX-D.
+
+    Parameters
+    ----------
+    matrix : InfluenceMatrix or array_like [n, m]
+        The influence of a domain never measured (a column of NaN) counts as zero, as in `tikmix_d`.
+    mixtures : array_like [N, m]
+
+    Returns
+    -------
+    float64 [N, n]
+        Positive lowers the task's loss.
+
+    Examples
+    --------
+    >>> linear_labels([[2.0, 0.0]], [[0.5, 0.5], [1.0, 0.0]]).tolist()
+    [[1.0], [2.0]]
+    """
+    values = read_matrix(matrix)[0]
+    return read_mixtures("mixtures", mixtures, values.shape[1]) @ values.T
+
+
+def resampled_labels(
+    matrix: InfluenceMatrix, mixtures: Any, *, microbatches: int | None = None, seed: int = 0
+) -> Array:
+    """Return the influence of a mixed sample of every mixture, put together from micro-batches already measured.
+
+    Every mixture draws its micro-batches' domains from its weights and the micro-batches with replacement from
+    ``matrix.record``, so that no gradient is computed. The labels scatter around `linear_labels` as new samples would;
+    they hold no interaction of domains, for that a step has to be taken.
+
+    Parameters
+    ----------
+    matrix : InfluenceMatrix
+        With a record, and every domain with weight in some mixture measured.
+    mixtures : array_like [N, m]
+    microbatches : int, optional
+        Micro-batches in a mixed sample; default as many as the record has blocks in all.
+    seed : int
+
+    Returns
+    -------
+    float64 [N, n]
+        Positive lowers the task's loss.
+
+    Raises
+    ------
+    ValueError
+        If there is no record, or a domain with weight was never measured.
+    TypeError
+        If ``matrix`` is not an `InfluenceMatrix`.
+    """
+    if not isinstance(matrix, InfluenceMatrix):
+        raise TypeError(f"matrix must be an InfluenceMatrix; got {type(matrix).__name__}, which has no micro-batches")
+    if matrix.record is None:
+        raise ValueError("matrix must have a record of its micro-batches, as engine.matrix() gives; got none")
+    weights = read_mixtures("mixtures", mixtures, len(matrix.domains))
+    blocks = [matrix.record.of_domain(j) for j in range(len(matrix.domains))]
+    for j in np.flatnonzero((weights > 0).any(axis=0)):
+        if not len(blocks[j][0]):
+            raise ValueError(f"domain {label(matrix.domains, j)} has weight but was never measured; measure it")
+    total = sum(len(tokens) for tokens, _ in blocks) if microbatches is None else microbatches
+    if not isinstance(total, (int, np.integer)) or total < 1:
+        raise ValueError(f"microbatches must be an integer of at least 1; got {total!r}")
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(total, weights)  # [N, m]
+    labels = np.zeros((len(weights), len(matrix.tasks)))
+    for j in np.flatnonzero(counts.any(axis=0)):
+        tokens, sums = blocks[j]
+        used = counts[:, j] > 0
+        drawn = rng.multinomial(counts[used, j], np.full(len(tokens), 1 / len(tokens)))
+        means = (drawn @ sums.T) / (drawn @ tokens)[:, None]
+        labels[used] += counts[used, j, None] / total * means
+    return labels

@@ -1,0 +1,1 @@
+"""One folder per backend, complete: what it can take, what it costs, and the call itself."""

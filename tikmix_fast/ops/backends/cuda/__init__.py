@@ -1,0 +1,1 @@
+"""The native CUDA backend, and the vendor's grouped product."""

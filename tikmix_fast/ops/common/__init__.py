@@ -1,0 +1,1 @@
+"""What every kernel shares: checks of arguments, and the random matrices of projections."""

@@ -1,0 +1,254 @@
+"""Random projections of one layer: what they are drawn from, and the two matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import blake2b
+from statistics import NormalDist
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tikmix_fast.ops.common.philox import random_words
+
+__all__ = ["LayerProjection", "ProjectionKind", "factor_matrix"]
+
+ProjectionKind = Literal["countsketch", "rademacher", "gaussian"]
+
+_WORDS = 1 << 64
+# A side's rows are told apart from the other's by this bit of the row number.
+_INPUT_SIDE = 1 << 31
+_SIGNS_PER_PLACE = 128
+_NORMALS_PER_PLACE = 8
+_NORMAL_BITS = 16
+# The largest entry is 125: an int8, and exact in bfloat16 and float16, so that no backend rounds the matrix.
+_NORMAL_STEPS = 29
+
+
+@cache
+def _normal_table() -> Tensor:
+    """Tabulate the normal distribution: entry i is its quantile at ``(i + 1/2) / 2**16``, in 29ths, rounded.
+
+    No quantile is within 1e-6 of where rounding turns, so every platform's libm gives these integers.
+    """
+    half = 1 << (_NORMAL_BITS - 1)
+    quantile = NormalDist().inv_cdf
+    upper = [round(_NORMAL_STEPS * quantile(0.5 + (i + 0.5) / (2 * half))) for i in range(half)]
+    return torch.tensor([-entry for entry in reversed(upper)] + upper, dtype=torch.int8, device="cpu")
+
+
+@cache
+def _entry_deviation(kind: ProjectionKind) -> float:
+    """Return the standard deviation of an entry as it is drawn, before it is scaled."""
+    return math.sqrt(_normal_table().double().square().mean()) if kind == "gaussian" else 1.0
+
+
+def _signs(words: Tensor, columns: int) -> Tensor:
+    """Return bits of the words [rows, places, 4], lowest first, as booleans [rows, columns]."""
+    return (words[..., None] >> torch.arange(32, device="cpu") & 1).flatten(1)[:, :columns].bool()
+
+
+def _draw_factor(kind: ProjectionKind, seed: int, stream: int, side: int, dim: int, columns: int) -> Tensor:
+    def words(first_row: int, rows: int, per_place: int, count: int) -> Tensor:
+        return random_words(seed, stream, rows, -(-count // per_place), first_row=side + first_row)
+
+    if kind == "countsketch":
+        negative = _signs(words(0, 1, _SIGNS_PER_PLACE, columns), columns)[0]
+        masks = words(1, 1, 4, -(-columns // dim)).flatten() & (dim - 1)
+        column = torch.arange(columns, device="cpu")
+        buckets = column % dim ^ masks[column // dim]
+        return torch.where(negative, ~buckets, buckets).int()
+    if kind == "rademacher":
+        return 1 - 2 * _signs(words(0, dim, _SIGNS_PER_PLACE, columns), columns).to(torch.int8)
+    drawn = words(0, dim, _NORMALS_PER_PLACE, columns)
+    indices = drawn[..., None] >> torch.tensor([0, _NORMAL_BITS], device="cpu") & (1 << _NORMAL_BITS) - 1
+    return _normal_table()[indices.flatten(1)[:, :columns]]
+
+
+def factor_matrix(factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Write out the matrix that a factor stands for, before it is scaled.
+
+    Parameters
+    ----------
+    factor : Tensor
+        int32 [D]: the codes of a CountSketch, the row of the column's entry, or ``~row`` where the entry is -1. Else
+        the matrix [dim, D].
+    dim : int
+    dtype : torch.dtype
+
+    Returns
+    -------
+    Tensor [dim, D]
+
+    Raises
+    ------
+    ValueError
+        If a code is no row of the matrix.
+    """
+    if factor.dtype != torch.int32:
+        return factor.to(dtype)
+    rows = torch.where(factor < 0, ~factor, factor).long()
+    if rows.numel() and int(rows.max()) >= dim:
+        raise ValueError(f"projection must send columns to rows 0 ... {dim - 1}; got row {int(rows.max())}")
+    signs = 1 - 2 * (factor < 0).to(dtype)
+    matrix = torch.zeros(dim, factor.shape[0], dtype=dtype, device=factor.device)
+    return matrix.scatter_(0, rows[None], signs[None])
+
+
+@dataclass(frozen=True)
+class LayerProjection:
+    """Two random matrices that shrink one layer's gradients: P_out [k_out, O] and P_in [k_in, I], ``E[P^T P] = I``.
+
+    A gradient ``W`` [O, I] becomes ``P_out W P_in^T``, and inner products of such are right in expectation. Every
+    entry is a function of (kind, seed, layer, side, row, column), the same on every machine and device, bit by bit.
+
+    Attributes
+    ----------
+    height, width : int
+        O and I of the layer.
+    k_out, k_in : int
+        Rows of the two matrices; at least 32 for `projection_stderr` to be stable.
+    kind : {"countsketch", "rademacher", "gaussian"}
+        ``countsketch``: one entry of +-1 in a column; columns of a block of k never meet in a row, those of two blocks
+        do with probability 1/k. The cheapest on a CPU; k must be a power of two from 16 to 1024.
+        ``rademacher``: entries +-1 / sqrt(k). ``gaussian``: a normal distribution of 229 values up to 4.31 standard
+        deviations, with variance 1/k and kurtosis 2.9990 instead of 3.
+    seed : int
+        In ``0 ... 2**64 - 1``.
+    layer : int or str
+        Which layer: a number in ``0 ... 2**64 - 1``, or a name, which is hashed to one. Layers must differ for their
+        errors to be independent.
+    device : str
+        Where the drawn tensors lie; the same as the rows to be projected.
+    scale : float
+        What a product of an entry of either factor has to be multiplied by. Not to be given, like the factors.
+    output_factor, input_factor : Tensor
+        As drawn: int32 [O] codes of a CountSketch (the row of a column's entry, ``~row`` where it is -1), else int8
+        [k_out, O].
+
+    Raises
+    ------
+    ValueError
+        If a size, the kind, the seed or the layer is out of range.
+
+    Notes
+    -----
+    A larger layer holds a smaller one's columns; a dense matrix with more rows holds, but for the scale, one with
+    fewer. Bits come from Philox4x32-10, see `tikmix_fast.ops.common.philox`.
+
+    Examples
+    --------
+    >>> projection = LayerProjection(height=100, width=80, k_out=32, k_in=16, layer="blocks.0.mlp")
+    >>> [tuple(matrix.shape) for matrix in projection.matrices()]
+    [(32, 100), (16, 80)]
+    """
+
+    height: int
+    width: int
+    k_out: int = 64
+    k_in: int = 64
+    kind: ProjectionKind = "countsketch"
+    seed: int = 0
+    layer: int | str = 0
+    device: str = "cpu"
+    # Kept, and not computed when used: torch.compile takes tensors and numbers, and no draw.
+    scale: float = field(init=False, repr=False, compare=False)
+    output_factor: Tensor = field(init=False, repr=False, compare=False)
+    input_factor: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        kinds = get_args(ProjectionKind)
+        if self.kind not in kinds:
+            raise ValueError(f"kind must be one of {', '.join(kinds)}; got {self.kind!r}")
+        for name in ("height", "width", "k_out", "k_in", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name} must be an int; got {getattr(self, name)!r}")
+        if not isinstance(self.layer, (int, str)):
+            raise TypeError(f"layer must be an int or a name; got {self.layer!r}")
+        for name in ("height", "width"):
+            if not 0 <= getattr(self, name) < 1 << 31:
+                raise ValueError(f"{name} must be in 0 ... 2**31 - 1; got {getattr(self, name)}")
+        for name in ("k_out", "k_in"):
+            dim = getattr(self, name)
+            if not 1 <= dim < 1 << 31:
+                raise ValueError(f"{name} must be in 1 ... 2**31 - 1; got {dim}")
+            if self.kind == "countsketch" and not (16 <= dim <= 1024 and dim.bit_count() == 1):
+                raise ValueError(
+                    f"{name} must be a power of two from 16 to 1024 for a countsketch; got {dim}; "
+                    "rademacher and gaussian take any"
+                )
+        if not 0 <= self.seed < _WORDS:
+            raise ValueError(f"seed must be in 0 ... 2**64 - 1; got {self.seed}")
+        if isinstance(self.layer, int) and not 0 <= self.layer < _WORDS:
+            raise ValueError(f"layer must be a name or in 0 ... 2**64 - 1; got {self.layer}")
+        for name, side, dim, columns in (
+            ("output_factor", 0, self.k_out, self.height),
+            ("input_factor", _INPUT_SIDE, self.k_in, self.width),
+        ):
+            factor = _draw_factor(self.kind, self.seed, self._stream, side, dim, columns)
+            object.__setattr__(self, name, factor.to(self.device))
+        object.__setattr__(self, "scale", self._scale(self.k_out) * self._scale(self.k_in))
+
+    @property
+    def _stream(self) -> int:
+        if isinstance(self.layer, int):
+            return self.layer
+        return int.from_bytes(blake2b(self.layer.encode(), digest_size=8).digest(), "little")
+
+    def _scale(self, dim: int) -> float:
+        return 1.0 if self.kind == "countsketch" else 1 / (math.sqrt(dim) * _entry_deviation(self.kind))
+
+    def matrices(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Write out both matrices, scaled.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            The entries are computed in float64 and rounded to it once.
+
+        Returns
+        -------
+        tuple of Tensor
+            ``P_out`` [k_out, O] and ``P_in`` [k_in, I].
+
+        Examples
+        --------
+        >>> LayerProjection(4, 6, k_out=2, k_in=4, kind="rademacher").matrices()[1].abs().unique()
+        tensor([0.5000])
+        """
+        sides = ((self.output_factor, self.k_out), (self.input_factor, self.k_in))
+        output, input = ((factor_matrix(factor, k, torch.float64) * self._scale(k)).to(dtype) for factor, k in sides)
+        return output, input
+
+    def project(self, gradients: Tensor) -> Tensor:
+        """Shrink gradients of the layer, such as the task gradients that the op takes as queries.
+
+        Parameters
+        ----------
+        gradients : float32 | bfloat16 | float16 | float64 Tensor [..., O, I]
+
+        Returns
+        -------
+        float32 | float64 Tensor [..., k_out, k_in]
+            ``P_out G P_in^T``; float64 of float64.
+
+        Raises
+        ------
+        ValueError
+            If the last two sizes are not O and I.
+
+        Examples
+        --------
+        >>> import torch
+        >>> LayerProjection(height=100, width=80).project(torch.zeros(3, 100, 80)).shape
+        torch.Size([3, 64, 64])
+        """
+        if gradients.dim() < 2 or gradients.shape[-2:] != (self.height, self.width):
+            raise ValueError(f"gradients must have shape (..., {self.height}, {self.width}); got {gradients.shape}")
+        dtype = torch.promote_types(gradients.dtype, torch.float32)
+        output, input = self.matrices(dtype)
+        with torch.autocast(gradients.device.type, enabled=False):
+            return output @ gradients.to(dtype) @ input.T

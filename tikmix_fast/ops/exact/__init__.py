@@ -1,0 +1,1 @@
+"""Exact influence as functions on tensors: schema, packed queries."""

@@ -1,0 +1,1 @@
+"""Projected influence as functions on tensors: schema, estimates and their error."""

@@ -1,0 +1,192 @@
+"""Label mixtures by what they really do: a few optimizer steps on each, from the same state, undone afterwards."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tikmix_fast.mixture.inputs import read_mixtures, read_whole
+from tikmix_fast.probes.snapshot import Snapshot
+
+Array = NDArray[np.float64]
+
+__all__ = ["ProbeLabels", "probe"]
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeLabels:
+    """What N mixtures did to n tasks.
+
+    Attributes
+    ----------
+    mixtures : float64 [N, m]
+    runs : float64 [R, N, n]
+        The decrease of each task's loss in each repeat; positive is better.
+    before : float64 [R, n]
+        The losses at the state that all started from.
+    steps : int
+        Optimizer steps taken on each mixture.
+    """
+
+    mixtures: Array
+    runs: Array
+    before: Array
+    steps: int
+
+    @property
+    def labels(self) -> Array:
+        """Mean decrease of each task's loss over repeats [N, n]; positive is better."""
+        return np.asarray(self.runs.mean(axis=0))
+
+    @property
+    def stderr(self) -> Array:
+        """Standard error of `labels` [N, n]; NaN for a single repeat."""
+        return _standard_error(self.runs)
+
+    @property
+    def paired_stderr(self) -> Array:
+        """Standard error of `labels` less their mean over mixtures [N, n]: what tells mixtures apart.
+
+        All mixtures of a repeat meet the same noise, so it is the smaller one. NaN for a single repeat.
+        """
+        return _standard_error(self.runs - self.runs.mean(axis=1, keepdims=True))
+
+
+def probe(
+    owners: Iterable[Any],
+    train_step: Callable[[Array, int], Any],
+    evaluate: Callable[[], Sequence[float] | Any],
+    mixtures: Sequence[Any] | Any,
+    *,
+    steps: int,
+    repeats: int = 1,
+    seed: int = 0,
+    prepare: Callable[[Array, int], Any] | None = None,
+) -> ProbeLabels:
+    """Take real optimizer steps on each of several mixtures, and tell by how much each lowered the tasks' losses.
+
+    Every mixture starts from the state in which this is called, with the same random numbers. Afterwards everything is
+    as it was, bit by bit, also if something raised.
+
+    Parameters
+    ----------
+    owners : iterable
+        All that ``train_step`` and ``evaluate`` change, see `Snapshot`: model, optimizer, scheduler, scaler, sampler,
+        averages of the weights. What is left out stays changed, and leaks from one mixture into the next.
+    train_step : callable
+        ``train_step(mixture, step)`` takes one optimizer step on data of the mixture, float64 [m]; step counts from 0.
+    evaluate : callable
+        Returns the tasks' losses [n].
+    mixtures : array_like [N, m]
+        Each at least 0, summing to 1 within 0.01; scaled to sum to 1.
+    steps : int
+        Optimizer steps on each mixture.
+    repeats : int
+        How often all of it is done, each time with other random numbers; two or more give standard errors.
+    seed : int
+        Of the global random states of Python, numpy and torch, which are set anew before the first step on each
+        mixture, and before each evaluation.
+    prepare : callable, optional
+        ``prepare(mixture, repeat)`` is called before the first step on each mixture: to set a sampler's weights, and to
+        make data differ between repeats where it does not come from the global random states.
+
+    Returns
+    -------
+    ProbeLabels
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or ``evaluate`` returns no losses [n].
+    FloatingPointError
+        If a loss is not finite.
+
+    Warns
+    -----
+    UserWarning
+        If all repeats gave exactly the same: they then say nothing about the error.
+
+    Notes
+    -----
+    Cost: N * repeats * steps optimizer steps and (N + 1) * repeats evaluations. A mixture's label does not depend on
+    which others are probed beside it, so a long list may be probed in parts.
+
+    Of the ways to label a mixture this is the only one that holds real interactions between domains. It measures k
+    steps at the current learning rate, as MATES and Aioli do, where Group Influence is the slope at the first.
+
+    Examples
+    --------
+    >>> weight = torch.zeros(2)
+    >>> def train_step(mixture, step):
+    ...     weight.add_(torch.from_numpy(mixture).float())
+    >>> found = probe([weight], train_step, lambda: [3 - weight[0]], [[1.0, 0.0], [0.25, 0.75]], steps=2)
+    >>> found.labels.tolist(), weight.tolist()
+    ([[2.0], [0.5]], [0.0, 0.0])
+    """
+    candidates = read_mixtures("mixtures", mixtures)
+    steps, repeats = read_whole("steps", steps, 1), read_whole("repeats", repeats, 1)
+    seed = read_whole("seed", seed, 0)
+    snapshot = Snapshot(owners)
+    before: list[Array] = []
+    runs: list[list[Array]] = []
+    try:
+        for repeat in range(repeats):
+            of_training, of_evaluation = (
+                int(each) for each in np.random.SeedSequence([seed, repeat]).generate_state(2)
+            )
+            snapshot.restore()
+            start = _losses(evaluate, of_evaluation, "before training", len(before[0]) if before else None)
+            before.append(start)
+            runs.append([])
+            for index, mixture in enumerate(candidates):
+                snapshot.restore()
+                _seed_all(of_training)
+                if prepare is not None:
+                    prepare(mixture.copy(), repeat)
+                for step in range(steps):
+                    train_step(mixture.copy(), step)
+                where = f"after {steps} steps on mixture {index}"
+                runs[-1].append(start - _losses(evaluate, of_evaluation, where, len(start)))
+    finally:
+        snapshot.restore()
+    found = ProbeLabels(candidates, np.array(runs), np.array(before), steps)
+    if repeats > 1 and (found.runs == found.runs[0]).all():
+        warnings.warn(
+            "all repeats gave the same labels: draw data from the global random state, or let prepare(mixture, repeat)"
+            " choose other data for each repeat",
+            stacklevel=2,
+        )
+    return found
+
+
+def _losses(evaluate: Callable[[], Any], seed: int, where: str, expected: int | None) -> Array:
+    _seed_all(seed)
+    losses = np.array([float(each) for each in evaluate()], dtype=np.float64)
+    if not losses.size or (expected is not None and len(losses) != expected):
+        raise ValueError(
+            f"evaluate must return the losses of {expected or 'one or more'} tasks; got {len(losses)} {where}"
+        )
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(f"evaluate must return finite losses; got {losses.tolist()} {where}")
+    return losses
+
+
+def _standard_error(runs: Array) -> Array:
+    repeats = len(runs)
+    if repeats < 2:
+        return np.full(runs.shape[1:], np.nan)
+    return np.asarray(runs.std(axis=0, ddof=1) / math.sqrt(repeats))
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  the global one is what other people's code draws from
+    torch.manual_seed(seed)
