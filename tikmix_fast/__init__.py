@@ -9,6 +9,7 @@ The public names are loaded on first use, so that ``import tikmix_fast`` costs n
     DynamicMixture      the schedule of a run: when to measure, and whether a change is worth it
     MixtureSampler      a torch sampler whose domain weights can change mid-run
     open_domain         text or tokens on disk as sequences for it
+    register_rule       teach the capture an operation of your own
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tikmix_fast import ops
     from tikmix_fast.data.domain import open_domain
     from tikmix_fast.data.sampler import MixtureSampler
+    from tikmix_fast.influence.capture.rules import register_rule
     from tikmix_fast.influence.engine import InfluenceEngine
     from tikmix_fast.influence.in_run.plan import InRunPlan
     from tikmix_fast.influence.in_run.run import InRun
@@ -62,6 +64,7 @@ __all__ = [
     "open_domain",
     "ops",
     "probe",
+    "register_rule",
     "resampled_labels",
     "shifted_mask",
     "tikmix_d",
@@ -87,6 +90,7 @@ _HOME = {
     "linear_labels": "tikmix_fast.mixture.surrogate.labels",
     "open_domain": "tikmix_fast.data.domain",
     "probe": "tikmix_fast.probes.probe",
+    "register_rule": "tikmix_fast.influence.capture.rules",
     "resampled_labels": "tikmix_fast.mixture.surrogate.labels",
     "shifted_mask": "tikmix_fast.influence.loss.masks",
     "tikmix_d": "tikmix_fast.mixture.direct.tikmix_d",

@@ -38,8 +38,9 @@ from tikmix_fast.demo.corpora import Corpora, Sequences, gather
 from tikmix_fast.demo.gpt import GPT, GPTSettings
 from tikmix_fast.demo.settings import DemoSettings
 from tikmix_fast.influence.engine import InfluenceEngine
-from tikmix_fast.influence.preconditioners.adam import Adam, Preconditioner
+from tikmix_fast.influence.preconditioners.adam import Adam
 from tikmix_fast.influence.preconditioners.ekfac import EKFAC, DiagonalFisher
+from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 from tikmix_fast.influence.queries.projection import Projection
 from tikmix_fast.matrix.estimator import Estimator
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix

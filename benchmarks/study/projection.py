@@ -29,7 +29,8 @@ from torch import Tensor
 from tikmix_fast import InfluenceEngine, Projection, files
 from tikmix_fast.demo.corpora import Bytes, Corpora, Sequences, gather
 from tikmix_fast.demo.gpt import GPT, GPTSettings
-from tikmix_fast.influence.preconditioners.adam import Preconditioner, make_preconditioner
+from tikmix_fast.influence.preconditioners.choose import make_preconditioner
+from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 from tikmix_fast.influence.queries.projection import expected_error
 from tikmix_fast.ops.common.projection import LayerProjection, ProjectionKind
 from tikmix_fast.report.environment import describe_environment

@@ -174,7 +174,7 @@ def aside(mesh):
             loss_of(model, batch(1)[0]).backward()
 
     found = [said(task)]
-    engine._tasks.add(0, {}, 1.0, 1.0, {})  # as if the task had been measured
+    engine._session._tasks.add(0, {}, 1.0, 1.0, {})  # as if the task had been measured
     return [*found, said(domains)]
 
 

@@ -121,8 +121,8 @@ def test_gradients_are_bit_identical(kit, model):
 
 def test_queries_are_small(kit, model):
     engine, _, _ = measure(kit, model, Projection(dim=16))
-    assert engine._queries.held["up.weight"].shape == (4, 16, 16)
-    assert not {name for name, _ in engine._queries.held._packed} & PROJECTED
+    assert engine._session._queries.held["up.weight"].shape == (4, 16, 16)
+    assert not {name for name, _ in engine._session._queries.held._packed} & PROJECTED
 
 
 def test_tables_may_stay_exact(kit, model):
@@ -236,7 +236,7 @@ def test_tables_and_derived_weights_are_projected_in_all_their_uses(kit, head, i
     layers = projection.layers(model, engine.parameters())
     assert set(layers) == {"tokens.weight", "positions.weight", "up.weight"}
     values, lengths, tokens = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3), torch.zeros(3)
-    queries = engine._queries.by_task(2)
+    queries = engine._session._queries.by_task(2)
     for domain in range(3):
         total = dict.fromkeys(queries, torch.zeros(()))
         for batch in batches:
@@ -248,7 +248,9 @@ def test_tables_and_derived_weights_are_projected_in_all_their_uses(kit, head, i
         for name, layer in layers.items():
             total[name] = layer.project(total[name])
             # What the error bar is made of.
-            assert (engine._projected[name][domain] - total[name]).norm() <= 1e-5 * total[name].norm()
+            assert (engine._session._projected.gradients[name][domain] - total[name]).norm() <= 1e-5 * total[
+                name
+            ].norm()
         for name, each in total.items():
             values[:, domain] += (queries[name].double() * each).flatten(1).sum(1)
             lengths[domain] += each.square().sum()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from tikmix_fast.influence.in_run.staleness import QuerySketch, StalenessRecord, Watched
-from tikmix_fast.influence.preconditioners.adam import Identity
+from tikmix_fast.influence.in_run.staleness import StalenessHistory
+from tikmix_fast.influence.preconditioners.protocol import Identity
+from tikmix_fast.influence.queries.sketch import QuerySketch, Watched
 
 WIDTH = 1021
 
@@ -67,7 +68,7 @@ def test_share_that_is_not_noise():
 
 def series(steps, gap, persistence, noise, staying=0.0, n=2, m=12, seed=0):
     """A matrix that forgets at a known rate, measured with noise; queries that turn at the same rate."""
-    random, record = np.random.default_rng(seed), StalenessRecord(n)
+    random, record = np.random.default_rng(seed), StalenessHistory(n)
     constant, moving = staying * random.normal(size=(n, m)), random.normal(size=(n, m))
     direction = random.normal(size=(n, WIDTH))
     keep = persistence**gap
@@ -137,7 +138,7 @@ def test_time_constant_is_long_where_nothing_moves_and_unknown_at_first():
 
 
 def test_domains_that_steps_lack_are_left_out():
-    record, random = StalenessRecord(1), np.random.default_rng(0)
+    record, random = StalenessHistory(1), np.random.default_rng(0)
     truth = np.arange(5.0)
     for at in range(40):
         tokens = np.where(np.arange(5) == at % 5, 0.0, 10.0)
@@ -150,13 +151,13 @@ def test_domains_that_steps_lack_are_left_out():
 def test_state_round_trip_and_bounds():
     record = series(300, 2, persistence=0.9, noise=1.0)
     state = json.loads(json.dumps(record.to_dict()))
-    again = StalenessRecord.from_dict(state, 2)
+    again = StalenessHistory.from_dict(state, 2)
     assert again.report(2) == record.report(2)
     assert len(state["influence"]) == 256
     assert len(state["sketches"]) == 8
     for broken in ({}, None, {**state, "sketches": [[0, [[1.0]]]]}, {**state, "influence": [[0, [[1.0]], [1.0]]]}):
         with pytest.raises(ValueError, match="staleness"):
-            StalenessRecord.from_dict(broken, 2)
+            StalenessHistory.from_dict(broken, 2)
 
 
 def test_the_same_parameter_gets_the_same_signs_every_time():

@@ -155,12 +155,12 @@ def test_what_is_held_and_what_is_allocated(run):
     estimate, engine, allocations = run.estimate(), run.engine, Allocations()
     plain = allocations.of(lambda: (run.forward(), run.model.zero_grad()))
     tasks = allocations.of(run.run_tasks)
-    assert near(estimate.task_gradients, storages(engine._tasks))
+    assert near(estimate.task_gradients, storages(engine._session._tasks))
     assert near(max(estimate.tasks, estimate.task_gradients + plain), tasks)
     domains = allocations.of(run.run_domains)
     run.run_domains()
-    assert not storages(engine._tasks)
-    assert near(estimate.queries + estimate.packed, storages(engine._queries.held))
+    assert not storages(engine._session._tasks)
+    assert near(estimate.queries + estimate.packed, storages(engine._session._queries.held))
     own = max(estimate.freezing, estimate.domains)
     assert abs(max(estimate.freezing, estimate.domains + plain) - domains) <= 0.1 * own
     assert estimate.peak == max(estimate.tasks, own)
@@ -190,13 +190,13 @@ def test_what_is_held_elsewhere(monkeypatch, dtype):
     monkeypatch.setattr(offload, "copier_for", lambda device: Copier())
     run = Run(gpt2, dtype, queries_device="cpu")
     run.run_tasks()
-    estimate, sums = run.estimate(), run.engine._tasks._sums
+    estimate, sums = run.estimate(), run.engine._session._tasks._sums
     at_home = [value for split in sums.values() for value in split.values() if value.ndim < 2]
     assert estimate.task_gradients == storages(at_home)
-    assert near(estimate.host, storages(run.engine._tasks))
+    assert near(estimate.host, storages(run.engine._session._tasks))
     for _ in range(3):
         run.run_domains()
-    held = run.engine._queries.held
+    held = run.engine._session._queries.held
     assert near(estimate.queries, storages(held._here))
     (prefetcher,) = held._prefetchers.values()
     largest = max(p.numel() for p in run.model.parameters())
@@ -208,7 +208,7 @@ def test_what_is_held_elsewhere(monkeypatch, dtype):
 def test_said_before_any_pass(run):
     before = run.estimate()
     assert before == run.estimate()
-    assert not run.engine._tasks.begun
+    assert not run.engine._session._tasks.begun
     assert str(before).startswith("on cpu at most ")
 
 

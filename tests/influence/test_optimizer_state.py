@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from tikmix_fast import InfluenceEngine
-from tikmix_fast.influence.preconditioners.adam import Adam, Preconditioner
+from tikmix_fast.influence.preconditioners.adam import Adam
 from tikmix_fast.influence.preconditioners.optimizer_state import canonical_name, read_adam
+from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 
 
 def trained(kind=torch.optim.AdamW, named=False, steps=3, dtype=torch.float32, **options):

@@ -89,7 +89,7 @@ def test_expected_error_is_what_measuring_then_finds():
     plans = [
         plan_in_run(
             0.05, tasks=2, splits=2, domains=200, step_tokens=200 * 50, sequence_tokens=100, near_every=0,
-            flops_per_byte=1.0, earlier=(matrix, 6400), time_constant=1000.0,
+            flops_per_byte=1.0, matrix=matrix, task_tokens=6400, time_constant=1000.0,
         )
         for matrix in found
     ]  # fmt: skip

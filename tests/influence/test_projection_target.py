@@ -84,7 +84,7 @@ def measure(projection, rounds=1, state=None, engine=None):
 def lengths(exact):
     """|q_i| |g_j| by the exact queries and the gradients of the domains."""
     model = exact.model
-    queries = exact._queries.by_task(2)
+    queries = exact._session._queries.by_task(2)
     of_queries = torch.stack([each.flatten(1).square().sum(1) for each in queries.values()]).sum(0).sqrt()
     of_domains = []
     for domain in range(2):

@@ -15,6 +15,7 @@ from tikmix_fast.influence.passes.recorder import LOOKED_UP_TOGETHER
 from tikmix_fast.influence.queries.held import accumulated
 from tikmix_fast.influence.queries.offload import ALIGNMENT, can_leave
 from tikmix_fast.influence.queries.projection import Projection, projected_weights
+from tikmix_fast.influence.torch_private import without_memory
 
 __all__ = ["MemoryEstimate", "estimate_memory", "readable_size"]
 
@@ -236,9 +237,7 @@ def _is_table(model: nn.Module, parameter: Tensor) -> bool:
 
 def _panel_bytes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
     """Return the bytes that packing takes beside the queries: asked of the op itself, on tensors without memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
+    with without_memory():
         panels = ops.pack_queries(torch.empty(shape, dtype=dtype, device=device)).panels
         return 0 if panels is None else panels.numel() * panels.element_size()
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tikmix_fast.influence.capture import rules
+from tikmix_fast.influence.capture.rules import apply_rule, product_rows
+from tikmix_fast.influence.capture.sink import Sink
 from tikmix_fast.influence.capture.views import ParameterView, Source, plain
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded, units
 from tikmix_fast.influence.parallel.transfers import PassStreams
-from tikmix_fast.influence.passes.recorder import Recorder
+from tikmix_fast.influence.torch_private import in_backward, run_compiled_as_written
 
 __all__ = ["Capture"]
 
@@ -27,12 +27,12 @@ class Capture:
     model : nn.Module
     parameters : mapping of str to Tensor
         The parameters to capture, by name. Others are left alone.
-    recorder : Recorder or None
-        Where inner products go; None only observes the shape of the rows.
+    sink : Sink or None
+        Takes what is read; None only observes the shape of the rows.
     fused : bool
-        Whether a linear layer's weight gradient comes from the kernel's own pass.
+        Whether a linear layer's weight gradient comes from the sink's own pass.
     watch : callable (name, parameter), optional
-        Told of every parameter that is shown, when a sharded one has become whole too.
+        Called for every parameter when it is shown; for a sharded one each time that it has become whole.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Capture:
         self,
         model: nn.Module,
         parameters: Mapping[str, Tensor],
-        recorder: Recorder | None,
+        sink: Sink | None,
         fused: bool,
         watch: Callable[[str, Tensor], None] | None = None,
     ) -> None:
@@ -55,20 +55,20 @@ class Capture:
         self.streams = PassStreams()
         self._model = model
         self._parameters = parameters
-        self._recorder = recorder
+        self._sink = sink
         self._watch = watch
         self._open = False
 
     @property
-    def recorder(self) -> Recorder:
-        """Where inner products go."""
-        if self._recorder is None:
-            raise RuntimeError("a capture that only observes has no recorder")
-        return self._recorder
+    def sink(self) -> Sink:
+        """Where readings go."""
+        if self._sink is None:
+            raise RuntimeError("a capture that only observes has no sink")
+        return self._sink
 
     @contextmanager
     def open(self) -> Iterator[Capture]:
-        """Show views in place of the parameters; whatever happens inside, the modules are as before afterwards."""
+        """Show views in place of the parameters; afterwards the modules are as before, whatever happened inside."""
         places = self._places()
         views: dict[str, ParameterView] = {}
 
@@ -81,24 +81,24 @@ class Capture:
                     views[name] = ParameterView.make(parameter, self, (Source(name, parameter.detach()),))
                     if self._watch is not None:
                         self._watch(name, parameter)
-                # An entry of the instance's own dictionary hides the parameter of that name without touching it, its
-                # hooks, or the state dict.
+                # An entry in the instance's own dictionary hides the parameter of that name. The parameter, its hooks
+                # and the state dict stay as they are.
                 vars(module)[attribute] = views[name]
 
         with ExitStack() as stack:
             stack.callback(self._close, places)
             show(places)
             for unit in units(self._model):
-                # Its parameters become whole before this, in the hook of fully_shard itself; also in a recomputation.
+                # The hook of fully_shard makes the parameters whole before this one runs, in a recomputation too.
                 inside = set(unit.modules())
                 own = [place for place in places if place[0] in inside]
                 stack.callback(unit.register_forward_pre_hook(lambda _module, _args, own=own: show(own)).remove)
             self._open = True
-            with _eager():
+            with run_compiled_as_written():
                 yield self
 
     def _places(self) -> list[tuple[nn.Module, str, str]]:
-        """Return where the parameters stand: the module, its attribute, and the parameter's name."""
+        """Return every place of a parameter: the module, its attribute, and the parameter's name."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         return [
             (module, attribute, names[id(parameter)])
@@ -109,43 +109,18 @@ class Capture:
 
     def _close(self, places: list[tuple[nn.Module, str, str]]) -> None:
         self._open = False
-        if self._recorder is not None:
-            self._recorder.close()
+        if self._sink is not None:
+            self._sink.close()
         for module, attribute, _ in places:
             if isinstance(vars(module).get(attribute), ParameterView):
                 del vars(module)[attribute]
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function that met a view."""
-        if self._open and func in _PRODUCTS and torch._C._current_graph_task_id() == -1:
-            place, name = (1, "mat1") if func is torch.addmm else (0, "input")
-            rows = args[place] if len(args) > place else kwargs[name]
+        rows = product_rows(func, args, kwargs) if self._open and not in_backward() else None
+        if rows is not None:
             self.rows = tuple(rows.shape[:-1])
             self.streams.note(rows)
-        if not self._open or self._recorder is None or not torch.is_grad_enabled():
+        if not self._open or self._sink is None or not torch.is_grad_enabled():
             return func(*plain(args), **plain(kwargs))
-        return rules.apply_rule(self, func, args, kwargs)
-
-    def settle(self, value: Any, func: Any) -> Any:
-        """Take ``value`` as data: a view among rows starts to record here, anything else stays what it is."""
-        return rules.settle_view(self, value, func) if isinstance(value, ParameterView) else value
-
-    def spread(self, view: ParameterView, shape: torch.Size) -> Tensor:
-        """Broadcast a view to ``shape``, recording every copy."""
-        return rules.spread_view(self, view, shape)
-
-
-_PRODUCTS = frozenset(
-    (torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.addmm)
-)
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Run compiled models as written: a compiled graph has the ordinary parameters built in.
-
-    Where nothing was compiled in this process, torch's compiler is not even imported.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+        return apply_rule(self, func, args, kwargs)

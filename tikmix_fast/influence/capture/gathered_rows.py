@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from tikmix_fast.influence.capture.rows import RowLabels, RowShapeError
+from tikmix_fast.influence.torch_private import input_shape, saved
 
 __all__ = ["refuse_gathered_rows"]
 
@@ -50,14 +51,14 @@ def refuse_gathered_rows(rows: Tensor, labels: RowLabels) -> None:
         kind = node.name().rstrip("0123456789").removesuffix("Backward")
         if kind in _OURS:
             continue
-        sizes: Any = getattr(node, "_saved_self_sym_sizes", ())
+        sizes: Any = saved(node, "self_sym_sizes") or ()
         if kind in _RESHAPES and len(sizes) > 2 and sizes[0] != count:
             before = tuple(int(size) for size in sizes[:-1])
             labels.are_rows(before)
             labels.layout(before, rows.device)
             continue
         inputs = node.next_functions[:-1] if kind in _PRODUCTS else node.next_functions  # the last one is a weight
-        operands = [(each, _shape(each, index)) for each, index in inputs if each is not None]
+        operands = [(each, input_shape(each, index)) for each, index in inputs if each is not None]
         if (kind.startswith(_GATHERS) and _along_rows(node)) or (
             kind in _PIECES and any(shape[:1] != (count,) for _, shape in operands)
         ):
@@ -72,18 +73,14 @@ def refuse_gathered_rows(rows: Tensor, labels: RowLabels) -> None:
         node.metadata[_SEEN] = True
 
 
-def _shape(node: Any, index: int) -> tuple[int, ...]:
-    return tuple(int(size) for size in node._input_metadata[index].shape)
-
-
 def _along_rows(node: Any) -> bool:
     """Whether an indexing operation moves rows; along the features it does not."""
-    indices = getattr(node, "_saved_indices", None)
+    indices = saved(node, "indices")
     if indices is not None:
         return len(indices) > 0 and indices[0] is not None
-    dim = getattr(node, "_saved_dim", None)
-    dims = getattr(node, "_saved_dims", ()) if dim is None else (dim,)
+    dim = saved(node, "dim")
+    dims = saved(node, "dims") or () if dim is None else (dim,)
     # Negative dimensions are kept as unsigned numbers.
     signed = [each - (1 << 64) if each >= 1 << 63 else each for each in dims]
-    ndim = len(_shape(node, 0))
+    ndim = len(input_shape(node, 0))
     return not signed or 0 in [each % ndim for each in signed]

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tikmix_fast.influence.torch_private import tree_leaves, tree_map, without_subclass_dispatch
+
 __all__ = ["Lookup", "ParameterView", "Source", "UncapturedParameterError", "plain"]
 
 
@@ -82,7 +84,7 @@ class ParameterView(torch.Tensor):
         in_rows: bool = False,
     ) -> ParameterView:
         # The alias keeps the gradient flowing to the parameter where a view reaches code that no torch function shows.
-        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.enable_grad(), without_subclass_dispatch():
             view = plain.as_subclass(ParameterView)
         view.plain, view.handler, view.sources, view.build, view.in_rows = plain, handler, sources, build, in_rows
         return view
@@ -92,8 +94,8 @@ class ParameterView(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            for each in torch.utils._pytree.tree_leaves((args, kwargs)):
+        with without_subclass_dispatch():
+            for each in tree_leaves((args, kwargs)):
                 if isinstance(each, ParameterView):
                     return each.handler.handle(func, args, kwargs)
             return func(*args, **kwargs)
@@ -142,4 +144,4 @@ class ParameterView(torch.Tensor):
 
 def plain(value: Any) -> Any:
     """Replace every view inside nested arguments by its ordinary tensor."""
-    return torch.utils._pytree.tree_map(lambda each: each.plain if isinstance(each, ParameterView) else each, value)
+    return tree_map(lambda each: each.plain if isinstance(each, ParameterView) else each, value)

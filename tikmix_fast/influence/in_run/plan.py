@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tikmix_fast.arguments import require_int
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 __all__ = ["InRunPlan", "plan_in_run"]
@@ -71,26 +72,55 @@ def plan_in_run(
     step_tokens: int,
     sequence_tokens: int,
     micro_batches: int = 1,
-    near_every: int = 8,
+    near_every: int = 0,
     flops_per_byte: float = 20.0,
-    earlier: tuple[InfluenceMatrix, int | None] | None = None,
+    matrix: InfluenceMatrix | None = None,
+    task_tokens: int | None = None,
     time_constant: float = math.inf,
 ) -> InRunPlan:
-    """Return the plan of most frequent measuring within the budget; see `InfluenceEngine.plan` for the arguments.
+    """Plan to measure as often as the budget allows, on the fewest sequences of a task that tell its error.
 
-    In units of one token forward and backward, q = tasks x splits, a measured step costs: the tasks' tokens; 30 bytes
-    per weight and query for making queries; and per micro-batch 8 bytes per weight and query for reading them, and 6
-    operations per weight, query and domain for the inner products. Reading is added, though it may hide behind
-    products.
+    The domain side is nearly free, so many small measured steps see more of it than few large ones. In units of one
+    token forward and backward, with q = tasks x splits, a measured step costs: the tasks' tokens; 30 bytes per weight
+    and query for making queries; and per micro-batch 8 bytes per weight and query for reading them, and 6 operations
+    per weight, query and domain for the inner products. Reading is added, though it may hide behind products.
+
+    Parameters
+    ----------
+    budget : float
+        Largest extra cost, as a share of that of training: 0.05 for 5%.
+    tasks, splits, domains : int
+        How many.
+    step_tokens : int
+        Tokens of one optimizer step, all micro-batches and ranks together.
+    sequence_tokens : int
+        Tokens of one sequence of a task.
+    micro_batches : int
+        Micro-batches per optimizer step.
+    near_every : int
+        As in `InRun`.
+    flops_per_byte : float
+        Operations that the machine does in the time of moving one byte of memory: about 10 to 30 for float32 on CPUs,
+        100 to 300 for bfloat16 on large GPUs.
+    matrix : InfluenceMatrix, optional
+        An earlier measurement with its errors: the plan then says what noise to expect.
+    task_tokens : int, optional
+        Tokens of each task that ``matrix`` was measured on.
+    time_constant : float
+        Of the average, in optimizer steps, for that noise; infinite: an average over a thousand measured steps.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range, or ``matrix`` comes without errors or without ``task_tokens``.
     """
-    for name, value, fewest in (
+    for name, value, least in (
         ("step_tokens", step_tokens, 1),
         ("sequence_tokens", sequence_tokens, 1),
         ("micro_batches", micro_batches, 1),
         ("near_every", near_every, 0),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < fewest:
-            raise ValueError(f"{name} must be an int of at least {fewest}; got {value!r}")
+        require_int(name, value, least)
     for name, number in (
         ("budget", budget),
         ("flops_per_byte", flops_per_byte),
@@ -110,19 +140,19 @@ def plan_in_run(
     def share(cost: float, every: int) -> float:
         return cost * near(every) / (every * step_tokens)
 
-    least = splits * tasks * sequence_tokens + of_queries + of_domains
+    cheapest = splits * tasks * sequence_tokens + of_queries + of_domains
     every = 1
-    if share(least, 1) > budget:
-        every = max(2, math.ceil(least * near(2) / (budget * step_tokens)))
+    if share(cheapest, 1) > budget:
+        every = max(2, math.ceil(cheapest * near(2) / (budget * step_tokens)))
     # Only where every step can be measured is there something left for more sequences.
     room = budget * step_tokens - of_queries - of_domains if every == 1 else 0.0
     sequences = max(splits, int(room // (tasks * sequence_tokens)))
     of_tasks = float(tasks * sequences * sequence_tokens)
     parts = [share(cost, every) for cost in (of_tasks, of_queries, of_domains)]
     expected = None
-    if earlier is not None:
+    if matrix is not None:
         measured_steps = _MANY_STEPS if math.isinf(time_constant) else max(2 * time_constant / every, 1.0)
-        expected = _expected_error(*earlier, measured_steps, step_tokens, sequences * sequence_tokens)
+        expected = _expected_error(matrix, task_tokens, measured_steps, step_tokens, sequences * sequence_tokens)
     words = (
         f"measure every {_ordinal(every)}step: {tasks} {'task' if tasks == 1 else 'tasks'} x {sequences} "
         f"{'sequence' if sequences == 1 else 'sequences'} of {sequence_tokens} tokens, overhead {sum(parts):.1%} of "

@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from tikmix_fast.influence.in_run.staleness import QuerySketch, Staleness, StalenessRecord
+from tikmix_fast.arguments import require_int
+from tikmix_fast.influence.in_run.staleness import Staleness, StalenessHistory
+from tikmix_fast.influence.passes.ids import Ids
+from tikmix_fast.influence.queries.sketch import QuerySketch
+from tikmix_fast.influence.session import Phase, Session
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
-
-if TYPE_CHECKING:
-    from tikmix_fast.influence.engine import Ids, InfluenceEngine
 
 __all__ = ["InRun"]
 
@@ -26,25 +27,27 @@ _NEAR_LAGS = (1, 2, 4)
 class InRun:
     """Measure influence in a training run: wrap every micro-batch, and call `step` after every optimizer step.
 
-    A measured step first takes small task passes at its own weights, then reads the domain side off its ordinary
-    micro-batches; every other step runs as if this object were not there. S is averaged over measured steps with
-    weights exp(-age / time constant), age in optimizer steps. Made by `InfluenceEngine.in_run`; the engine measures
-    nothing else meanwhile.
+    A measured step first takes small task passes at its own weights. Then it reads the domain side off its ordinary
+    micro-batches. Every other step runs as if this object were not there. S is averaged over measured steps with
+    weights exp(-age / time constant), age in optimizer steps. `InfluenceEngine.in_run` makes one; while it is in use,
+    the engine measures nothing else.
 
     Parameters
     ----------
-    engine : InfluenceEngine
+    session : Session
+        The engine's.
     every : int
         Optimizer steps from one measured step to the next; the first one is step ``every - 1``, counted from 0.
     tasks : callable (step) -> None
         Runs the task passes of a measured step: forward and backward inside ``engine.task(name)``, for every task on at
-        least ``task_splits`` batches that were not used lately. Given the step, it can draw the same batches in a run
-        that was interrupted.
+        least ``task_splits`` batches that were not used lately. It gets the step, so that a resumed run can draw the
+        same batches.
     time_constant : float
         In optimizer steps, above 0; infinite: all measured steps weigh the same.
     near_every : int
-        After every so many measured steps another one follows 1, 2 or 4 steps later (in turn), so that `staleness`
-        sees short lags; it counts for S like any other. 0: never. Task passes cost 1 + 1 / near_every times as much.
+        After every so many measured steps, measure another one 1, 2 or 4 steps later (in turn), so that `staleness`
+        sees short lags. It counts for S like any other. Task passes then cost 1 + 1 / near_every times as much. 0:
+        never.
 
     Raises
     ------
@@ -77,32 +80,31 @@ class InRun:
 
     def __init__(
         self,
-        engine: InfluenceEngine,
+        session: Session,
         every: int,
         tasks: Callable[[int], object],
         time_constant: float = math.inf,
-        near_every: int = 8,
+        near_every: int = 0,
     ) -> None:
-        for name, value, least in (("every", every, 1), ("near_every", near_every, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+        require_int("every", every, 1)
+        require_int("near_every", near_every, 0)
         if not callable(tasks):
             raise TypeError(f"tasks must be callable with the step; got {type(tasks).__name__}")
         if not time_constant > 0:
             raise ValueError(f"time_constant must be above 0, in optimizer steps; got {time_constant!r}")
-        self.engine, self.every, self.tasks = engine, every, tasks
+        self._session, self.every, self.tasks = session, every, tasks
         self.time_constant, self.near_every = float(time_constant), near_every
         self.steps = self.measured = self.skipped = 0
         self._near_lags = tuple(lag for lag in _NEAR_LAGS if lag < every) if near_every else ()
         self._due = every - 1
         self._regular: int | None = None  # the next regular step, while a near one is due before it
-        self._weighed: int | None = None  # the step that the weights of the engine's sums belong to
-        self._record = StalenessRecord(len(engine.task_names))
+        self._weighed: int | None = None  # the step at which the session's sums were last given less weight
+        self._history = StalenessHistory(len(session.options.tasks))
         self._sketch: QuerySketch | None = None  # of the step that is being measured
 
     @property
     def measuring(self) -> bool:
-        """Whether the step that comes or goes on now is a measured one."""
+        """Whether the current step is a measured one."""
         return self.steps >= self._due
 
     @contextmanager
@@ -111,9 +113,9 @@ class InRun:
     ) -> Iterator[None]:
         """Run forward and backward of one training micro-batch inside; arguments and errors as `engine.domains`.
 
-        The first one of a measured step runs the task passes first. In a step that is not measured nothing is looked
-        at. With gradient accumulation ``normalizer`` is what the sum of token losses was divided by in all: the target
-        tokens of the micro-batch times the number of micro-batches, if the loss was a mean divided by that number.
+        The first one of a measured step runs the task passes first. In a step that is not measured, nothing is looked
+        at. With gradient accumulation, ``normalizer`` is the whole divisor of the sum of token losses: if the loss was
+        a mean divided by the number of micro-batches, the target tokens of the micro-batch times that number.
         """
         if self.measuring and self._sketch is None:
             self._measure_tasks()
@@ -121,41 +123,43 @@ class InRun:
             yield
             return
         try:
-            with self.engine.domains(ids, mask, normalizer, scaler=scaler):
+            with self._session.domains(ids, mask, normalizer, scaler):
                 yield
         finally:
-            if self.engine._queries is None:  # it failed before they froze: whoever tries again measures tasks again
+            if (
+                self._session.phase is Phase.TASKS
+            ):  # it failed before the queries froze: another try measures tasks anew
                 self._end_measuring()
 
     def step(self) -> None:
-        """Tell that the optimizer has stepped."""
+        """Say that the optimizer has stepped."""
         if self._sketch is not None:
-            queries, sums, tokens = self.engine._round_so_far()
+            queries, sums, tokens = self._session.open_round()
             if queries is not None and tokens.any():
-                sketch = self._sketch.by_task(len(self.engine.task_names), queries.owners, queries.weights)
-                self._record.add(self.steps, *sketch, sums, tokens)
+                sketch = self._sketch.by_task(len(self._session.options.tasks), queries.owners, queries.weights)
+                self._history.add(self.steps, *sketch, sums, tokens)
                 self._schedule()
                 self.measured += 1
-            # Queries of these weights are of no use any more, and large.
-            self.engine.refresh()
+            # Queries of weights that are gone are useless, and large.
+            self._session.refresh(keep=1.0)
             self._end_measuring()
         self.steps += 1
 
     def matrix(self) -> InfluenceMatrix:
         """Return the influence averaged over the measured steps; ``tokens`` count by the weight they still have.
 
-        Standard errors take measured steps as independent and S as constant over a time constant: how far S moved
-        meanwhile is told by `staleness`.
+        Standard errors take measured steps as independent and S as constant over a time constant. `staleness` tells how
+        far S moved meanwhile.
         """
         options = {"every": self.every, "near_every": self.near_every}
         progress = {"steps": self.steps, "measured": self.measured}
-        matrix = self.engine.matrix()
+        matrix = self._session.matrix()
         in_run = {**options, "time_constant": self._finite_time_constant, **progress}
         return replace(matrix, settings={**matrix.settings, "in_run": in_run})
 
     def staleness(self) -> Staleness:
-        """Tell how fast queries and S went stale so far, and which time constant that speaks for; can be printed."""
-        return self._record.report(self.every)
+        """Return how fast queries and S went stale so far, and the time constant that this suggests; can be printed."""
+        return self._history.report(self.every)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types, between two steps: a run that loads it goes on as if uninterrupted.
@@ -175,8 +179,8 @@ class InRun:
             "time_constant": self._finite_time_constant,
             **{name: getattr(self, name) for name in ("steps", "measured", "skipped")},
             **{name: getattr(self, f"_{name}") for name in ("due", "regular", "weighed")},
-            "staleness": self._record.to_dict(),
-            "engine": self.engine.state_dict(),
+            "staleness": self._history.to_dict(),
+            "engine": self._session.state_dict(within_round=False),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -187,9 +191,13 @@ class InRun:
         ValueError
             If the state is of another kind, version or schedule, or does not fit the engine; nothing changes then.
         """
-        own = {"format": _FORMAT, "version": _VERSION, "every": self.every, "near_every": self.near_every}
-        if "time_constant" in state:  # earlier states have none
-            own["time_constant"] = self._finite_time_constant
+        own = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "every": self.every,
+            "near_every": self.near_every,
+            "time_constant": self._finite_time_constant,
+        }
         for name, value in own.items():
             if state.get(name) != value:
                 raise ValueError(f"state {name!r} must be {value!r}; got {state.get(name)!r}")
@@ -199,34 +207,35 @@ class InRun:
             optional = name in ("regular", "weighed") and counts[name] is None
             if not optional and (not isinstance(counts[name], int) or counts[name] < 0):
                 raise ValueError(f"state {name!r} must be an int of at least 0; got {counts[name]!r}")
-        record = StalenessRecord.from_dict(state.get("staleness"), len(self.engine.task_names))
-        self.engine.load_state_dict(state.get("engine", {}))
+        history = StalenessHistory.from_dict(state.get("staleness"), len(self._session.options.tasks))
+        self._session.load_state_dict(state.get("engine", {}))
         self.steps, self.measured, self.skipped = counts["steps"], counts["measured"], counts["skipped"]
         self._due, self._regular, self._weighed = counts["due"], counts["regular"], counts["weighed"]
-        self._record = record
+        self._history = history
         self._end_measuring()
 
     @property
     def _finite_time_constant(self) -> float | None:
-        """What JSON can hold of it."""
+        """The time constant as JSON can hold it."""
         return None if math.isinf(self.time_constant) else self.time_constant
 
     def _measure_tasks(self) -> None:
         age = 0 if self._weighed is None else self.steps - self._weighed
-        self.engine.refresh(keep=math.exp(-age / self.time_constant))
+        self._session.refresh(keep=math.exp(-age / self.time_constant))
         self._weighed = self.steps
-        dropped = self.engine._tell_ranks()
+        dropped = self._session.exchange()
         self.tasks(self.steps)
-        if self.engine._tasks.fewest_splits() < min(2, self.engine.task_splits) and self.engine._tell_ranks() > dropped:
-            # A GradScaler still looks for its scale, and left a task without a batch or without its error: the next
-            # step tries again, on all ranks.
+        fewest = min(2, self._session.options.task_splits)
+        if self._session.fewest_splits() < fewest and self._session.exchange() > dropped:
+            # A GradScaler that still looks for its scale left a task without a batch or without its error. All ranks
+            # try again at the next step.
             self.skipped += 1
             self._due = self.steps + 1
             return
-        self._sketch = self.engine._sketch = QuerySketch()
+        self._sketch = self._session.sketch = QuerySketch()
 
     def _end_measuring(self) -> None:
-        self._sketch = self.engine._sketch = None
+        self._sketch = self._session.sketch = None
 
     def _schedule(self) -> None:
         if self._regular is not None:

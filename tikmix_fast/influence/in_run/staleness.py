@@ -1,86 +1,25 @@
-"""How fast task gradients and influence change while a run goes on, told apart from their noise."""
+"""How fast task gradients and influence change during a run, apart from their noise."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-if TYPE_CHECKING:
-    from tikmix_fast.influence.preconditioners.adam import Preconditioner
+from tikmix_fast.influence.queries.sketch import SKETCH_SIZE
 
-__all__ = ["Lag", "QuerySketch", "Staleness", "StalenessRecord", "Watched"]
+__all__ = ["Lag", "Staleness", "StalenessHistory"]
 
 Array = NDArray[np.float64]
 
-_SKETCH = 1021  # prime, so that columns of a weight do not fall into the same place
 _SKETCHES_KEPT = 8
 _STEPS_KEPT = 256
 _FEWEST_FOR_HINT = 16
 _FORMS = ("query_lags", "ceilings", "sketches", "influence")
-
-
-class QuerySketch:
-    """Sum every query into few numbers that keep inner products (CountSketch, random signs from parameters' names).
-
-    Cosines of sketches are those of the queries up to about 1 / sqrt(1021) = 3% for each pair; the same parameter gets
-    the same signs at every step, on devices of the same type.
-    """
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-
-    def see(self, name: str, queries: Tensor) -> None:
-        """Add the queries [q, *shape] of one parameter."""
-        flat = queries.detach().flatten(1)
-        generator = torch.Generator(device=flat.device).manual_seed(zlib.crc32(name.encode()))
-        signs = torch.randint(0, 2, (flat.shape[1],), generator=generator, device=flat.device, dtype=torch.int8)
-        signed = torch.nn.functional.pad(flat * signs.mul_(2).sub_(1), (0, -flat.shape[1] % _SKETCH))
-        # On the device: the host waits only when the step is over.
-        found = signed.unflatten(1, (-1, _SKETCH)).sum(1, dtype=torch.float64)
-        self._sum = found if self._sum is None else self._sum + found.to(self._sum.device)
-
-    def by_task(self, n: int, owners: Sequence[int], weights: Sequence[float]) -> tuple[Array, Array]:
-        """Return each task's sketch [n, 1021], and the share of its squared length that is not noise [n].
-
-        Query q belongs to task ``owners[q]`` and weighs ``weights[q]`` in it. The share is NaN for a task with a single
-        split.
-        """
-        sketches = np.zeros((len(owners), _SKETCH)) if self._sum is None else self._sum.cpu().numpy()
-        whole, signal = np.zeros((n, _SKETCH)), np.full(n, np.nan)
-        for task in range(n):
-            mine = np.array(owners) == task
-            shares, splits = np.array(weights)[mine], sketches[mine]
-            whole[task] = shares @ splits
-            length = (whole[task] ** 2).sum()
-            if mine.sum() >= 2 and length > 0:
-                noise = shares @ ((splits - whole[task]) ** 2).sum(1) / (mine.sum() - 1)
-                signal[task] = 1 - noise / length
-        return whole, signal
-
-
-class Watched:
-    """A preconditioner that shows the queries it makes to a sketch."""
-
-    def __init__(self, preconditioner: Preconditioner, sketch: QuerySketch) -> None:
-        self.name, self._preconditioner, self._sketch = preconditioner.name, preconditioner, sketch
-
-    def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
-        """Prepare it."""
-        self._preconditioner.prepare(parameters, optimizer)
-
-    def apply(self, name: str, gradients: Tensor) -> Tensor:
-        """Apply it, and show what comes out."""
-        queries = self._preconditioner.apply(name, gradients)
-        self._sketch.see(name, queries)
-        return queries
 
 
 @dataclass(frozen=True)
@@ -140,7 +79,7 @@ class Staleness:
         return "\n".join(lines)
 
 
-class StalenessRecord:
+class StalenessHistory:
     """Compare measured steps with earlier ones: sketches with the last 8, influence with the last 256.
 
     Parameters
@@ -204,7 +143,7 @@ class StalenessRecord:
         }
 
     @classmethod
-    def from_dict(cls, content: Any, n: int) -> StalenessRecord:
+    def from_dict(cls, content: Any, n: int) -> StalenessHistory:
         """Read what `to_dict` wrote for n tasks.
 
         Raises
@@ -214,17 +153,17 @@ class StalenessRecord:
         """
         if not isinstance(content, Mapping) or set(content) != set(_FORMS):
             raise ValueError(f"state 'staleness' must be a mapping with {', '.join(_FORMS)}")
-        record = cls(n)
-        record._query_lags = {int(lag): (int(pairs), float(total)) for lag, pairs, total in content["query_lags"]}
+        history = cls(n)
+        history._query_lags = {int(lag): (int(pairs), float(total)) for lag, pairs, total in content["query_lags"]}
         steps, total = content["ceilings"]
-        record._ceilings = int(steps), float(total)
-        record._sketches = [(int(step), np.array(whole)) for step, whole in content["sketches"]]
-        record._influence = [(int(step), np.array(a), np.array(t)) for step, a, t in content["influence"]]
-        if any(whole.shape != (n, _SKETCH) for _, whole in record._sketches) or any(
-            sums.shape != (n, *tokens.shape) for _, sums, tokens in record._influence
+        history._ceilings = int(steps), float(total)
+        history._sketches = [(int(step), np.array(whole)) for step, whole in content["sketches"]]
+        history._influence = [(int(step), np.array(a), np.array(t)) for step, a, t in content["influence"]]
+        if any(whole.shape != (n, SKETCH_SIZE) for _, whole in history._sketches) or any(
+            sums.shape != (n, *tokens.shape) for _, sums, tokens in history._influence
         ):
             raise ValueError(f"state 'staleness' must be of {n} tasks")
-        return record
+        return history
 
     def _of_windows(self, window: int) -> tuple[tuple[Lag, ...], float]:
         """Return the rank agreement of windows by lag, and its noise ceiling."""

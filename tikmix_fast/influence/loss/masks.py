@@ -1,4 +1,4 @@
-"""Which positions are targets of the loss, and how many of them belong to each domain."""
+"""The mask of a model that shifts its labels itself."""
 
 from __future__ import annotations
 

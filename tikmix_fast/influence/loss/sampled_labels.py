@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tikmix_fast.influence.capture.views import ParameterView
 from tikmix_fast.influence.loss.intercept import intercept_losses
+from tikmix_fast.influence.torch_private import in_backward
 
 __all__ = ["SampledLosses", "draw_labels", "sampled_labels"]
 
@@ -70,15 +71,15 @@ def sampled_labels(generator: Callable[[torch.device], torch.Generator]) -> Iter
         labels = draw_labels(logits, generator(logits.device)).masked_fill_(~valid, ignored)
         each = original(logits, labels, ignore_index=ignored, reduction="none")
         seen.calls += 1
-        found: Tensor = _UnitWeight.apply(each, valid, given.arguments["reduction"], seen)  # type: ignore[no-untyped-call]
-        return found
+        loss: Tensor = _UnitWeight.apply(each, valid, given.arguments["reduction"], seen)  # type: ignore[no-untyped-call]
+        return loss
 
     with intercept_losses(sampled):
         yield seen
 
 
 def _refuse(name: str, given: dict[str, Any]) -> None:
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         raise RuntimeError(
             f"{name} is recomputed inside the backward (activation checkpointing of the loss): its labels cannot be "
             "sampled; leave the loss out of the checkpoint while the Fisher is fitted"

@@ -12,19 +12,88 @@ from torch import Tensor
 
 from tikmix_fast.influence.capture.rows import RowLabels
 
-__all__ = ["check_mask", "count_target_tokens", "masked_targets"]
+__all__ = ["TargetCount"]
 
 
-def check_mask(mask: Tensor | int | None, labels: RowLabels) -> None:
-    """Check a mask against the ids before the model runs.
+class TargetCount:
+    """Count the target tokens of each domain by the mask, or by the rows of the model's last product.
+
+    Parameters
+    ----------
+    labels : RowLabels
+    mask : bool [B, S] or [B], int, or None
+        None: every row of the model's last product has a target.
 
     Raises
     ------
     TypeError
-        If it is neither a bool tensor, an int, nor None.
+        If the mask is neither a bool tensor, an int, nor None.
     ValueError
-        If its shape does not fit the ids, or a count is given for a batch of several domains.
+        If its shape does not fit the ids, or it is a count and the batch has several domains.
     """
+
+    def __init__(self, labels: RowLabels, mask: Tensor | int | None) -> None:
+        _check(mask, labels)
+        self._labels, self._mask = labels, mask
+
+    @property
+    def by_mask(self) -> bool:
+        """Whether the user gave a mask or a count."""
+        return self._mask is not None
+
+    def unread(self) -> list[Tensor]:
+        """Return the targets of each id (one number for a batch of one domain), on the mask's device.
+
+        Empty if there is no mask, or it is a count.
+        """
+        mask, ids = self._mask, self._labels.ids
+        if not isinstance(mask, Tensor):
+            return []
+        if self._labels.single is not None:
+            return [mask.sum()]
+        return [mask if isinstance(ids, Tensor) and ids.ndim == 2 else mask.reshape(len(mask), -1).sum(1)]
+
+    def settle(self, readings: Sequence[Tensor], rows: tuple[int, ...] | None) -> NDArray[np.float64]:
+        """Return the target tokens of each domain, float64 [m].
+
+        Parameters
+        ----------
+        readings : sequence of Tensor
+            What `unread` gave, on the host.
+        rows : tuple of int or None
+            Leading dimensions of the model's last product.
+
+        Raises
+        ------
+        ValueError
+            If there is no mask and the rows do not tell.
+        """
+        labels, mask, ids = self._labels, self._mask, self._labels.ids
+        if mask is None and rows is None:
+            raise ValueError("mask must be given: the model ran no product whose rows could be counted")
+        tokens = torch.zeros(labels.n_domains, dtype=torch.float64, device="cpu")
+        if labels.single is not None:
+            if isinstance(mask, Tensor):
+                tokens[labels.single] = float(readings[0])
+            else:
+                tokens[labels.single] = prod(rows or ()) if mask is None else mask
+            return tokens.numpy()
+        if not isinstance(ids, Tensor):
+            raise TypeError("a batch of several domains has ids")
+        if isinstance(mask, Tensor):
+            per_id = readings[0]
+        else:
+            total, remainder = divmod(prod(rows or ()), ids.numel())
+            if remainder or (ids.ndim == 2 and total != 1):
+                raise ValueError(
+                    f"mask must be given: the model's last product has rows of shape {list(rows or ())}, which do not "
+                    f"match the ids of shape {list(ids.shape)}"
+                )
+            per_id = torch.full(ids.shape, float(total), dtype=torch.float64, device="cpu")
+        return tokens.index_add_(0, ids.reshape(-1), per_id.reshape(-1)).numpy()
+
+
+def _check(mask: Tensor | int | None, labels: RowLabels) -> None:
     if mask is None:
         return
     if isinstance(mask, int) and not isinstance(mask, bool):
@@ -45,61 +114,3 @@ def check_mask(mask: Tensor | int | None, labels: RowLabels) -> None:
             raise ValueError(
                 f"mask must have shape [B, S] with the ids of shape {list(ids.shape)}; got {list(mask.shape)}"
             )
-
-
-def masked_targets(labels: RowLabels, mask: Tensor | int | None) -> list[Tensor]:
-    """Return how many targets each id has (one number for a batch of one domain), on the mask's device, unread.
-
-    Empty where there is no mask, or it is a count.
-    """
-    if not isinstance(mask, Tensor):
-        return []
-    if labels.single is not None:
-        return [mask.sum()]
-    ids = labels.ids
-    return [mask if isinstance(ids, Tensor) and ids.ndim == 2 else mask.reshape(len(mask), -1).sum(1)]
-
-
-def count_target_tokens(
-    labels: RowLabels, mask: Tensor | int | None, rows: tuple[int, ...] | None, masked: Sequence[Tensor]
-) -> NDArray[np.float64]:
-    """Return the target tokens of each domain, float64 [m].
-
-    Parameters
-    ----------
-    labels : RowLabels
-    mask : bool [B, S] or [B], int, or None
-        None: every row of the model's last product has a target.
-    rows : tuple of int or None
-        Leading dimensions of that product.
-    masked : sequence of Tensor
-        What `masked_targets` gave, read.
-
-    Raises
-    ------
-    ValueError
-        If there is no mask and the rows do not tell.
-    """
-    tokens = torch.zeros(labels.n_domains, dtype=torch.float64, device="cpu")
-    if mask is None and rows is None:
-        raise ValueError("mask must be given: the model ran no product whose rows could be counted")
-    if labels.single is not None:
-        if isinstance(mask, Tensor):
-            tokens[labels.single] = float(masked[0])
-        else:
-            tokens[labels.single] = prod(rows or ()) if mask is None else mask
-        return tokens.numpy()
-    ids = labels.ids
-    if not isinstance(ids, Tensor):
-        raise TypeError("a batch of several domains has ids")
-    if isinstance(mask, Tensor):
-        per_id = masked[0]
-    else:
-        total, remainder = divmod(prod(rows or ()), ids.numel())
-        if remainder or (ids.ndim == 2 and total != 1):
-            raise ValueError(
-                f"mask must be given: the model's last product has rows of shape {list(rows or ())}, which do not "
-                f"match the ids of shape {list(ids.shape)}"
-            )
-        per_id = torch.full(ids.shape, float(total), dtype=torch.float64, device="cpu")
-    return tokens.index_add_(0, ids.reshape(-1), per_id.reshape(-1)).numpy()

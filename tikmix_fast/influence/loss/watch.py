@@ -1,4 +1,4 @@
-"""Watch the cross-entropy that the model calls: a wrong mask or normalizer is an error then, not a wrong scale."""
+"""Watch the cross-entropy that the model calls: a wrong mask or normalizer is an error, not a wrong scale."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from tikmix_fast.influence.loss.intercept import intercept_losses
+from tikmix_fast.influence.torch_private import in_backward
 
 __all__ = ["SeenLosses", "targets_and_weight", "watch_losses"]
 
 
 @dataclass
 class _Loss:
-    """One call: which targets are not ignored, how they were reduced, and the gradient that came back to the result."""
+    """One call: which targets count, how they were reduced, and the gradient that came back to the result."""
 
     valid: Tensor | int
     reduction: str
@@ -26,7 +27,7 @@ class _Loss:
     gradient: Tensor | None = None
 
     def summary(self) -> Tensor | None:
-        """Return how many targets the loss had and the least and the largest weight of one in what was minimised.
+        """Return the number of targets, and the least and the largest weight of a target in what was minimised.
 
         Float64 [3] on the loss's device, or None if unknown.
         """
@@ -38,7 +39,7 @@ class _Loss:
             counts = weights != 0
             if isinstance(self.valid, Tensor):
                 counts &= self.valid.reshape(-1)
-            never = weights.new_full((1,), float("inf"))  # so that there is a least of none
+            never = weights.new_full((1,), float("inf"))  # the minimum of nothing
             low = torch.cat([weights.where(counts, never), never]).amin()
             high = torch.cat([weights.where(counts, -never), -never]).amax()
             return torch.stack([counts.sum().double(), low, high])
@@ -54,17 +55,17 @@ class SeenLosses:
     losses: list[_Loss] = field(default_factory=list)
 
     def summaries(self) -> list[Tensor]:
-        """Return what is known of every loss, [3] each, still to be read from the device; empty where one is not."""
-        found = [loss.summary() for loss in self.losses]
-        known = [each for each in found if each is not None]
-        return known if len(known) == len(found) else []
+        """Return the summary [3] of every loss, still on the device; nothing if one of them is unknown."""
+        summaries = [loss.summary() for loss in self.losses]
+        known = [each for each in summaries if each is not None]
+        return known if len(known) == len(summaries) else []
 
 
 def targets_and_weight(summaries: Sequence[Tensor]) -> tuple[int, float] | None:
-    """Return how many target tokens entered the loss and with what common weight, or None where it cannot be told.
+    """Return how many target tokens entered the loss, and their common weight; None if that is not known.
 
-    With weights that differ between tokens, or class weights, there is no common one. ``summaries`` is what
-    `SeenLosses.summaries` gave, read.
+    Weights that differ between tokens, and class weights, leave no common one. ``summaries`` is what
+    `SeenLosses.summaries` gave, on the host.
     """
     some = [(count, low, high) for count, low, high in (each.tolist() for each in summaries) if count]
     if not some or not all(map(math.isfinite, (bound for each in some for bound in each[1:]))):
@@ -90,8 +91,7 @@ def watch_losses() -> Iterator[SeenLosses]:
         **kwargs: Any,
     ) -> Any:
         result = original(input, target, weight, *args, **kwargs)
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward or not isinstance(result, Tensor) or not result.requires_grad:
+        if in_backward() or not isinstance(result, Tensor) or not result.requires_grad:
             return result
         # Positional leftovers: size_average, ignore_index, reduce, reduction, ...
         ignored = args[1] if len(args) > 1 else kwargs.get("ignore_index", -100)
@@ -100,11 +100,11 @@ def watch_losses() -> Iterator[SeenLosses]:
             valid: Tensor | int = target.numel() // max(input.shape[min(1, input.ndim - 1)], 1)
         else:
             valid = target.detach() != ignored
-        noted = _Loss(valid, reduction, known=weight is None)
-        seen.losses.append(noted)
+        loss = _Loss(valid, reduction, known=weight is None)
+        seen.losses.append(loss)
 
         def arrived(gradient: Tensor) -> None:
-            noted.gradient = gradient.detach()
+            loss.gradient = gradient.detach()
 
         result.register_hook(arrived)
         return result

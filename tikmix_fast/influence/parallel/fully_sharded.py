@@ -1,4 +1,4 @@
-"""Models under ``fully_shard`` (FSDP2): between passes a rank holds a part of every parameter, all of it in a pass."""
+"""Models under ``fully_shard`` (FSDP2): a rank holds a part of every parameter, and during a pass all of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WholeGradients", "check_sharding", "is_sharded", "local", "mesh_group", "reshard", "units", "whole"]
+__all__ = ["ShardedGradients", "check_sharding", "is_sharded", "local", "mesh_group", "reshard", "units", "whole"]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -35,7 +35,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the tensor as one process would hold it; where it is sharded every rank must ask.
+    """Return the tensor as one process would hold it. Every rank must call this for a sharded tensor.
 
     Examples
     --------
@@ -49,14 +49,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that ``fully_shard`` was called on: their parameters are whole from their forward on."""
+    """Return the modules that ``fully_shard`` was called on; their forward makes their parameters whole."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
 
 
 def reshard(model: nn.Module) -> None:
-    """Let every unit hold its parameters as parts, by which optimizers know them."""
+    """Make every unit hold its parameters as parts, which is how optimizers know them."""
     for unit in units(model):
         unit.reshard()  # type: ignore[operator]
 
@@ -88,7 +88,7 @@ def _sharded(parameters: Iterable[Any]) -> Iterator[Any]:
 
 
 def check_sharding(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that are sharded in another way than by ``fully_shard``.
+    """Refuse parameters that anything but ``fully_shard`` shards.
 
     Raises
     ------
@@ -109,29 +109,29 @@ def check_sharding(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
             )
 
 
-class WholeGradients:
-    """The gradients of sharded parameters as this rank's backward leaves them, before ranks reduce them.
+class ShardedGradients:
+    """The gradients of sharded parameters as this rank's backward leaves them, before the ranks reduce them.
 
     Parameters
     ----------
     parameters : mapping of str to Tensor
         As they are between passes.
     take : bool
-        Take them away, so that nothing is reduced and ``p.grad`` stays as it is; otherwise the backward goes on as
-        usual.
+        Take the gradients away, so that nothing is reduced and ``p.grad`` stays as it is. Otherwise the backward goes
+        on as usual.
     keep : bool
-        Keep their values; otherwise only the names are noted.
+        Keep the values; otherwise only the names are noted.
 
     Attributes
     ----------
-    found : dict of str to Tensor
-        The sums since the beginning, where they are kept.
+    sums : dict of str to Tensor
+        The sums since `open`, if values are kept.
     touched : set of str
-        Who got a gradient.
+        The parameters that got a gradient.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], *, take: bool, keep: bool) -> None:
-        self.found: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self.touched: set[str] = set()
         self._parameters = {name: parameter for name, parameter in parameters.items() if is_sharded(parameter)}
         self._take, self._keep = take, keep
@@ -141,9 +141,9 @@ class WholeGradients:
         self._undo: list[Callable[[], object]] = []
 
     @contextmanager
-    def open(self) -> Iterator[WholeGradients]:
-        """Watch from here on; afterwards the parameters are as before, and have their gradients back if taken."""
-        kept = {name: parameter.grad for name, parameter in self._parameters.items()}
+    def open(self) -> Iterator[ShardedGradients]:
+        """Watch from here on; afterwards the parameters are as before, with their own gradients back if taken."""
+        earlier = {name: parameter.grad for name, parameter in self._parameters.items()}
         try:
             if self._take:
                 for parameter in self._parameters.values():
@@ -154,13 +154,13 @@ class WholeGradients:
             while self._undo:
                 self._undo.pop()()
             for name, parameter in self._parameters.items() if self._take else ():
-                # What waited to be reduced may have been, at the end of this pass.
-                waited = parameter.grad if name in self._shown else None
-                earlier = kept[name]
-                parameter.grad = earlier if waited is None else waited if earlier is None else earlier + waited
+                # The end of this pass may have reduced a gradient that waited for it.
+                waiting = parameter.grad if name in self._shown else None
+                before = earlier[name]
+                parameter.grad = before if waiting is None else waiting if before is None else before + waiting
 
     def unseen(self) -> list[str]:
-        """Return who got a gradient without having been shown whole: used aside from its unit's forward."""
+        """Return the parameters that got a gradient without being shown whole: used outside their unit's forward."""
         return [
             name
             for name, parameter in self._parameters.items()
@@ -168,12 +168,12 @@ class WholeGradients:
         ]
 
     def watch(self, name: str, parameter: Tensor) -> None:
-        """Watch a parameter, now whole.
+        """Watch a parameter that has become whole.
 
         Raises
         ------
         TypeError
-            If it came to another device for that.
+            If becoming whole took it to another device.
         """
         if id(parameter) in self._watched or name not in self._parameters:
             return
@@ -187,7 +187,7 @@ class WholeGradients:
         if not self._take:
             self._undo.append(parameter.register_hook(lambda gradient: self._note(name, gradient)).remove)
             return
-        # What micro-batches without synchronisation left there waits until the end.
+        # Micro-batches without synchronisation left a gradient here; it waits until the end.
         waiting, parameter.grad = parameter.grad, None
 
         def take(now: Tensor) -> None:
@@ -203,11 +203,14 @@ class WholeGradients:
 
     def _note(self, name: str, gradient: Tensor) -> None:
         self.touched.add(name)
-        if self._keep:
-            gradient = gradient.detach()
-            held = self.found.get(name)
-            # A gradient that is taken is nobody else's; one that goes on may be changed on its way.
-            self.found[name] = held + gradient if held is not None else gradient if self._take else gradient.clone()
+        if not self._keep:
+            return
+        gradient = gradient.detach()
+        if name in self.sums:
+            self.sums[name] = self.sums[name] + gradient
+        else:
+            # A gradient that was taken is nobody else's. One that goes on may be changed on its way.
+            self.sums[name] = gradient if self._take else gradient.clone()
 
 
 def _state(parameter: Tensor) -> tuple[Tensor | None, int]:

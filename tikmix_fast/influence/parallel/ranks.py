@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,25 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tikmix_fast.influence.parallel.fully_sharded import mesh_group
-from tikmix_fast.influence.queries.held import Queries
-from tikmix_fast.matrix.estimator import Estimator
+from tikmix_fast.influence.torch_private import uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["PendingMicrobatches", "Ranks", "ranks_of"]
+__all__ = ["Ranks", "ranks_of"]
 
 Array = NDArray[np.float64]
 
 
 class Ranks:
-    """The processes of a group, and what they add up or gather. All of them make the same calls in the same order.
+    """The processes of a group. All of them must make the same calls in the same order.
 
     Parameters
     ----------
     group : ProcessGroup
     device : torch.device
-        Where small numbers travel: that of the parameters, which the group's backend knows to handle.
+        The device that small numbers travel through: that of the parameters, which the group's backend can handle.
 
     Attributes
     ----------
@@ -84,16 +81,16 @@ class Ranks:
         mine = torch.zeros(int(counts.max()), rows.shape[1], dtype=torch.float64)
         mine[: len(rows)] = torch.from_numpy(rows)
         mine = mine.to(self._device)
-        every = [torch.empty_like(mine) for _ in range(self.size)]
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
         if mine.numel():
-            dist.all_gather(every, mine, group=self._group)
-        return [part[: int(count)].cpu().numpy() for part, count in zip(every, counts, strict=True)]
+            dist.all_gather(parts, mine, group=self._group)
+        return [part[: int(count)].cpu().numpy() for part, count in zip(parts, counts, strict=True)]
 
 
 def ranks_of(model: nn.Module, group: ProcessGroup | Literal["auto"] | None, device: torch.device) -> Ranks | None:
-    """Return who measures together: ``group``, for "auto" that of DistributedDataParallel or ``fully_shard``.
+    """Return the processes that measure together; None if this process measures alone.
 
-    None where that is this process alone.
+    "auto" is the group of DistributedDataParallel around the model, or of ``fully_shard``.
 
     Raises
     ------
@@ -103,54 +100,10 @@ def ranks_of(model: nn.Module, group: ProcessGroup | Literal["auto"] | None, dev
     if isinstance(group, str):
         if group != "auto":
             raise ValueError(f'process_group must be a ProcessGroup, "auto" or None; got {group!r}')
-        wrapper: Any = getattr(model, "_orig_mod", model)
+        wrapper: Any = uncompiled(model)
         parallel = isinstance(wrapper, nn.parallel.DistributedDataParallel)
         group = wrapper.process_group if parallel else mesh_group(model)
     if group is None:
         return None
     ranks = Ranks(group, device)
     return ranks if ranks.size > 1 else None
-
-
-def add_by_name(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
-    """Add tensors to those of the same name; one without a sum yet begins it."""
-    for name, value in more.items():
-        sums[name] = sums[name].add_(value) if name in sums else value
-
-
-class PendingMicrobatches:
-    """The micro-batches that this rank measured since the ranks last told each other.
-
-    What they tell goes into the estimator of every rank in one order: first the first of each rank, then the second of
-    each. So every rank holds the very numbers that one process with all the batches would hold.
-    """
-
-    def __init__(self) -> None:
-        self._rows: list[Array] = []
-        self._projected: dict[str, Tensor] = {}
-
-    def add(self, products: Array, tokens: Array, projected: Mapping[str, Tensor]) -> None:
-        """Keep one micro-batch: products [q, m], tokens [m], projected gradients [m, k_out, k_in] by name.
-
-        Takes (q + 1) x m numbers until it is told.
-        """
-        self._rows.append(np.concatenate([products, tokens[None]]).reshape(-1))
-        add_by_name(self._projected, projected)
-
-    def tell(self, ranks: Ranks, estimator: Estimator, queries: Queries, projected: dict[str, Tensor]) -> None:
-        """Add the micro-batches of all ranks to the estimator, and their projected gradients to ``projected``."""
-        q, m = len(queries.owners), estimator.m
-        everyone = ranks.gather(np.stack(self._rows) if self._rows else np.empty((0, (q + 1) * m)))
-        self._rows.clear()
-        for rows in zip_longest(*everyone):
-            for row in rows:
-                if row is not None:
-                    table = row.reshape(q + 1, m)
-                    estimator.add(table[:-1], table[-1])
-        for name, projection in queries.projections.items():
-            device = queries.held[name].device
-            mine = self._projected.pop(name, None)
-            if mine is None:
-                mine = torch.zeros(m, projection.k_out, projection.k_in, dtype=torch.float32, device=device)
-            ranks.add_up(mine)
-            add_by_name(projected, {name: mine})

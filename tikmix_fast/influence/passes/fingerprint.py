@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from tikmix_fast.influence.parallel.fully_sharded import local
+from tikmix_fast.influence.torch_private import norms
 
-__all__ = ["Weights"]
+__all__ = ["Fingerprint"]
 
 
-class Weights:
-    """What the weights are now, for comparison later: where they lie, torch's version counters, and their norms.
+class Fingerprint:
+    """The weights as they are now, for a later comparison: their addresses, version counters and norms.
 
-    Version counters alone do not do: fused optimizers and writes through ``.data`` leave them as they are. Costs one
-    read of the weights, of this rank's parts where they are sharded. The host waits for nothing.
+    Version counters alone are not enough: fused optimizers and writes through ``.data`` leave them as they are. Costs
+    one read of the weights (of this rank's parts if they are sharded). The host waits for nothing.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -27,22 +28,17 @@ class Weights:
             groups.setdefault((parameter.device, parameter.dtype), []).append(parameter.detach())
         # A norm in half precision would not see a small change.
         self._norms = {
-            key: torch.stack(torch._foreach_norm(some, 2, dtype=torch.promote_types(key[1], torch.float32)))
-            for key, some in groups.items()
+            key: norms(tensors, torch.promote_types(key[1], torch.float32)) for key, tensors in groups.items()
         }
 
-    @property
-    def on_host(self) -> bool:
-        """Whether all weights lie on the CPU, so that reading `differences` costs no waiting."""
-        return all(device.type == "cpu" for device, _ in self._norms)
+    def changes_since(self, earlier: Fingerprint) -> list[Tensor]:
+        """Return flags, still on their devices: the weights changed if any is true.
 
-    def moved(self, other: Weights) -> bool:
-        """Whether places or version counters differ, which the host knows by itself."""
-        return self._places != other._places
-
-    def differences(self, other: Weights) -> list[Tensor]:
-        """Return flags, on the devices and not yet read: whether a norm differs. Only for weights that did not move."""
+        If an address or a version counter differs, the host knows it: one true flag on the CPU.
+        """
+        if self._places != earlier._places:
+            return [torch.tensor(True, device="cpu")]
         return [
-            ((norms != other._norms[key]) & ~(norms.isnan() & other._norms[key].isnan())).any()
-            for key, norms in self._norms.items()
+            ((values != earlier._norms[key]) & ~(values.isnan() & earlier._norms[key].isnan())).any()
+            for key, values in self._norms.items()
         ]

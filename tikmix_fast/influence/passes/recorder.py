@@ -21,7 +21,7 @@ LOOKED_UP_TOGETHER = 4096
 
 
 class Recorder:
-    """Sum over the uses of every parameter of <query, gradient of the rows of a domain>.
+    """Sum <query, gradient of a domain's rows> over the uses of every parameter; a `Sink`.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Recorder:
     Attributes
     ----------
     sums : dict of str to float64 Tensor [q, m]
-        What was recorded so far, by the name of the parameter, in the units of the gradient that flowed.
+        The sums so far, by the name of the parameter, in the units of the gradient that flowed.
     projected : dict of str to Tensor [m, k_out, k_in]
         The domains' gradients of those weights, projected.
     saw_half : bool
@@ -56,7 +56,7 @@ class Recorder:
         self.saw_half = False
 
     def close(self) -> None:
-        """Record no more, and let go of the queries: a graph or a view that is kept must not keep them."""
+        """Record no more, and let go of the queries: a graph or a view that outlives the pass must not keep them."""
         self.queries.end_pass()
         self.queries = HeldQueries()
 
@@ -72,7 +72,7 @@ class Recorder:
         ``total``, if given, gets the weight gradient added in the same pass.
         """
         self._note(gradient)
-        # Under autocast the product itself saw the rows in the dtype of its output.
+        # Under autocast the product itself read the rows in the dtype of its output.
         dtype = gradient.dtype
         flat_rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
         flat_gradient = gradient.reshape(-1, gradient.shape[-1])
@@ -101,11 +101,11 @@ class Recorder:
             )
             carried = self._carried(weight)
         for name, queries in carried:
-            found = ops.group_influence(right, left, layout.offsets, queries, order=layout.order, grad_weight=total)
-            self._add(name, found)
+            sums = ops.group_influence(right, left, layout.offsets, queries, order=layout.order, grad_weight=total)
+            self._add(name, sums)
 
     def spread(self, view: ParameterView, gradient: Tensor) -> None:
-        """Record a view that was broadcast to the shape of ``gradient`` where it met the data."""
+        """Record a view that was broadcast to the shape of ``gradient`` when it met the data."""
         if not self.queries:
             return
         self._note(gradient)
@@ -164,8 +164,7 @@ class Recorder:
             self._add_projected(name, projected)
             return
         queries = self.queries[name]
-        # Rows by the hundred, so that what is looked up stays in a CPU's cache until it is multiplied; a GPU is busier
-        # with more at a time.
+        # Few rows at a time stay in a CPU's cache until they are multiplied; a GPU is busier with more.
         some = 256 if flat.device.type == "cpu" else LOOKED_UP_TOGETHER
         dots = [
             torch.stack([torch.linalg.vecdot(_wide(F.embedding(some_ids, query)), rows) for query in queries], dim=1)
@@ -179,7 +178,7 @@ class Recorder:
     def _add_derived(self, view: ParameterView, gradient_of: Callable[[int], Tensor]) -> None:
         """Record the projected parameters that a view was derived from, given the gradient of it for any domain.
 
-        One such gradient is formed at a time, which takes as long as the ordinary one for all rows together.
+        It forms one such gradient at a time. Each takes as long as the ordinary gradient of all rows together.
         """
         derived = [index for index, source in enumerate(view.sources) if source.name in self.projections]
         if not derived:

@@ -7,11 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Cell", "Verification", "recompute_cells"]
+from tikmix_fast.influence.capture.captured_pass import captured_pass
+from tikmix_fast.influence.capture.rows import RowLabels
+from tikmix_fast.influence.parallel.fully_sharded import is_sharded
+from tikmix_fast.influence.passes.recorder import Recorder
+from tikmix_fast.influence.queries.held import Queries
+from tikmix_fast.influence.queries.projection import back_project
+from tikmix_fast.influence.torch_private import tree_map
+
+__all__ = ["Cell", "Verification", "recompute_cells", "verify_cells"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,59 @@ class Verification:
             for cell in self.cells
         ]
         return "\n".join([f"{len(self.cells)} cells, largest error {self.max_error:.1e} of |q| |g|", *lines])
+
+
+def verify_cells(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    queries: Queries,
+    labels: RowLabels,
+    loss_per_row: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+    *,
+    names: tuple[Sequence[str], Sequence[str]],
+    fused: bool,
+    cells: int,
+    seed: int,
+) -> Verification:
+    """Capture a batch, and recompute some of its cells; ``names`` are those of the tasks and the domains.
+
+    Raises
+    ------
+    ValueError
+        If the labels are those of a whole batch.
+    RuntimeError
+        If weights are sharded.
+    """
+    tasks, domains = names
+    if not isinstance(labels.ids, Tensor):
+        raise ValueError("ids must name the domain of every row for verify: pass a tensor of shape [B] or [B, S]")
+    if any(map(is_sharded, parameters.values())):
+        raise RuntimeError("verify needs the whole weights in one process: verify a small model before sharding it")
+    combined = queries.by_task(len(tasks))
+    recorder = Recorder(labels, combined, queries.projections)
+    with captured_pass(model, parameters, recorder, fused=fused) as (capture, _):
+        loss_per_row(model, batch).sum().backward()
+        capture.streams.join()
+    sums = list(recorder.sums.values())
+    captured = torch.stack([each.to(sums[0].device) for each in sums]).sum(0).cpu()
+    present = sorted(set(labels.ids.flatten().tolist()))
+    pairs = [(task, domain) for task in range(len(tasks)) for domain in present]
+    chosen = sorted(pairs[each] for each in np.random.default_rng(seed).permutation(len(pairs))[:cells])
+    combined |= {name: back_project(combined[name], each) for name, each in queries.projections.items()}
+    recomputed = recompute_cells(model, loss_per_row, batch, labels.ids, parameters, combined, chosen)
+    return Verification(
+        tuple(
+            Cell(
+                tasks[task],
+                domains[domain],
+                float(captured[task, domain]),
+                value,
+                abs(float(captured[task, domain]) - value) / length if length > 0 else 0.0,
+            )
+            for (task, domain), (value, length) in zip(chosen, recomputed, strict=True)
+        )
+    )
 
 
 class _Losses(nn.Module):
@@ -83,7 +145,7 @@ def recompute_cells(
         ``queries`` [q, *shape].
     chosen : pairs (index of the query, index of the domain)
     """
-    wide = torch.utils._pytree.tree_map(_double, batch)
+    wide = tree_map(_double, batch)
     losses = _Losses(model, loss_per_row)
     names = {id(parameter): name for name, parameter in losses.named_parameters()}
     frozen = {name: _double(value.detach()) for name, value in (*losses.named_parameters(), *losses.named_buffers())}
@@ -95,10 +157,10 @@ def recompute_cells(
         return values
 
     results: dict[tuple[int, int], tuple[float, float]] = {}
-    # The fused attention kernels have no forward-mode derivative, and torch loads that of others by its own deprecated
-    # means.
+    # The fused attention kernels have no forward-mode derivative. torch loads those of other operations through its own
+    # deprecated torch.jit, and warns of that; which warning depends on the version.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=r".*torch\.jit")
         for index in {query for query, _ in chosen}:
             direction = {moving[name]: queries[name][index].double() for name in parameters}
             slopes = torch.func.jvp(of, (point,), (direction,))[1]

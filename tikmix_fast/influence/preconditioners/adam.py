@@ -1,86 +1,22 @@
-"""P, the approximate inverse curvature that turns task gradients into queries."""
+"""P from the optimizer's own second moments."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded, whole
-from tikmix_fast.influence.preconditioners.ekfac import EKFAC, DiagonalFisher
 from tikmix_fast.influence.preconditioners.optimizer_state import AdamMoment, read_adam
 
-__all__ = ["EKFAC", "Adam", "DiagonalFisher", "Identity", "Preconditioner", "make_preconditioner"]
+__all__ = ["Adam"]
 
 _LOG = logging.getLogger("tikmix_fast")
-
-
-@runtime_checkable
-class Preconditioner(Protocol):
-    """Turn task gradients into queries; write your own with these two methods.
-
-    ``prepare`` is called once per refresh, when the queries freeze; ``apply`` then once per parameter with the stacked
-    task gradients [q, *shape], which it may change in place, and returns the queries, of the same shape. S is <P g_i,
-    g_j> whatever P is; it says something about a step if P is symmetric and positive.
-
-    Examples
-    --------
-    Steps in proportion to the size of each parameter, as LARS takes them:
-
-    >>> import torch
-    >>> from torch import nn
-    >>> from tikmix_fast import InfluenceEngine
-    >>> class RelativeSteps:
-    ...     name = "relative"
-    ...
-    ...     def prepare(self, parameters, optimizer):
-    ...         self.scale = {name: float(p.detach().square().mean()) for name, p in parameters.items()}
-    ...
-    ...     def apply(self, name, gradients):
-    ...         return gradients.mul_(self.scale[name])
-    >>> model = nn.Linear(4, 1, bias=False)
-    >>> _ = nn.init.constant_(model.weight, 3.0)
-    >>> engine = InfluenceEngine(model, ["web"], ["qa"], preconditioner=RelativeSteps())
-    >>> with engine.task("qa"):
-    ...     model(torch.ones(8, 4)).mean().backward()
-    >>> with engine.domains("web"):
-    ...     model(torch.ones(8, 4)).mean().backward()
-    >>> engine.matrix().values  # 9 times <g, g> = 4
-    array([[36.]])
-    """
-
-    name: str
-
-    def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
-        """Read what is needed at the current weights."""
-
-    def apply(self, name: str, gradients: Tensor) -> Tensor:
-        """Return P applied to the gradients [q, *shape] of one parameter."""
-
-
-class Identity:
-    """P = I: influence is the plain inner product of gradients (as in DoGE and DGA).
-
-    Examples
-    --------
-    >>> import torch
-    >>> Identity().apply("weight", torch.ones(1, 2))
-    tensor([[1., 1.]])
-    """
-
-    name = "identity"
-
-    def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
-        """Need nothing."""
-
-    def apply(self, name: str, gradients: Tensor) -> Tensor:
-        """Return the gradients as they are."""
-        return gradients
 
 
 class Adam:
@@ -188,28 +124,3 @@ class _Share:
                     "with exclude=, or use preconditioner=Adam(floor=1.0)",
                     100 * min(1.0, part / whole),
                 )
-
-
-def make_preconditioner(choice: str | Preconditioner) -> Preconditioner:
-    """Return the preconditioner of that name, or the object itself.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown.
-    TypeError
-        If it is neither a name nor a `Preconditioner`.
-    """
-    if isinstance(choice, str):
-        known: dict[str, Callable[[], Preconditioner]] = {
-            "identity": Identity,
-            "adam": Adam,
-            "ekfac": EKFAC,
-            "diagonal_fisher": DiagonalFisher,
-        }
-        if choice not in known:
-            raise ValueError(f"preconditioner must be one of {', '.join(known)} or a Preconditioner; got {choice!r}")
-        return known[choice]()
-    if not isinstance(choice, Preconditioner) or isinstance(choice, type):
-        raise TypeError(f"preconditioner must be a name or have prepare, apply and name; got {choice!r}")
-    return choice

@@ -1,4 +1,4 @@
-"""What one batch says of the curvature: second moments of rows, or of gradients in a given basis."""
+"""Second moments of one batch: of rows, or of gradients in a given basis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.capture.views import ParameterView
-from tikmix_fast.influence.passes.recorder import Recorder
 
 __all__ = ["Basis", "EigenvalueRecorder", "FactorRecorder"]
 
@@ -48,11 +47,12 @@ class Basis:
         return gradients if self.columns is None else gradients @ self.columns.to(gradients).mT
 
 
-class _CurvatureRecorder(Recorder):
-    """Count how the parameters are used; subclasses read the weights of products.
+class _CurvatureSink:
+    """A sink that counts how parameters are used; subclasses read the weights of products.
 
     Attributes
     ----------
+    labels : RowLabels
     products : Counter of str
         How often each parameter was itself the weight of a product.
     elsewhere : set of str
@@ -60,9 +60,15 @@ class _CurvatureRecorder(Recorder):
     """
 
     def __init__(self, labels: RowLabels) -> None:
-        super().__init__(labels, {})
+        self.labels = labels
         self.products: Counter[str] = Counter()
         self.elsewhere: set[str] = set()
+
+    def is_projected(self, view: ParameterView) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Hold nothing of the graph."""
 
     def product(
         self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
@@ -73,7 +79,7 @@ class _CurvatureRecorder(Recorder):
         name = weight.sources[0].name
         self.products[name] += 1
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        # Under autocast the product itself saw the rows in the dtype of its output.
+        # Under autocast the product itself read the rows in the dtype of its output.
         inputs = rows.reshape(-1, rows.shape[-1]).to(gradient.dtype).to(wide)
         outputs = gradient.reshape(-1, gradient.shape[-1]).to(wide)
         self._read(name, inputs, outputs, in_out, tuple(rows.shape[:-1]))
@@ -96,7 +102,7 @@ class _CurvatureRecorder(Recorder):
         self.elsewhere.update(source.name for source in view.sources)
 
 
-class FactorRecorder(_CurvatureRecorder):
+class FactorRecorder(_CurvatureSink):
     """Sum the Kronecker factors of every product's weight [R, C].
 
     Parameters
@@ -109,7 +115,7 @@ class FactorRecorder(_CurvatureRecorder):
     ----------
     factors : dict of str to pair of Tensor or None
         Sums over rows of x x^T for the input x of the product and of d d^T for the gradient d of its output, in the
-        order of the weight's dimensions: ([R, R], [C, C]). What is above the diagonal is not filled, in part.
+        order of the weight's dimensions: ([R, R], [C, C]). Some entries above the diagonal are not filled.
     """
 
     def __init__(self, labels: RowLabels, max_side: int) -> None:
@@ -121,15 +127,15 @@ class FactorRecorder(_CurvatureRecorder):
         # Rows that no loss depends on (padding) say nothing about the inputs that matter.
         inputs = inputs * (outputs != 0).any(1, keepdim=True)
         sides = (inputs, outputs) if in_out else (outputs, inputs)
-        found = [_second_moment(each) if each.shape[1] <= self.max_side else None for each in sides]
+        moments = [_second_moment(each) if each.shape[1] <= self.max_side else None for each in sides]
         before = self.factors.get(name, (None, None))
         rows, columns = (
-            new if old is None or new is None else old.add_(new) for old, new in zip(before, found, strict=True)
+            new if old is None or new is None else old.add_(new) for old, new in zip(before, moments, strict=True)
         )
         self.factors[name] = rows, columns
 
 
-class EigenvalueRecorder(_CurvatureRecorder):
+class EigenvalueRecorder(_CurvatureSink):
     """Sum the squares of every group's weight gradient in the basis of its layer.
 
     Parameters
@@ -151,7 +157,7 @@ class EigenvalueRecorder(_CurvatureRecorder):
 
     def _read(self, name: str, inputs: Tensor, outputs: Tensor, in_out: bool, leading: tuple[int, ...]) -> None:
         if self.products[name] > 1 or name in self.elsewhere:
-            return  # told from the gradient of the whole batch, in which the uses are added up
+            return  # the gradient of the whole batch tells these squares: it adds the uses up
         layout = self.labels.layout(leading, inputs.device)
         left, right = (inputs, outputs) if in_out else (outputs, inputs)
         if layout.order is not None:
@@ -173,7 +179,7 @@ class EigenvalueRecorder(_CurvatureRecorder):
 
 
 def _second_moment(rows: Tensor) -> Tensor:
-    """Return rows^T rows [C, C] from the diagonal down: half of the operations, where C is large."""
+    """Return rows^T rows [C, C] from the diagonal down: half of the operations if C is large."""
     columns = rows.shape[1]
     moment = rows.new_zeros(columns, columns)
     for start in range(0, columns, _TOGETHER):

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tikmix_fast.influence.capture.capture import Capture
+from tikmix_fast.influence.capture.captured_pass import captured_pass
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.loss.sampled_labels import sampled_labels
 from tikmix_fast.influence.loss.watch import SeenLosses, targets_and_weight, watch_losses
-from tikmix_fast.influence.parallel.gradients import gradients_set_aside, without_synchronisation
 from tikmix_fast.influence.preconditioners.curvature import Basis, EigenvalueRecorder, FactorRecorder
 from tikmix_fast.influence.preconditioners.optimizer_state import canonical_name
+from tikmix_fast.influence.torch_private import tree_leaves
 from tikmix_fast.tensor_files import read_tensors, write_tensors
 
 __all__ = ["EKFAC", "DiagonalFisher"]
@@ -126,17 +126,14 @@ class EKFAC:
             self._decompose()
             ids = 0 if sequences is None else torch.arange(sequences, device="cpu")
             recorder = EigenvalueRecorder(RowLabels(ids, sequences or 1, batch_dim), self._bases or {})
-        # Fused, a recorder makes the weight gradient; factors need none.
-        capture = Capture(model, parameters, recorder, fused=stage == "factors")
-        with ExitStack() as stack:
-            stack.enter_context(gradients_set_aside(model))
-            stack.enter_context(without_synchronisation(model))
-            seen = stack.enter_context(sampled_labels(self._generator)) if tokens is None else None
-            watched = stack.enter_context(watch_losses()) if seen is None else None
-            stack.enter_context(capture.open())
-            yield
-            capture.streams.join()
-            gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+        losses = sampled_labels(self._generator) if tokens is None else nullcontext()
+        watched = watch_losses() if tokens is not None else nullcontext()
+        with losses as seen, watched as given:
+            # Fused, the sink would make the weight gradient; factors need none.
+            with captured_pass(model, parameters, recorder, fused=stage == "factors") as (capture, taken):
+                yield
+                gradients = taken.taken()
+                capture.streams.join(gradients.values())
             if not gradients:
                 raise RuntimeError("no gradient reached a parameter: run loss.backward() inside fisher(...)")
             if seen is not None and not seen.calls:
@@ -144,8 +141,8 @@ class EKFAC:
                     "no call of F.cross_entropy or F.nll_loss was seen, so no labels were sampled: sample them "
                     "yourself, run the backward of the sum of the token losses, and pass tokens=, their number"
                 )
-            if watched is not None:
-                _check_given(tokens or 0, watched)
+            if given is not None:
+                _check_given(tokens or 0, given)
             counted = tokens if seen is None else seen.tokens()
             if not counted:
                 raise ValueError(
@@ -194,7 +191,7 @@ class EKFAC:
             parameters = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         for stage in self.stages:
             for batch in batches:
-                leaves = torch.utils._pytree.tree_leaves(batch)
+                leaves = tree_leaves(batch)
                 sequences = next((len(each) for each in leaves if isinstance(each, Tensor) and each.ndim), None)
                 with self.observe(model, parameters, stage, sequences=sequences, batch_dim=batch_dim):
                     loss(model, batch).backward()

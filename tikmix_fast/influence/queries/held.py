@@ -1,24 +1,18 @@
-"""Task gradients on their way to queries: summed batch by batch, then preconditioned once."""
+"""Queries, frozen: where they rest, and how a kernel reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.influence.queries.offload import Copier, Prefetcher, can_leave
+from tikmix_fast.influence.parallel.ranks import Ranks
+from tikmix_fast.influence.queries.offload import Copier, Prefetcher
 
-if TYPE_CHECKING:
-    from tikmix_fast.influence.parallel.ranks import Ranks
-    from tikmix_fast.influence.preconditioners.adam import Preconditioner
-
-__all__ = ["HeldQueries", "Queries", "TaskGradients", "accumulated"]
+__all__ = ["HeldQueries", "Queries", "accumulated"]
 
 
 class HeldQueries(Mapping[str, Tensor]):
@@ -143,189 +137,6 @@ class Queries:
             owners = torch.tensor(self.owners, device=value.device)
             combined[name] = value.new_zeros(n, *value.shape[1:]).index_add_(0, owners, weights * value)
         return combined
-
-
-class TaskGradients:
-    """The summed gradients of the tasks' token losses, each task's batches dealt in turn into its splits.
-
-    Parameters
-    ----------
-    names : sequence of str
-        The tasks.
-    splits : int
-    copiers : mapping of torch.device to Copier, optional
-        For the devices whose sums rest in host memory.
-    ranks : Ranks, optional
-        Who else adds batches of the same tasks.
-    shared : bool
-        Each rank holds a share of the sums of all, not the sums of its own batches: they add batches of one task at a
-        time, together.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        splits: int,
-        copiers: Mapping[torch.device, Copier] | None = None,
-        ranks: Ranks | None = None,
-        shared: bool = False,
-    ) -> None:
-        self._sharing = ranks if shared else None
-        self._names, self._splits, self._ranks = names, splits, ranks
-        self._copiers = copiers or {}
-        self._batches = [0] * len(names)
-        self._sums: dict[tuple[int, int], dict[str, Tensor]] = {}
-        self._tokens: dict[tuple[int, int], float] = {}
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is a sum yet."""
-        return bool(self._sums)
-
-    def all_usable(self, task: int, usable: bool) -> bool:
-        """Return whether a batch may be added; where sums are shared, whether that of every rank may.
-
-        Raises
-        ------
-        ValueError
-            If sums are shared and the ranks are not at the same task.
-        """
-        if self._sharing is None:
-            return usable
-        said = np.zeros((len(self._names), 2))
-        said[task] = 1, usable
-        said = self._sharing.total(said)
-        if said[task, 0] != self._sharing.size:
-            at = [name for name, (here, _) in zip(self._names, said, strict=True) if here]
-            raise ValueError(
-                f"task must be the same on every rank at a time with share_queries; got {', '.join(map(repr, at))}: "
-                "let the ranks go through the tasks in one order, or leave share_queries off"
-            )
-        return bool(said[task, 1] == self._sharing.size)
-
-    def add(
-        self,
-        task: int,
-        gradients: Mapping[str, Tensor],
-        tokens: float,
-        factor: float,
-        parameters: Mapping[str, Tensor],
-    ) -> None:
-        """Add one batch: ``factor`` times the gradients is the gradient of the summed loss of its ``tokens``."""
-        if self._sharing is not None:
-            self._add_together(self._sharing, task, gradients, tokens, factor, parameters)
-            return
-        # Dealt as if the ranks' batches came in turn: one batch a rank fills the splits too.
-        first, stride = (0, 1) if self._ranks is None else (self._ranks.index, self._ranks.size)
-        split = task, (first + self._batches[task] * stride) % self._splits
-        sums = self._sums.setdefault(split, {})
-        for name, gradient in gradients.items():
-            dense = _dense(gradient)
-            copier = self._copiers.get(dense.device) if can_leave(dense.shape) else None
-            if name not in sums:
-                total = torch.zeros(dense.shape, dtype=accumulated(dense), device=dense.device)
-            else:
-                # Added up on the device, wherever the sum rests: the same numbers, and no waiting for the host.
-                total = copier.fetch(sums[name]) if copier else sums[name]
-            total.add_(dense, alpha=factor)
-            sums[name] = copier.to_host(total, into=sums.get(name)) if copier else total
-        self._tokens[split] = self._tokens.get(split, 0.0) + tokens
-        self._batches[task] += 1
-
-    def _add_together(
-        self,
-        ranks: Ranks,
-        task: int,
-        gradients: Mapping[str, Tensor],
-        tokens: float,
-        factor: float,
-        parameters: Mapping[str, Tensor],
-    ) -> None:
-        """Add the batches of all ranks as one."""
-        split = task, self._batches[task] % self._splits
-        sums = self._sums.setdefault(split, {})
-        # What no batch of this rank reached, one of another's may have: every rank takes part in every sum.
-        for name, parameter in parameters.items():
-            total = torch.zeros(parameter.shape, dtype=accumulated(parameter), device=parameter.device)
-            if name in gradients:
-                total.add_(_dense(gradients[name]), alpha=factor)
-            if can_leave(parameter.shape):
-                total = ranks.share_of_sum(total)
-            sums[name] = sums[name].add_(total) if name in sums else total
-        self._tokens[split] = self._tokens.get(split, 0.0) + tokens
-        self._batches[task] += 1
-
-    def fewest_splits(self) -> int:
-        """Return how many splits have batches on any rank, of the task that has the fewest; every rank asks."""
-        return int((self._tokens_of_all() > 0).sum(1).min())
-
-    def freeze(
-        self,
-        parameters: Mapping[str, Tensor],
-        preconditioner: Preconditioner,
-        optimizer: Any,
-        projections: dict[str, ops.LayerProjection],
-    ) -> Queries:
-        """Turn the means per target token into queries, parameter by parameter, freeing the sums as it goes.
-
-        With several ranks the sums are those of all of them: one reduction per parameter, of all splits.
-
-        Raises
-        ------
-        RuntimeError
-            If a task has no batch.
-        """
-        tokens = self._tokens_of_all()
-        unmeasured = self._without_any(tokens)
-        if unmeasured:
-            raise RuntimeError(
-                f"tasks come first: run engine.task(...) for {', '.join(map(repr, unmeasured))} before domains(...)"
-            )
-        preconditioner.prepare(parameters, optimizer)
-        splits = [(int(task), int(split)) for task, split in np.argwhere(tokens)]
-        held = HeldQueries(copiers=self._copiers, sharing=self._sharing)
-        for name, parameter in parameters.items():
-            values = preconditioner.apply(name, self._take_means(name, parameter, splits, tokens))
-            if name in projections:
-                values = projections[name].project(values)
-            held.hold(name, values, may_leave=can_leave(parameter.shape, name in projections))
-            del values
-        owners = [task for task, _ in splits]
-        weights = [float(tokens[split] / tokens[split[0]].sum()) for split in splits]
-        return Queries(held, owners, weights, projections)
-
-    def _tokens_of_all(self) -> NDArray[np.float64]:
-        """Return the target tokens of every task and split, of all ranks together."""
-        tokens = np.zeros((len(self._names), self._splits))
-        for split, count in self._tokens.items():
-            tokens[split] = count
-        return tokens if self._ranks is None else self._ranks.total(tokens)
-
-    def _without_any(self, tokens: NDArray[np.float64]) -> list[str]:
-        return [name for name, counts in zip(self._names, tokens, strict=True) if not counts.any()]
-
-    def _take_means(
-        self, name: str, parameter: Tensor, splits: Sequence[tuple[int, int]], tokens: NDArray[np.float64]
-    ) -> Tensor:
-        copier = self._copiers.get(parameter.device) if can_leave(parameter.shape) else None
-        means = torch.zeros((len(splits), *parameter.shape), dtype=accumulated(parameter), device=parameter.device)
-        shared = self._sharing is not None and can_leave(parameter.shape)
-        for mean, split in zip(means, splits, strict=True):
-            # A parameter that this split's batches did not reach has no gradient there.
-            total = self._sums.get(split, {}).pop(name, None)
-            if total is not None and shared and self._sharing is not None:
-                mean.copy_(self._sharing.join(total, parameter.shape))
-            elif total is not None:
-                mean.copy_(copier.fetch(total) if copier else total)
-        if self._ranks is not None and not shared:
-            self._ranks.add_up(means)
-        for mean, split in zip(means, splits, strict=True):
-            mean.div_(float(tokens[split]))
-        return means
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def accumulated(tensor: Tensor) -> torch.dtype:

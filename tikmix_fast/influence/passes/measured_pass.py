@@ -1,0 +1,146 @@
+"""One forward and backward inside a context of the engine: what is watched, read together at the end, and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tikmix_fast.influence.capture.capture import Capture
+from tikmix_fast.influence.capture.captured_pass import captured_pass
+from tikmix_fast.influence.capture.sink import Sink
+from tikmix_fast.influence.capture.views import UncapturedParameterError
+from tikmix_fast.influence.loss.account import LossAccount
+from tikmix_fast.influence.parallel.gradients import PassGradients
+from tikmix_fast.influence.parallel.transfers import read_together
+from tikmix_fast.influence.passes.fingerprint import Fingerprint
+
+__all__ = ["MeasuredPass", "all_finite", "check_captured", "not_captured", "sum_of"]
+
+
+class MeasuredPass:
+    """Watch the weights and the loss of one pass, and read everything that the host must know in one copy.
+
+    Parameters
+    ----------
+    model : nn.Module
+    parameters : mapping of str to Tensor
+        The parameters that the influence covers.
+    account : LossAccount
+    context : str
+        The engine's method, for messages.
+    frozen : Fingerprint, optional
+        The weights must still be these.
+    since : str
+        When they were, for messages.
+
+    Raises
+    ------
+    RuntimeError
+        If the weights changed, as far as the host knows it without waiting.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        account: LossAccount,
+        *,
+        context: str,
+        frozen: Fingerprint | None,
+        since: str,
+    ) -> None:
+        self._model, self._parameters, self._account = model, parameters, account
+        self._context, self._since = context, since
+        self._capture: Capture | None = None
+        self.weights = Fingerprint(parameters)
+        self._stale = [] if frozen is None else self.weights.changes_since(frozen)
+        if all(flag.device.type == "cpu" for flag in self._stale):
+            self._refuse_stale(self._stale)
+            self._stale = []
+
+    @contextmanager
+    def open(self, sink: Sink | None, *, fused: bool, take: bool, keep: bool) -> Iterator[PassGradients]:
+        """Run the forward and the backward inside; the arguments are those of `captured_pass`."""
+        passing = captured_pass(self._model, self._parameters, sink, fused=fused, take=take, keep=keep)
+        with self._account.watch(), passing as (self._capture, gradients):
+            yield gradients
+
+    def read(
+        self, gradients: Iterable[Tensor] = (), **unread: Sequence[Tensor]
+    ) -> tuple[dict[str, list[Tensor]], tuple[int, ...] | None]:
+        """Bring everything unread to the host, ``unread`` included, and check that the weights stayed the same.
+
+        ``gradients`` were left by the backward's streams and will be read on the current one.
+
+        Returns
+        -------
+        dict of str to list of float64 Tensor
+            What `LossAccount.settle` needs, and ``unread``.
+        tuple of int or None
+            Leading dimensions of the model's last product.
+
+        Raises
+        ------
+        RuntimeError
+            If the weights changed before or inside the context.
+        """
+        if self._capture is None:
+            raise RuntimeError("a pass is read after it has run")
+        self._capture.streams.join(gradients)
+        stepped = Fingerprint(self._parameters).changes_since(self.weights)
+        readings = read_together({"stale": self._stale, "stepped": stepped, **self._account.unread(), **unread})
+        self._refuse_stale(readings["stale"])
+        if any(map(bool, readings["stepped"])):
+            raise RuntimeError(
+                f"weights changed inside {self._context}(...): step the optimizer outside; one that steps inside the "
+                "backward is not supported"
+            )
+        return readings, self._capture.rows
+
+    def _refuse_stale(self, flags: Sequence[Tensor]) -> None:
+        if any(map(bool, flags)):
+            raise RuntimeError(
+                f"weights changed since {self._since}: task and domain gradients must belong to the same weights. Call "
+                "engine.refresh() and measure the tasks again after every optimizer step; in-run, call run.step() "
+                "after it (or allow_stale=True for domains, at your own risk)"
+            )
+
+
+def not_captured(names: Sequence[str]) -> UncapturedParameterError:
+    """Return the error for parameters whose gradients arrived without having been captured."""
+    return UncapturedParameterError(
+        f"gradients reached {', '.join(map(repr, names))} in a way that was not captured (a fused kernel, a recurrent "
+        "layer, a reference kept outside the module, or a unit of fully_shard used aside from its forward). Leave "
+        f"them out with exclude={list(names)!r}, and their influence counts as zero"
+    )
+
+
+def check_captured(touched: Collection[str], captured: Collection[str]) -> None:
+    """Raise unless every parameter that an ordinary backward touched was captured."""
+    if not touched:
+        raise RuntimeError("no gradient reached a parameter inside domains(...): run loss.backward() in it")
+    missed = [name for name in touched if name not in captured]
+    if missed:
+        raise not_captured(missed)
+
+
+def sum_of(gradient: Tensor) -> Tensor:
+    """Return the sum of all entries, at least float32, on the device."""
+    values = _values(gradient)
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def all_finite(sums: Sequence[Tensor], gradients: Collection[Tensor]) -> bool:
+    """Whether every entry of the gradients is finite, given their sums on the host.
+
+    A finite sum has finite terms, which is the fast way; a sum may overflow though its terms are finite.
+    """
+    return all(map(math.isfinite, sums)) or all(bool(torch.isfinite(_values(each)).all()) for each in gradients)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
