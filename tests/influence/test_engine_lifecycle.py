@@ -462,3 +462,38 @@ def test_coverage_is_said_once_and_loudly(kit, model, caplog):
     lines = [record.message for record in caplog.records if "influence covers" in record.message]
     assert len(lines) == 1
     assert "excluded: norm.weight, norm.bias" in lines[0]
+
+
+def test_reset_forgets_what_was_captured(kit, model):
+    engine = engine_for(model)
+    run_task(kit, engine)
+    run_domains(kit, engine)
+    assert engine.coverage().share == 1
+    engine.reset()
+    assert engine.coverage().share == 0
+
+
+def test_conservation_is_checked_again_after_a_reset(kit, model):
+    """A hook that changes a gradient is seen in the first pass, and again in the first one after reset."""
+    engine = engine_for(model)
+    run_task(kit, engine)
+    run_domains(kit, engine)
+    engine.reset()
+    run_task(kit, engine)
+    handle = model.qkv.weight.register_hook(lambda gradient: 2 * gradient)
+    with pytest.raises(ConservationError, match=r"qkv\.weight"):
+        run_domains(kit, engine)
+    handle.remove()
+
+
+def test_getters_leave_the_model_alone(kit, model, monkeypatch):
+    """fully_shard's parameters may be whole when a getter is called; only a pass that begins makes them parts again."""
+    from tikmix_fast.influence.passes import covered
+
+    engine = engine_for(model)
+    run_task(kit, engine)
+    run_domains(kit, engine)
+    monkeypatch.setattr(covered, "reshard", lambda _: pytest.fail("a getter changed the model"))
+    engine.parameters(), engine.coverage(), engine.matrix(), engine.memory_estimate(), engine.state_dict()
+    with pytest.raises(pytest.fail.Exception):
+        run_domains(kit, engine)

@@ -77,7 +77,7 @@ def test_nothing_is_read_inside(kit, kind, ids, cast):
 
 @pytest.mark.usefixtures("quiet_kernel")
 def test_one_copy_at_the_end(kit, monkeypatch):
-    from tikmix_fast.influence import engine as module
+    from tikmix_fast.influence.passes import measured_pass as module
 
     model, groups = kit.make_model("attentive"), []
 

@@ -150,7 +150,7 @@ def test_training_is_what_it_would_be_without(kit):
 
 def test_nothing_is_captured_between_measured_steps(kit, monkeypatch):
     training = Training(kit)
-    monkeypatch.setattr(training.engine, "domains", lambda *_, **__: pytest.fail("no measured step"))
+    monkeypatch.setattr(training.engine._session, "domains", lambda *_, **__: pytest.fail("no measured step"))
     training.train(2)
     with pytest.raises(pytest.fail.Exception):
         training.train(1)

@@ -22,7 +22,8 @@ def engine(tasks=3, domains=5, **options):
 
 
 def test_counted_by_hand():
-    plan = engine().plan(budget=0.05, step_tokens=10_000, sequence_tokens=500, micro_batches=2, flops_per_byte=10)
+    sizes = {"step_tokens": 10_000, "sequence_tokens": 500, "micro_batches": 2}
+    plan = engine().plan(budget=0.05, **sizes, near_every=8, flops_per_byte=10)
     tasks = 3 * 2 * 500
     queries = 6 * 30 * 10 / 6
     domains = 2 * 6 * (6 * 5 + 8 * 10) / 6
