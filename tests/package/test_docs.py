@@ -44,7 +44,9 @@ def test_pages_build(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS), str(tmp_path)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    assert "InfluenceEngine" in (tmp_path / "api.html").read_text(encoding="utf-8")
+    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    for name in ("InfluenceEngine.domains", "InfluenceEngine.verify", "register_rule"):
+        assert f'id="tikmix_fast.{name}"' in api
 
 
 def test_pages_are_linked():
