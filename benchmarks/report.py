@@ -60,8 +60,8 @@ def demo_table(results: dict[str, Any]) -> str:
     share = np.mean([each["seconds"]["measuring"] / sum(each["seconds"].values()) for each in seeds])
     commit = (results["environment"]["commit"] or "unknown").split()
     facts = (
-        "Loss in nats per byte on text that was neither trained on nor measured; means over seeds "
-        f"{', '.join(str(each['seed']) for each in seeds)}, the change with its standard deviation",
+        "Losses are in nats per byte, on text that was neither trained on nor measured. They are means over seeds "
+        f"{', '.join(str(each['seed']) for each in seeds)}; the change has its standard deviation",
         f"{results['settings']['steps']} steps per arm; {minutes:.1f} minutes per seed for both arms, of which "
         f"{share:.0%} measuring",
         f"{machine['processor']}, {machine['threads']} threads, torch {packages['torch']}, commit "
@@ -76,10 +76,10 @@ def ops_section(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             ops_summary(results).to_markdown(),
-            "Time of influence and total gradient together over that of the plain weight gradient alone, "
-            "`grad_output.T @ input`, with the 95 % interval; extra memory is what the process grew by at the peak of "
-            "a call, the total not counted; the error is max over cells of |dS_ij| / (|q_i| |g_j|) against float64. "
-            f"The roofs are the fastest products and copy seen in the same run: {_roofs(results['rates'])}.",
+            "Times are those of influence and total gradient together, over that of the plain weight gradient alone, "
+            "`grad_output.T @ input`, with the 95 % interval. Extra memory is the growth of the process at the peak of "
+            "a call, without the total. The error is max over cells of |dS_ij| / (|q_i| |g_j|) against float64. "
+            f"The roofs are the fastest products and the fastest copy of the same run: {_roofs(results['rates'])}.",
             "![Operations per second of each case under the measured roofs](../benchmarks/results/roofline.png)",
             _folded("Every method, case by case", benchmark_tables(results)),
             f"{benchmark_facts(results)}.",
@@ -110,7 +110,7 @@ def _folded(title: str, tables: list[TextTable]) -> str:
 
 
 def gpu_section(*results: dict[str, Any]) -> str:
-    """Return the goals and the machine of every GPU, newest first, everything else folded; or that there are none."""
+    """Return the goals and the machine of every GPU, newest first, with all else folded; or that there are none."""
     if not results:
         return "No results on a GPU yet: `python -m benchmarks.gpu` makes them on a machine with one."
     parts = []
@@ -136,8 +136,9 @@ def study_section(results: dict[str, Any]) -> str:
     tokens = settings["steps"] * settings["batch"] * settings["model"]["length"]
     return (
         f"{arm_table(arms)}\n\n"
-        "Change of the mean loss from the uniform mixture at equal tokens, paired by seed, with 95 % t intervals; "
-        f"weights at the end, 1 = uniform. {tokens / 1e6:.1f} million bytes per arm; "
+        "The losses are changes of the mean from the uniform mixture at equal tokens, paired by seed, with 95 % t "
+        "intervals. *Noise* and *fragments* are the weights of these domains at the end; 1 is their uniform weight. "
+        f"{tokens / 1e6:.1f} million bytes per arm; "
         f"{environment['machine']['processor']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit'][:10]}, {environment['date']}."
     )
