@@ -1,7 +1,10 @@
-"""Write what was measured into the README, between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+"""Write what was measured into the pages under docs/, between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 
-python benchmarks/report.py             # rewrite the README, draw the roofline
-python benchmarks/report.py --check     # exit 1 if it is not what the results say
+python -m benchmarks.report             # rewrite the pages, draw the roofline
+python -m benchmarks.report --check     # change nothing
+
+README holds a few numbers in sentences of its own. They are compared with the results and never rewritten. The exit
+status is 1 if one of them is wrong, or if ``--check`` finds a page that is not what the results say.
 """
 
 from __future__ import annotations
@@ -9,42 +12,56 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.tables import gpu_bars, gpu_facts, gpu_tables
-from tikmix_fast import files
-from tikmix_fast.report.benchmark_tables import TextTable, benchmark_facts, benchmark_tables, ops_summary
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `python benchmarks/report.py` works too
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.gpu.tables import gpu_bars, gpu_facts, gpu_tables  # noqa: E402
+from tikmix_fast import files  # noqa: E402
+from tikmix_fast.report.benchmark_tables import (  # noqa: E402
+    TextTable,
+    benchmark_facts,
+    benchmark_tables,
+    bytes_text,
+    main_rows,
+    ops_summary,
+)
+
+
+def demo_cells(results: dict[str, Any], tasks: Sequence[str]) -> tuple[str, str, str]:
+    """Return the mean loss of ``tasks`` on the uniform mixture and under TiKMiX-D, and its change, over seeds."""
+    seeds = results["seeds"]
+    theirs, ours = (
+        np.array([[each[arm][task] for task in tasks] for each in seeds]).mean(1) for arm in ("uniform", "tikmix")
+    )
+    change = 100 * (ours / theirs - 1)
+    spread = f" ± {change.std(ddof=1):.1f}" if len(seeds) > 1 else ""
+    return f"{theirs.mean():.3f}", f"{ours.mean():.3f}", f"{change.mean():+.1f} %{spread}"
 
 
 def demo_table(results: dict[str, Any]) -> str:
     """Return the table of the demonstration: every task's loss in both arms, and how it was measured."""
     seeds = results["seeds"]
 
-    def cells(tasks: list[str]) -> str:
-        theirs, ours = (
-            np.array([[each[arm][task] for task in tasks] for each in seeds]).mean(1) for arm in ("uniform", "tikmix")
-        )
-        change = 100 * (ours / theirs - 1)
-        spread = f" ± {change.std(ddof=1):.1f}" if len(seeds) > 1 else ""
-        return f"{theirs.mean():.3f} | {ours.mean():.3f} | {change.mean():+.1f} %{spread}"
+    def row(title: str, tasks: Sequence[str]) -> str:
+        return f"| {' | '.join([title, *demo_cells(results, tasks)])} |"
 
     lines = ["| task | uniform | TiKMiX-D | change |", "|---|---:|---:|---:|"]
     for group, tasks in (("steered for", results["steered"]), ("held out", results["held_out"])):
-        lines += [f"| {task} ({group}: {results['sources'][task]}) | {cells([task])} |" for task in tasks]
-        lines.append(f"| **mean, {group}** | {cells(tasks)} |")
+        lines += [row(f"{task} ({group}: {results['sources'][task]})", [task]) for task in tasks]
+        lines.append(row(f"**mean, {group}**", tasks))
     machine, packages = results["environment"]["machine"], results["environment"]["packages"]
     minutes = np.mean([each["wall_seconds"] for each in seeds]) / 60
     share = np.mean([each["seconds"]["measuring"] / sum(each["seconds"].values()) for each in seeds])
     commit = (results["environment"]["commit"] or "unknown").split()
     facts = (
-        "Loss in nats per byte on text that was neither trained on nor measured; means over seeds "
-        f"{', '.join(str(each['seed']) for each in seeds)}, the change with its standard deviation",
+        "Losses are in nats per byte, on text that was neither trained on nor measured. They are means over seeds "
+        f"{', '.join(str(each['seed']) for each in seeds)}; the change has its standard deviation",
         f"{results['settings']['steps']} steps per arm; {minutes:.1f} minutes per seed for both arms, of which "
         f"{share:.0%} measuring",
         f"{machine['processor']}, {machine['threads']} threads, torch {packages['torch']}, commit "
@@ -59,11 +76,11 @@ def ops_section(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             ops_summary(results).to_markdown(),
-            "Time of influence and total gradient together over that of the plain weight gradient alone, "
-            "`grad_output.T @ input`, with the 95 % interval; extra memory is what the process grew by at the peak of "
-            "a call, the total not counted; the error is max over cells of |dS_ij| / (|q_i| |g_j|) against float64. "
-            f"The roofs are the fastest products and copy seen in the same run: {_roofs(results['rates'])}.",
-            "![Operations per second of each case under the measured roofs](benchmarks/results/roofline.png)",
+            "Times are those of influence and total gradient together, over that of the plain weight gradient alone, "
+            "`grad_output.T @ input`, with the 95 % interval. Extra memory is the growth of the process at the peak of "
+            "a call, without the total. The error is max over cells of |dS_ij| / (|q_i| |g_j|) against float64. "
+            f"The roofs are the fastest products and the fastest copy of the same run: {_roofs(results['rates'])}.",
+            "![Operations per second of each case under the measured roofs](../benchmarks/results/roofline.png)",
             _folded("Every method, case by case", benchmark_tables(results)),
             f"{benchmark_facts(results)}.",
         ]
@@ -93,9 +110,9 @@ def _folded(title: str, tables: list[TextTable]) -> str:
 
 
 def gpu_section(*results: dict[str, Any]) -> str:
-    """Return the goals and the machine of every GPU, newest first, everything else folded; or that there are none."""
+    """Return the goals and the machine of every GPU, newest first, with all else folded; or that there are none."""
     if not results:
-        return "No results on a GPU yet: `python benchmarks/gpu.py` makes them on a machine with one."
+        return "No results on a GPU yet: `python -m benchmarks.gpu` makes them on a machine with one."
     parts = []
     for result in sorted(results, key=_newest_date, reverse=True):
         goals = gpu_bars(result)
@@ -119,11 +136,67 @@ def study_section(results: dict[str, Any]) -> str:
     tokens = settings["steps"] * settings["batch"] * settings["model"]["length"]
     return (
         f"{arm_table(arms)}\n\n"
-        "Change of the mean loss from the uniform mixture at equal tokens, paired by seed, with 95 % t intervals; "
-        f"weights at the end, 1 = uniform. {tokens / 1e6:.1f} million bytes per arm; "
+        "The losses are changes of the mean from the uniform mixture at equal tokens, paired by seed, with 95 % t "
+        "intervals. *Noise* and *fragments* are the weights of these domains at the end; 1 is their uniform weight. "
+        f"{tokens / 1e6:.1f} million bytes per arm; "
         f"{environment['machine']['processor']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit'][:10]}, {environment['date']}."
     )
+
+
+def cost_facts(ops: dict[str, Any], engine: dict[str, Any], mixture: dict[str, Any]) -> list[str]:
+    """Return what README's table of costs says."""
+    full, half = (main_rows(case) for case in ops["cases"][:2])
+    steps = [_ratio(case, "with exact influence") for case in engine["steps"][:2]]
+    plain, others = engine["measurements"][:2]
+    with_others = [_ratio(others, name) for name in ("a backward per domain, mixed", "opacus, grad_sample")]
+    weighed = [row for row in engine["memory"]["rows"] if row["method"] == "tikmix_fast"]
+    few, many = weighed[0], weighed[-1]
+    solved = [_row(case, "auto")["seconds"] * 1e3 for case in mixture["cases"][:2]]
+    return [
+        f"float32 {full[0]['ratio']:.2f}, bfloat16 {half[0]['ratio']:.2f} "
+        f"(fastest other way: {full[1]['ratio']:.2f}, {half[1]['ratio']:.2f})",
+        f"float32 {steps[0]}, bfloat16 {steps[1]}",
+        f"{_ratio(plain, 'tikmix_fast')} (a backward pass per domain: {with_others[0]}, Opacus: {with_others[1]})",
+        f"{bytes_text(few['above_floor_bytes'])} for {few['domains']} domains, "
+        f"{bytes_text(many['above_floor_bytes'])} for {many['domains']}",
+        f"{solved[0]:.0f} ms, {solved[1]:.0f} ms",
+    ]
+
+
+def demo_facts(results: dict[str, Any]) -> list[str]:
+    """Return what README says of the demonstration: the tasks steered for, those held out, and the worst of these."""
+    _, _, held_out = demo_cells(results, results["held_out"])
+    changes = [demo_cells(results, [task])[2] for task in results["held_out"]]
+    worst = max(changes, key=lambda change: float(change.split()[0]))
+    return [" | ".join(demo_cells(results, results["steered"])), held_out, worst]
+
+
+def study_facts(summary: dict[str, Any]) -> list[str]:
+    """Return what README says of the study: arms' steered and held-out losses against the uniform mixture."""
+    from benchmarks.study.report import REFERENCE, changes, collect, steered_and_held_out  # with the arms, and so torch
+
+    arms = collect(summary["results"], "summary.json")
+    return [
+        ", ".join(f"{changes(arms, arm, REFERENCE, tasks).mean():+.1%}" for tasks in steered_and_held_out(arms))
+        for arm in ("half and half", "tikmix-d", "tikmix-d in-run")
+    ]
+
+
+def gpu_status(*results: dict[str, Any]) -> list[str]:
+    """Return what README says of GPUs."""
+    if not results:
+        return ["not yet run on a GPU"]
+    return [f"measured on {name}" for name in sorted({result["device"]["name"] for result in results})]
+
+
+def _row(case: dict[str, Any], method: str) -> dict[str, Any]:
+    row: dict[str, Any] = next(row for row in case["rows"] if row["method"] == method)
+    return row
+
+
+def _ratio(case: dict[str, Any], method: str) -> str:
+    return f"{_row(case, method)['ratio']:.2f}"
 
 
 RESULTS = "benchmarks/results"
@@ -136,19 +209,38 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "mixture": (("mixture.json", "sampler.json"), tables_section),
     "gpu": (("gpu-*.json",), gpu_section),
 }
+PAGES = {"docs/study.md": ("demo", "study"), "docs/benchmarks.md": ("ops", "choice", "engine", "mixture", "gpu")}
+README_FACTS: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
+    (("ops.json", "engine.json", "mixture.json"), cost_facts),
+    (("demo.json",), demo_facts),
+    (("study/summary.json",), study_facts),
+    (("gpu-*.json",), gpu_status),
+)
+
+
+def read_results(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Read the named results. A pattern stands for as many as there are, also none.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a named file does not exist.
+    """
+    folder = ROOT / RESULTS
+    paths = sorted(folder.glob(names[0])) if "*" in names[0] else [folder / name for name in names]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"No results yet: `python -m benchmarks.run` makes {' and '.join(missing)}.")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def section(name: str) -> str:
     """Return what belongs between the marks of ``name``: a sentence where there are no results yet."""
     names, make = SECTIONS[name]
-    if "*" in names[0]:  # as many as there are, and none is fine
-        paths = sorted((ROOT / RESULTS).glob(names[0]))
-        return make(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
-    paths = [ROOT / RESULTS / each for each in names]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        return f"No results yet: `python benchmarks/run.py` makes {' and '.join(missing)}."
-    return make(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
+    try:
+        return make(*read_results(names))
+    except FileNotFoundError as error:
+        return str(error)
 
 
 def draw_pictures() -> None:
@@ -171,24 +263,36 @@ def rewrite(text: str, name: str, content: str) -> str:
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"README.md must hold {begin} and {end} once each, in this order")
+        raise ValueError(f"the page must hold {begin} and {end} once each, in this order")
     return f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
 
 
+def missing_facts(readme: str) -> list[str]:
+    """Return what the results say and ``readme`` does not. Line breaks do not matter."""
+    words = " ".join(readme.split())
+    return [fact for names, make in README_FACTS for fact in make(*read_results(names)) if fact not in words]
+
+
 def main() -> None:
-    """Rewrite or check the README."""
+    """Rewrite the pages or check them, and check README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    arguments = parser.parse_args()
-    text = rewritten = arguments.readme.read_text(encoding="utf-8")
-    for name in SECTIONS:
-        rewritten = rewrite(rewritten, name, section(name))
-    if not arguments.check:
+    check = parser.parse_args().check
+    faults = []
+    for page, names in PAGES.items():
+        text = rewritten = (ROOT / page).read_text(encoding="utf-8")
+        for name in names:
+            rewritten = rewrite(rewritten, name, section(name))
+        if not check:
+            files.write_text(ROOT / page, rewritten)
+        elif rewritten != text:
+            faults.append(f"{page} is not what the results say: run python -m benchmarks.report")
+    if not check:
         draw_pictures()
-        files.write_text(arguments.readme, rewritten)
-    elif rewritten != text:
-        sys.exit(f"{arguments.readme} is not what the results say: run python benchmarks/report.py")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    faults += [f"README.md must say: {fact}" for fact in missing_facts(readme)]
+    if faults:
+        sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ author = "The tikmix_fast developers"
 release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
+myst_heading_anchors = 2
 exclude_patterns = ["build"]
 autodoc_typehints = "none"  # the docstrings say it in words
 autodoc_member_order = "bysource"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
@@ -19,6 +20,7 @@ PAGES = {
 @pytest.mark.parametrize("page", [page for page, blocks in PAGES.items() if blocks])
 def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     names: dict[str, object] = {}
     exec(compile("".join(PAGES[page]), f"{page}.md", "exec"), names)
     if page == "start":
@@ -27,8 +29,12 @@ def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
         assert matrix["prose", "web"] > matrix["prose", "code"]
         assert matrix["programs", "code"] > matrix["programs", "web"]
         assert result.success
+        assert result.as_dict()["noise"] < names["mixture"]["noise"]
     if page == "kernels":
-        assert names["influence"].shape == (2, 3)
+        assert names["influence"].shape == names["estimate"].shape == names["error"].shape == (2, 3)
+        assert ((names["estimate"] - names["influence"]).abs() <= 6 * names["error"]).all()
+    if page == "rules":
+        assert names["check"].max_error < 1e-5
 
 
 def test_pages_build(tmp_path):
@@ -38,7 +44,9 @@ def test_pages_build(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS), str(tmp_path)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    assert "InfluenceEngine" in (tmp_path / "api.html").read_text(encoding="utf-8")
+    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    for name in ("InfluenceEngine.domains", "InfluenceEngine.verify", "register_rule"):
+        assert f'id="tikmix_fast.{name}"' in api
 
 
 def test_pages_are_linked():

@@ -1,9 +1,10 @@
-"""The README's numbers are those of the results."""
+"""The tables of docs/ and the numbers of README are those of the results."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -60,7 +61,7 @@ def test_only_what_lies_between_the_marks_is_rewritten(report: ModuleType) -> No
 
 
 @pytest.mark.parametrize("text", ["", "<!-- demo:begin -->", "<!-- demo:end --> <!-- demo:begin -->"])
-def test_a_readme_without_marks_is_refused(report: ModuleType, text: str) -> None:
+def test_a_page_without_marks_is_refused(report: ModuleType, text: str) -> None:
     with pytest.raises(ValueError, match="must hold <!-- demo:begin -->"):
         report.rewrite(text, "demo", "new")
 
@@ -68,13 +69,46 @@ def test_a_readme_without_marks_is_refused(report: ModuleType, text: str) -> Non
 def test_every_section_has_its_marks_and_a_sentence_without_results(
     report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (PATH.parents[1] / "README.md").read_text(encoding="utf-8")
-    for name in report.SECTIONS:
-        assert "new" in report.rewrite(text, name, "new")
+    assert sorted(name for names in report.PAGES.values() for name in names) == sorted(report.SECTIONS)
+    for page, names in report.PAGES.items():
+        text = (PATH.parents[1] / page).read_text(encoding="utf-8")
+        for name in names:
+            assert "new" in report.rewrite(text, name, "new")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    assert report.section("mixture").startswith("No results yet: `python benchmarks/run.py` makes mixture.json and ")
+    assert report.section("mixture").startswith("No results yet: `python -m benchmarks.run` makes mixture.json and ")
     report.draw_pictures()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_and_pages_say_what_the_results_say(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    report.main()
+
+
+def test_a_stale_number_and_a_stale_page_are_named(
+    report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for page in ("README.md", *report.PAGES):
+        text = (PATH.parents[1] / page).read_text(encoding="utf-8")
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text(text.replace("not yet run on a GPU", "run on every GPU"), encoding="utf-8")
+    (tmp_path / report.RESULTS).parent.mkdir()
+    (tmp_path / report.RESULTS).symlink_to(PATH.parent / "results")
+    study = tmp_path / "docs" / "study.md"
+    study.write_text(report.rewrite(study.read_text(encoding="utf-8"), "demo", "old"), encoding="utf-8")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "README_FACTS", ((("gpu-none-*.json",), lambda: ["not yet run on a GPU"]),))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    with pytest.raises(SystemExit) as stopped:
+        report.main()
+    assert "docs/study.md is not what the results say" in str(stopped.value)
+    assert "docs/benchmarks.md" not in str(stopped.value)
+    assert "README.md must say: not yet run on a GPU" in str(stopped.value)
+
+
+def test_the_gpu_is_named_when_there_are_results(report: ModuleType) -> None:
+    assert report.gpu_status() == ["not yet run on a GPU"]
+    assert report.gpu_status({"device": {"name": "NVIDIA X"}}) == ["measured on NVIDIA X"]
 
 
 def test_sections_hold_tables_of_the_results(

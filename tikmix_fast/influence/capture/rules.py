@@ -55,8 +55,8 @@ def register_rule(function: Callable[..., Any], rule: Run | None = None, *, data
     function : callable
         A function that dispatches on ``__torch_function__``: one of torch's, ``torch.ops.LIBRARY.NAME``, or one of
         yours behind ``torch.overrides.handle_torch_function``. ``autograd.Function.apply`` does not dispatch.
-    rule : callable (capture, function, *args, **kwargs)
-        Runs the operation on ``plain(...)`` of its arguments, and hands what it reads on the way back to
+    rule : callable (capture, function, ...)
+        Gets the arguments of the call as well. Runs the operation on ``plain(...)`` of them, and hands what it reads to
         ``capture.sink``, which `Sink` describes: ``product`` for a matrix, ``features`` for one value per feature,
         ``spread`` for anything broadcast, ``lookup`` for a table. `tap` attaches the reading to an output.
     data : (int, str), optional
