@@ -144,7 +144,6 @@ def test_runs_inside_an_autograd_function(backend: str) -> None:
     assert torch.equal(seen[0], ops.group_influence(input, grad_output, offsets, queries, backend=backend))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_forward_mode_is_refused_too(backend: str) -> None:
     input, *rest = arguments()
     with pytest.raises(RuntimeError, match="no derivative, but input has a tangent"), forward_ad.dual_level():
