@@ -46,7 +46,8 @@ class TaskSide(NamedTuple):
     @classmethod
     def empty(cls, n: int, m: int) -> TaskSide:
         """Return the sums over no round."""
-        return cls(*(np.zeros((n, m)) for _ in range(4)), np.zeros((3, m)), np.zeros((2, n, m)))
+        variance, spread, both, between = np.zeros((4, n, m))
+        return cls(variance, spread, both, between, np.zeros((3, m)), np.zeros((2, n, m)))
 
     def faded(self, factor: float) -> TaskSide:
         """Return the sums with the weight of every round multiplied by ``factor``."""
