@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast import files
-from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel, rank_correlation
+from tikmix_fast.matrix.rank_correlation import rank_correlation
+from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
 from tikmix_fast.report.environment import describe_environment
 
 Array = NDArray[np.float64]
@@ -79,7 +80,7 @@ def main() -> None:
         unseen, truth, *_ = read_runs(arguments.data, "test")
         content["held_out"] = {"runs": len(unseen)}
         for name, fitted in (("auto", model), ("lightgbm", trees)):
-            found = _by_task(tasks, {"spearman": rank_correlation(fitted.predict(unseen), truth)})
+            found = _by_task(tasks, {"spearman": rank_correlation(fitted.predict(unseen), truth, axis=0)})
             content["held_out"][name] = found
             print(f"held out, {name}: Spearman {found['spearman']}", flush=True)
     files.write_json(arguments.out, content)

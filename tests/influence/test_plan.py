@@ -68,7 +68,6 @@ def test_a_large_budget_goes_into_more_sequences():
 def measured(steps, splits_tokens, domain_tokens, seed=0, n=2, m=200, fresh=False):
     """A matrix of known signal and noise; ``fresh``: new task batches at every step."""
     random, estimator, d = np.random.default_rng(seed), Estimator(n, m), 10
-    estimator._record = None  # slow for so many columns, and not looked at
     truth = np.random.default_rng(9)
     tasks, domains = truth.normal(size=(n, d)), truth.normal(size=(m, d))
     owners = np.repeat(np.arange(n), 2)

@@ -81,15 +81,15 @@ def test_an_anchor_may_be_given_by_name():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"anchor": [0.5, 0.6]}, "anchor must sum to 1 within 1e-6; got 1.1"),
+        ({"anchor": [0.5, 0.6]}, "anchor must be at least 0 and sum to 1 within 1e-6; got sum 1.1"),
         ({"anchor": [1.5, -0.5]}, "anchor must be at least 0; got -0.5"),
-        ({"count": 0}, "count must be an integer of at least 1; got 0"),
-        ({"kind": "sobol"}, 'kind must be "lhs", "log_uniform" or "dirichlet"; got \'sobol\''),
+        ({"count": 0}, "count must be an int of at least 1; got 0"),
+        ({"kind": "sobol"}, "kind must be one of 'lhs', 'log_uniform', 'dirichlet'; got 'sobol'"),
         ({"concentration": 3.0}, 'concentration is for kind="dirichlet" only; got 3.0'),
         ({"kind": "dirichlet", "concentration": 0.0}, "concentration must be above 0"),
         ({"low": 1.1}, "low must be at least 0 and at most 1"),
         ({"kind": "log_uniform", "low": 0.0}, "low must be above 0"),
-        ({"high": 0.9}, "high must be at least 1, so that the anchor is in its box; got 0.9"),
+        ({"high": 0.9}, "high must be at least 1, so that the box contains the anchor; got 0.9"),
     ],
 )
 def test_messages(change, message):
@@ -159,7 +159,7 @@ def test_messages_of_labels():
     assert resampled_labels(matrix, [[1.0, 0.0]]).tolist() == [[1.0]]
     with pytest.raises(ValueError, match="domain 'domain1' has weight but was never measured; measure it"):
         resampled_labels(matrix, [[0.5, 0.5]])
-    with pytest.raises(ValueError, match="microbatches must be an integer of at least 1; got 0"):
+    with pytest.raises(ValueError, match="microbatches must be an int of at least 1; got 0"):
         resampled_labels(matrix, [[1.0, 0.0]], microbatches=0)
     with pytest.raises(ValueError, match="matrix must have a record"):
         resampled_labels(InfluenceMatrix.from_values([[1.0]]), [[1.0]])

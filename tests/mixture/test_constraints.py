@@ -220,7 +220,10 @@ def test_kl_limit_with_a_prior_outside_the_bounds(solver):
             r"max_kl=0\.01 cannot hold within cap: they alone force a KL",
         ),
         ({"cap": {"noise": 0.01}, "max_kl": 0.01}, r"max_kl=0\.01 cannot hold within cap and pareto=True: they alone"),
-        ({"cap": {"web": 0.2}, "smoothing": 0.1, "pareto": False}, r"smoothing must be 0 where .* domain 'web', 0\.4"),
+        (
+            {"cap": {"web": 0.2}, "smoothing": 0.1, "pareto": False},
+            r"smoothing must be 0 where .* got 0\.4 for domain 'web'",
+        ),
     ],
 )
 def test_infeasible(options, message):

@@ -12,7 +12,7 @@ from scipy.stats import kendalltau, spearmanr
 from tikmix_fast import InfluenceMatrix, tikmix_d
 from tikmix_fast.matrix.estimator import Estimator
 from tikmix_fast.mixture.schedule.gain import Gain, expected_gain
-from tikmix_fast.mixture.schedule.stability import RankAgreement, rank_agreement
+from tikmix_fast.mixture.schedule.rank_agreement import RankAgreement, rank_agreement
 
 
 def measured(scores: np.ndarray, tokens: np.ndarray) -> InfluenceMatrix:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tikmix_fast.matrix.rank_correlation import rank_correlation
 from tikmix_fast.mixture.direct.tikmix_d import tikmix_d
 from tikmix_fast.mixture.surrogate.labels import linear_labels
-from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel, rank_correlation
+from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
 from tikmix_fast.mixture.surrogate.tikmix_m import tikmix_m
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -61,9 +62,7 @@ def test_linear_labels_reproduce_the_ranking_and_the_answer_of_tikmix_d():
     candidates = np.random.default_rng(8).dirichlet(np.ones(4), size=500)
     scale = matrix.max(axis=1)
     score = (model.predict(candidates) / scale).sum(axis=1)
-    np.testing.assert_allclose(
-        rank_correlation(score[:, None], (candidates @ (matrix / scale[:, None]).T).sum(1)[:, None]), 1
-    )
+    np.testing.assert_allclose(rank_correlation(score, (candidates @ (matrix / scale[:, None]).T).sum(1)), 1)
     terms = {"uniformity": 1, "influence": 1, "diversity": 1}
     # Where Pareto holds with equality (the first), the mean of random candidates stays a little inside.
     for options, share in (({}, 0.97), ({"pareto": False}, 0.999), ({"pareto": False, "diversity": 0.3}, 0.999)):
@@ -155,11 +154,11 @@ def test_equal_seeds_give_equal_answers_and_names_are_kept():
     np.testing.assert_array_equal(tikmix_m(model, first).prior, first.weights)
 
 
-def test_a_gain_within_the_models_error_is_called_nothing_that_is_sure():
+def test_a_gain_within_the_models_error_is_called_nothing_certain():
     rng = np.random.default_rng(0)
     model = fitted(lambda w: 0.2 * w[:, 0] + rng.normal(size=len(w)), kind="ridge")
     result = tikmix_m(model, np.full(4, 0.25))
-    assert "adds nothing that is sure" in result.message
+    assert "adds nothing certain" in result.message
 
 
 def test_a_box_that_no_candidate_meets_is_said_and_the_anchor_returned():
@@ -193,14 +192,14 @@ def test_a_prior_that_nothing_can_match_is_said():
         ({"floor": 0.3}, ValueError, "floor must sum to at most 1 over the domains"),
         ({"influence": 0}, ValueError, "one of uniformity, influence and diversity must be above 0"),
         ({"diversity": -1}, ValueError, "diversity must be at least 0"),
-        ({"rounds": 0}, ValueError, "rounds must be an integer of at least 1; got 0"),
-        ({"candidates": 1.5}, ValueError, "candidates must be an integer of at least 1; got 1.5"),
-        ({"top": 0}, ValueError, "top must be an integer of at least 1; got 0"),
+        ({"rounds": 0}, ValueError, "rounds must be an int of at least 1; got 0"),
+        ({"candidates": 1.5}, ValueError, "candidates must be an int of at least 1; got 1.5"),
+        ({"top": 0}, ValueError, "top must be an int of at least 1; got 0"),
         ({"scale": [1.0, 2.0]}, ValueError, "scale must be 1 numbers above 0, one per label"),
         ({"scale": [0.0]}, ValueError, "scale must be 1 numbers above 0, one per label"),
-        ({"concentration": (5.0, 1.0)}, ValueError, "concentration must not fall, from wide draws to narrow ones"),
+        ({"concentration": (5.0, 1.0)}, ValueError, "concentration must not fall from the first round to the last"),
         ({"concentration": (1.0,)}, ValueError, "concentration must be two numbers"),
-        ({"prior": [0.5, 0.5, 0.5, 0.5]}, ValueError, "prior must sum to 1 within 1e-6; got 2"),
+        ({"prior": [0.5, 0.5, 0.5, 0.5]}, ValueError, "prior must be at least 0 and sum to 1 within 1e-6; got sum 2"),
     ],
 )
 def test_messages(change, error, message):

@@ -1,1 +1,1 @@
-"""The influence matrix, its estimator and its errors; numpy only."""
+"""The influence matrix, its estimator and its errors; numpy and scipy only, never torch."""

@@ -1,7 +1,8 @@
-"""The Group Influence matrix with its names and its error bars. No torch here: the mixture layer reads it too."""
+"""The Group Influence matrix with its names and its error bars."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast import files
+from tikmix_fast.matrix.heavy_tails import Tails, heavy_tails
 from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
-from tikmix_fast.matrix.resampling import SplitHalf, Tails, bootstrap_interval, heavy_tails, split_half
+from tikmix_fast.matrix.resampling import SplitHalf, bootstrap_interval, split_half
 
 __all__ = ["InfluenceMatrix"]
 
@@ -21,6 +23,8 @@ Array = NDArray[np.float64]
 
 _FORMAT = "tikmix_fast.influence_matrix"
 _VERSION = 1
+_NUMBERS = ("values", "stderr", "stderr_domain", "stderr_task", "dof", "tokens")
+_OPTIONAL = ("stderr_projection", "effective_microbatches")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +32,15 @@ class InfluenceMatrix:
     """Group Influence of m domains on n tasks, ``values[i, j] = <P g_i, g_j>``.
 
     Positive means that a small step on domain j lowers the loss of task i. Every gradient is a mean per target token,
-    so a cell does not depend on how many tokens were measured. A cell that was never measured is NaN.
+    so a cell does not depend on the number of measured tokens. A cell without a measurement is NaN.
 
     Attributes
     ----------
     values : float64 [n, m]
         The influence. Unit: loss of task i per unit step along P times the mean gradient of domain j.
     stderr : float64 [n, m]
-        Standard error of ``values``: domain side, task side and projection together. NaN where either side had fewer
-        than two micro-batches.
+        Standard error of ``values``: domain side, task side and projection together. NaN where the domain has fewer
+        than two micro-batches, or the task fewer than two splits.
     tokens : float64 [m]
         Target tokens measured per domain.
     tasks, domains : tuple of str
@@ -48,16 +52,17 @@ class InfluenceMatrix:
     microbatches : int64 [m]
         Measured micro-batches in which the domain had a target token.
     stderr_projection : float64 [n, m] or None
-        The part of ``stderr`` that comes from measuring through random projections; None = measured exactly.
+        The part of ``stderr`` that comes from random projections; None if the measurement was exact.
     dropped : int
-        Micro-batches dropped because they were not finite.
+        Micro-batches that were dropped because they were not finite.
     settings : mapping
-        How it was measured (preconditioner, reference learning rate, ...), plain JSON types.
+        Settings of the measurement (preconditioner, reference learning rate, ...), as plain JSON types.
     effective_microbatches : float64 [m] or None
-        How many equally large micro-batches would tell as much: (sum N)^2 / sum N^2 of their target tokens N.
+        The number of equally large micro-batches with the same information: (sum N)^2 / sum N^2 of their target
+        tokens N.
     record : MicrobatchRecord or None
-        The micro-batches themselves, in a bounded number of blocks, for what needs them: ``interval(method=
-        "bootstrap")``, `split_half`, `tails`. None in matrices from plain values and from older files.
+        The micro-batches in a bounded number of blocks. ``interval(method="bootstrap")``, `split_half` and `tails` need
+        it. None in matrices from plain values.
 
     Raises
     ------
@@ -88,15 +93,10 @@ class InfluenceMatrix:
 
     def __post_init__(self) -> None:
         cells = (len(self.tasks), len(self.domains))
-        errors = ["stderr", "stderr_domain", "stderr_task"]
-        if self.stderr_projection is not None:
-            errors.append("stderr_projection")
-        for name in ("values", *errors, "dof"):
-            _check_array(name, getattr(self, name), cells)
-        _check_array("tokens", self.tokens, cells[1:])
-        _check_array("microbatches", self.microbatches, cells[1:])
-        if self.effective_microbatches is not None:
-            _check_array("effective_microbatches", self.effective_microbatches, cells[1:])
+        optional = [name for name in _OPTIONAL if getattr(self, name) is not None]
+        errors = [name for name in (*_NUMBERS, *optional) if name.startswith("stderr")]
+        for name in (*_NUMBERS, "microbatches", *optional):
+            _check_array(name, getattr(self, name), cells if name in ("values", "dof", *errors) else cells[1:])
         if self.record is not None and (self.record.n, self.record.m) != cells:
             raise ValueError(f"record must be of {cells} tasks and domains; got {(self.record.n, self.record.m)}")
         for name in ("tasks", "domains"):
@@ -120,8 +120,7 @@ class InfluenceMatrix:
         tokens: Any = None,
         settings: Mapping[str, Any] | None = None,
     ) -> InfluenceMatrix:
-        """Make a matrix from plain numbers; what is not given is unknown (NaN), names default to ``task0``,
-        ``domain0``.
+        """Make a matrix from plain numbers. Numbers left out are NaN; names default to ``task0``, ``domain0``.
 
         Parameters
         ----------
@@ -159,29 +158,24 @@ class InfluenceMatrix:
     def __getitem__(self, cell: tuple[str, str]) -> float:
         """Return one influence by the names of its task and its domain."""
         task, domain = cell
-        for name, names, wanted in (("task", self.tasks, task), ("domain", self.domains, domain)):
-            if wanted not in names:
-                raise KeyError(f"unknown {name} {wanted!r}; known: {', '.join(names)}")
+        for kind, names, name in (("task", self.tasks, task), ("domain", self.domains, domain)):
+            if name not in names:
+                raise KeyError(f"unknown {kind} {name!r}; known: {', '.join(names)}")
         return float(self.values[self.tasks.index(task), self.domains.index(domain)])
 
     def interval(
-        self,
-        level: float = 0.95,
-        *,
-        method: Literal["t", "bootstrap"] = "t",
-        resamples: int = 2000,
-        seed: int = 0,
+        self, level: float = 0.95, *, method: Literal["t", "bootstrap"] = "t", resamples: int = 2000, seed: int = 0
     ) -> tuple[Array, Array]:
-        """Return the lower and upper ends [n, m] of the confidence interval of every cell, each for itself.
+        """Return the lower and upper ends [n, m] of each cell's own confidence interval.
 
         Parameters
         ----------
         level : float
-            How often such an interval holds the truth.
+            Share of such intervals that contain the true value.
         method : {"t", "bootstrap"}
-            "t": symmetric, by t quantiles with `dof`. "bootstrap": the domain side resampled in blocks of micro-batches
-            and studentised, which follows a skewed distribution, the rest by t quantiles; domains with fewer than eight
-            blocks get the t interval. Costs a few ms a domain.
+            "t": symmetric, from t quantiles with `dof`. "bootstrap": follows a skewed distribution; the domain side is
+            resampled in blocks of micro-batches and studentised, the rest uses t quantiles. Domains with fewer than
+            eight blocks get the t interval. Costs a few ms per domain.
         resamples, seed : int
             Of the bootstrap.
 
@@ -197,30 +191,31 @@ class InfluenceMatrix:
         if method == "bootstrap":
             if resamples < 2:
                 raise ValueError(f"resamples must be at least 2; got {resamples!r}")
-            return bootstrap_interval(self, level, resamples, seed)
+            record = self._required_record()
+            return bootstrap_interval(self.values, self.stderr, self.dof, record, level, resamples, seed)
         from scipy.special import stdtrit
 
         half = stdtrit(self.dof, 0.5 + level / 2) * self.stderr
         return self.values - half, self.values + half
 
     def p_values(self) -> Array:
-        """Return for each cell [n, m] the two-sided p-value of "no influence", by `dof`; NaN where unknown."""
+        """Return each cell's two-sided p-value [n, m] of "no influence", using `dof`; NaN where unknown."""
         from scipy.special import stdtr
 
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(2 * stdtr(self.dof, -np.abs(self.values) / self.stderr), dtype=np.float64)
 
     def significant(self, level: float = 0.95, *, correction: Literal["bh"] | None = None) -> NDArray[np.bool_]:
-        """Tell for each cell [n, m] whether its influence differs from zero; False where the error is unknown.
+        """Tell whether each cell's influence [n, m] differs from zero; False where the error is unknown.
 
         Parameters
         ----------
         level : float
-            Confidence, as in `interval`: 0.95 allows 5% errors. At least 0.5, so that 0.05 is not taken for it.
+            Confidence, as in `interval`: 0.95 allows 5% errors. At least 0.5, so that nobody passes 0.05 by mistake.
         correction : "bh" or None
-            None: each cell for itself, so of 100 cells without influence 5 are called significant. "bh": of the cells
-            called significant, at most 5% are expected to have none (Benjamini and Hochberg 1995, over all cells whose
-            error is known; valid for independent and for positively dependent cells).
+            None: each cell is tested on its own, so 5 of 100 cells without influence become significant. "bh": at most
+            5% of the significant cells are expected to have no influence (Benjamini and Hochberg 1995, over all cells
+            with a known error; valid for independent and for positively dependent cells).
 
         Raises
         ------
@@ -248,13 +243,13 @@ class InfluenceMatrix:
 
         p = self.p_values()
         known = ~np.isnan(p)
-        found = np.zeros(p.shape, dtype=np.bool_)
+        significant = np.zeros(p.shape, dtype=np.bool_)
         if known.any():
-            found[known] = false_discovery_control(p[known]) < 1 - level
-        return found
+            significant[known] = false_discovery_control(p[known]) < 1 - level
+        return significant
 
     def split_half(self, *, draws: int = 100, seed: int = 0) -> SplitHalf:
-        """Tell how far two halves of this measurement agree on the order of the domains, and so two whole ones.
+        """Return how well two halves of this measurement agree on the order of the domains, and so two whole ones.
 
         Raises
         ------
@@ -263,27 +258,36 @@ class InfluenceMatrix:
         """
         if draws < 1:
             raise ValueError(f"draws must be at least 1; got {draws!r}")
-        return split_half(self, draws, seed)
+        return split_half(self._required_record(), draws, seed)
 
     def tails(self) -> Tails:
-        """Tell where single micro-batches decide a cell, with the winsorised values beside the plain ones.
+        """Return where single micro-batches decide a cell, with the winsorised values beside the plain ones.
 
-        In a record whose blocks hold several micro-batches it is the blocks that are looked at.
+        If the record's blocks hold several micro-batches, the test looks at blocks.
 
         Raises
         ------
         ValueError
             If there is no record.
         """
-        return heavy_tails(self)
+        return heavy_tails(self.values, self._required_record(), self.tasks, self.domains)
+
+    def _required_record(self) -> MicrobatchRecord:
+        if self.record is None:
+            raise ValueError(
+                "the matrix has no record of its micro-batches: it was made from plain values; "
+                "measure it with an InfluenceEngine"
+            )
+        return self.record
 
     def relative_error(self, side: Literal["both", "domain"] = "both") -> Array:
-        """Return for each task [n] the root mean square of `stderr` over the std of the values, both over domains.
+        """Return each task's error relative to the differences between its domains [n].
 
-        ``side="domain"`` takes `stderr_domain`: what more micro-batches of the domains could still improve.
+        This is the root mean square of `stderr` over the standard deviation of the values, both over domains. With
+        ``side="domain"`` it uses `stderr_domain`, the part that more micro-batches of the domains can lower.
 
-        A mixture depends on how the domains differ, so this is the error that matters for it: at 0.3 some 9% of what
-        looks like a difference is noise, at 1 all of it. NaN for fewer than two measured domains; infinite where the
+        A mixture depends on how the domains differ, so this is the error that matters for it: at 0.3 about 9% of the
+        variance between domains is noise, at 1 all of it. NaN for fewer than two measured domains; infinite where the
         values are all equal or an error is unknown.
         """
         if side not in ("both", "domain"):
@@ -299,64 +303,45 @@ class InfluenceMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; a number that is not finite becomes None (unknown) or "inf"."""
+        optional = {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
         return {
             "format": _FORMAT,
             "version": _VERSION,
             "tasks": list(self.tasks),
             "domains": list(self.domains),
-            "values": _to_json(self.values),
-            "stderr": _to_json(self.stderr),
-            "stderr_domain": _to_json(self.stderr_domain),
-            "stderr_task": _to_json(self.stderr_task),
-            **({} if self.stderr_projection is None else {"stderr_projection": _to_json(self.stderr_projection)}),
-            "dof": _to_json(self.dof),
-            "tokens": _to_json(self.tokens),
+            **{name: _to_json(getattr(self, name)) for name in _NUMBERS},
             "microbatches": self.microbatches.tolist(),
             "dropped": self.dropped,
             "settings": dict(self.settings),
-            **(
-                {}
-                if self.effective_microbatches is None
-                else {"effective_microbatches": _to_json(self.effective_microbatches)}
-            ),
+            **{name: _to_json(numbers) for name, numbers in optional.items()},
             **({} if self.record is None else {"record": self.record.to_dict()}),
         }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> InfluenceMatrix:
-        """Read what `to_dict` wrote.
+        """Read the output of `to_dict`.
 
         Raises
         ------
         ValueError
-            If the content is not an influence matrix, is of an unknown version, or lacks a field.
+            If the content is not an influence matrix, has an unknown version, or lacks a field.
         """
         if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
             raise ValueError(f"not an influence matrix: 'format' must be {_FORMAT!r}")
         if content.get("version") != _VERSION:
             raise ValueError(f"influence matrix version must be {_VERSION}; got {content.get('version')!r}")
-        optional = {
-            name: _from_json(content[name])
-            for name in ("stderr_projection", "effective_microbatches")
-            if content.get(name) is not None
-        }
+        optional = [name for name in _OPTIONAL if content.get(name) is not None]
         try:
             tasks, domains = tuple(content["tasks"]), tuple(content["domains"])
             record = content.get("record")
             return cls(
-                values=_from_json(content["values"]),
-                stderr=_from_json(content["stderr"]),
-                tokens=_from_json(content["tokens"]),
                 tasks=tasks,
                 domains=domains,
-                stderr_domain=_from_json(content["stderr_domain"]),
-                stderr_task=_from_json(content["stderr_task"]),
-                dof=_from_json(content["dof"]),
                 microbatches=np.array(content["microbatches"], dtype=np.int64),
                 dropped=int(content["dropped"]),
                 settings=dict(content["settings"]),
                 record=None if record is None else MicrobatchRecord.from_dict(record, len(tasks), len(domains)),
-                **optional,
+                **{name: _from_json(content[name]) for name in (*_NUMBERS, *optional)},
             )
         except KeyError as error:
             raise ValueError(f"influence matrix lacks the field {error.args[0]!r}") from None
@@ -364,7 +349,7 @@ class InfluenceMatrix:
             raise ValueError(f"influence matrix has a field of the wrong type: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the matrix as JSON with a checksum, atomically; returns the path.
+        """Write the matrix as JSON with a checksum, atomically, and return the path.
 
         Raises
         ------
@@ -375,14 +360,14 @@ class InfluenceMatrix:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InfluenceMatrix:
-        """Read a matrix that `save` wrote, or one without a checksum that something else did.
+        """Read a matrix that `save` wrote, or another program without a checksum.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is not JSON, not an influence matrix, or damaged; the message names it.
+            If the file is not JSON, not an influence matrix, or damaged; the message names the file.
         """
         content = files.read_json(path)
         with files.naming(path):
@@ -391,24 +376,23 @@ class InfluenceMatrix:
 
 def _check_array(name: str, array: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(array, np.ndarray) or array.shape != shape:
-        raise ValueError(
-            f"{name} must be an array of shape {shape}; got {getattr(array, 'shape', type(array).__name__)}"
-        )
+        actual = getattr(array, "shape", type(array).__name__)
+        raise ValueError(f"{name} must be an array of shape {shape}; got {actual}")
 
 
-def _to_json(array: Array) -> list[Any]:
-    def one(number: float) -> Any:
-        if np.isnan(number):
+def _to_json(numbers: Any) -> list[Any]:
+    def plain(number: Any) -> Any:
+        if isinstance(number, list):
+            return _to_json(number)
+        if math.isnan(number):
             return None
-        return float(number) if np.isfinite(number) else ("inf" if number > 0 else "-inf")
+        return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
 
-    return [one(row) if array.ndim == 1 else [one(cell) for cell in row] for row in array]
+    return [plain(each) for each in (numbers.tolist() if isinstance(numbers, np.ndarray) else numbers)]
 
 
 def _from_json(rows: Any) -> Array:
-    def one(cell: Any) -> float:
-        return float("nan") if cell is None else float(cell)
+    def number(cell: Any) -> float:
+        return math.nan if cell is None else float(cell)
 
-    return np.array(
-        [[one(cell) for cell in row] if isinstance(row, list) else one(row) for row in rows], dtype=np.float64
-    )
+    return np.array([[*map(number, row)] if isinstance(row, list) else number(row) for row in rows], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""A bounded record of single micro-batches, for what sums alone cannot tell. numpy only."""
+"""A bounded record of single micro-batches, for statistics that need more than sums. numpy only."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _BLOCKS = 64
 
 
 class MicrobatchRecord:
-    """Per domain the sums of its micro-batches, in at most ``blocks`` blocks of equally many consecutive ones.
+    """Sums over micro-batches per domain, in at most ``blocks`` blocks of equally many consecutive micro-batches.
 
-    At first every micro-batch is a block of its own. When a domain's blocks are all taken, neighbours are added up
-    pairwise, and from then on a block takes twice as many: all data stays in the record, and at least half of the
-    blocks are in use. A block holds 2 + 3 n numbers, so the record takes 8 m blocks (2 + 3 n) bytes: 386 kB for 9 tasks
-    and 26 domains.
+    At first every micro-batch is a block of its own. When all blocks of a domain are in use, neighbours are added
+    pairwise, and from then on a block takes twice as many micro-batches. So no data leaves the record, and at least
+    half of the blocks stay in use. A block holds 2 + 3 n numbers; the record takes 8 m blocks (2 + 3 n) bytes, which is
+    386 kB for 9 tasks and 26 domains.
 
-    `forget` makes old blocks weigh less. From then on a micro-batch is a block of its own, and when there is no room
-    the two neighbours with the least weight together become one: old blocks hold many, new ones one each.
+    `forget` lowers the weight of old blocks. From then on every new micro-batch is a block of its own. When there is no
+    room, the two neighbours with the least total weight become one block.
 
     Parameters
     ----------
@@ -47,14 +47,14 @@ class MicrobatchRecord:
         if blocks < 2 or blocks % 2:
             raise ValueError(f"blocks must be even and at least 2; got {blocks!r}")
         self.n, self.m, self.blocks = n, m, blocks
-        self._size = np.ones(m, dtype=np.int64)  # micro-batches a block
-        self._seen = np.zeros(m, dtype=np.int64)  # micro-batches in all; of one that forgets, blocks in use
+        self._size = np.ones(m, dtype=np.int64)  # micro-batches per block
+        self._seen = np.zeros(m, dtype=np.int64)  # micro-batches in total; after `forget`, blocks in use
         self._forgets = False
-        # Weighted tokens, sums, first halves' sums, first halves' tokens; and tokens times the square of their weight.
+        # Weighted tokens, sums, first halves' sums, first halves' tokens, and tokens times their weight squared.
         self._table = np.zeros((m, blocks, 2 + 3 * n))
 
     def add(self, sums: Array, tokens: Array, first_sums: Array, first_tokens: Array) -> None:
-        """Take one micro-batch.
+        """Add one micro-batch.
 
         Parameters
         ----------
@@ -65,26 +65,30 @@ class MicrobatchRecord:
         first_sums, first_tokens : float64 [n, m]
             The part of ``sums``, and of ``tokens``, that belongs to the first half of each task's own batches.
         """
-        for j in np.flatnonzero(tokens > 0):
-            if self._seen[j] == self._size[j] * self.blocks and self._forgets:
-                lightest = int((self._table[j, 1:, 0] + self._table[j, :-1, 0]).argmin())
-                self._table[j, lightest] += self._table[j, lightest + 1]
-                self._table[j, lightest + 1 : -1] = self._table[j, lightest + 2 :]
-                self._table[j, -1] = 0.0
-                self._seen[j] -= 1
-            elif self._seen[j] == self._size[j] * self.blocks:
-                merged = self._table[j].reshape(self.blocks // 2, 2, -1).sum(1)
-                self._table[j] = 0.0
-                self._table[j, : self.blocks // 2] = merged
-                self._size[j] *= 2
-            row = self._table[j, self._seen[j] // self._size[j]]
-            row += np.concatenate(
-                [tokens[j : j + 1], sums[:, j], first_sums[:, j], first_tokens[:, j], tokens[j : j + 1]]
-            )
-            self._seen[j] += 1
+        present = np.flatnonzero(tokens > 0)
+        for j in present[self._seen[present] == self._size[present] * self.blocks]:
+            self._make_room(j)
+        numbers = np.concatenate([tokens[None], sums, first_sums, first_tokens, tokens[None]])
+        self._table[present, self._seen[present] // self._size[present]] += numbers[:, present].T
+        self._seen[present] += 1
+
+    def _make_room(self, domain: int) -> None:
+        """Merge blocks of a domain whose blocks are all in use."""
+        table = self._table[domain]
+        if self._forgets:
+            lightest = int((table[1:, 0] + table[:-1, 0]).argmin())
+            table[lightest] += table[lightest + 1]
+            table[lightest + 1 : -1] = table[lightest + 2 :]
+            table[-1] = 0.0
+            self._seen[domain] -= 1
+        else:
+            half = self.blocks // 2
+            table[:half] = table.reshape(half, 2, -1).sum(1)
+            table[half:] = 0.0
+            self._size[domain] *= 2
 
     def forget(self, factor: float) -> None:
-        """Multiply the weight of everything so far: its tokens and its sums."""
+        """Multiply the weight of all micro-batches so far, in their tokens and their sums."""
         if factor == 1.0:
             return
         if not self._forgets:
@@ -94,7 +98,7 @@ class MicrobatchRecord:
         self._table[:, :, -1] *= factor**2
 
     def clear(self, domains: NDArray[np.bool_]) -> None:
-        """Take out everything of some domains."""
+        """Remove all micro-batches of some domains."""
         self._table[domains], self._seen[domains], self._size[domains] = 0.0, 0, 1
 
     def of_domain(self, domain: int) -> tuple[Array, Array]:
@@ -103,9 +107,10 @@ class MicrobatchRecord:
         return table[:, 0], table[:, 1 : 1 + self.n].T
 
     def variances_of_domain(self, domain: int) -> Array:
-        """Return to what the variance of each of a domain's sums is proportional [k]: its tokens, if none faded.
+        """Return numbers [k] proportional to the variance of a domain's sums: its tokens, if no weight has changed.
 
-        That is the sum of squared weights times tokens, for noise that falls with the tokens of a micro-batch.
+        A block's number is the sum of squared weights times tokens. It assumes noise that falls with a micro-batch's
+        tokens.
         """
         return self._used(domain)[:, -1]
 
@@ -116,14 +121,14 @@ class MicrobatchRecord:
         return (first_sums, first_tokens), (table[:, 1 : 1 + n].T - first_sums, table[:, 0] - first_tokens)
 
     def copy(self) -> MicrobatchRecord:
-        """Return a record of its own with the same content."""
+        """Return an independent record with the same content."""
         other = MicrobatchRecord(self.n, self.m, self.blocks)
         other._forgets = self._forgets
         other._size, other._seen, other._table = self._size.copy(), self._seen.copy(), self._table.copy()
         return other
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
+        """Return plain JSON types. The last column is left out while it equals the first."""
         return {
             "blocks": self.blocks,
             "size": self._size.tolist(),
@@ -134,7 +139,7 @@ class MicrobatchRecord:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], n: int, m: int) -> MicrobatchRecord:
-        """Read what `to_dict` wrote.
+        """Read the output of `to_dict`.
 
         Raises
         ------
@@ -157,13 +162,14 @@ class MicrobatchRecord:
         record._size, record._seen, record._forgets = size, seen, content.get("forgets") is True
         for j, rows in enumerate(content["table"]):
             used = record._used(j)[:, : None if record._forgets else -1]
-            given = np.array(rows, dtype=np.float64) if rows else np.empty((0, used.shape[1]))
-            if given.shape != used.shape or not np.isfinite(given).all():
+            numbers = np.array(rows, dtype=np.float64) if rows else np.empty((0, used.shape[1]))
+            if numbers.shape != used.shape or not np.isfinite(numbers).all():
                 raise ValueError(f"record must hold {used.shape[0]} blocks of {used.shape[1]} numbers for domain {j}")
-            used[:] = given
+            used[:] = numbers
         if not record._forgets:
             record._table[:, :, -1] = record._table[:, :, 0]
         return record
 
     def _used(self, domain: int) -> Array:
+        """Return the rows [k, 2 + 3 n] of a domain's blocks in use, as a view."""
         return self._table[domain, : -(-self._seen[domain] // self._size[domain])]

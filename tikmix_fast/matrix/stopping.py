@@ -20,9 +20,9 @@ def until_known(
 ) -> Iterator[Batch]:
     """Yield batches until ``matrix().relative_error()`` of every task is at most ``rel_error``.
 
-    It also ends, with a warning in the log, where the batches do, and where the domain side's part is at most half of
-    what is asked: the rest is the tasks' own error, or the projection's, which more batches of the domains hardly
-    lower.
+    Two other events end it, with a warning in the log: the batches run out, or the domain side's part of the error
+    falls to half of ``rel_error``. The rest is then the error of the tasks or of the projection, which more batches of
+    the domains hardly lower.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def until_known(
     rel_error : float
         Above 0.
     least : int
-        Micro-batches, at least 2, that every domain must have before the errors are believed.
+        Micro-batches, at least 2, that every domain needs before its error is trusted.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def _until_known(
         if (now.relative_error("domain") <= rel_error / 2).all():
             worst = int(now.relative_error().argmax())
             _LOG.warning(
-                "stopped at a relative error of %.2g for task %r, not %.2g: what is left is not the domains' part; "
+                "stopped at a relative error of %.2g for task %r, above the limit of %.2g: the domains' part is small; "
                 "measure more batches of the task (at least two per split), or project less",
                 *(now.relative_error()[worst], now.tasks[worst], rel_error),
             )

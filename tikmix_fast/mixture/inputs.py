@@ -1,8 +1,7 @@
-"""Read what the caller gave: the matrix with its names, and numbers per domain, matched by name."""
+"""Read the caller's arguments: the matrix with its names, numbers per domain matched by name, and mixtures."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
@@ -14,11 +13,25 @@ from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 Array = NDArray[np.float64]
 Names = tuple[str, ...] | None
 
-__all__ = ["label", "per_domain", "read_matrix", "read_mixtures", "read_number", "read_prior", "read_whole"]
+__all__ = [
+    "label",
+    "per_domain",
+    "read_floats",
+    "read_matrix",
+    "read_mixtures",
+    "read_names",
+    "read_number",
+    "read_objective",
+    "read_prior",
+    "require_mixtures",
+]
+
+# Sums off by no more than this are rounding: the weights stay as they were given.
+_ROUNDING = 1e-13
 
 
 def label(names: Names, index: SupportsIndex) -> str:
-    """Name one row or column in a message: its name where there is one, else its index."""
+    """Return how a message names one row or column: its name if it has one, else its index."""
     return repr(names[index]) if names else str(int(index))
 
 
@@ -31,7 +44,7 @@ def read_matrix(matrix: Any) -> tuple[Array, NDArray[np.bool_], Names, Names]:
         If the matrix is not [n, m] with n, m >= 1, holds an infinity, or a domain is measured for some tasks only.
     """
     named = isinstance(matrix, InfluenceMatrix)
-    values = _floats("matrix", matrix.values if named else matrix)
+    values = read_floats("matrix", matrix.values if named else matrix)
     tasks: Names = matrix.tasks if named else None
     domains: Names = matrix.domains if named else None
     if values.ndim != 2 or 0 in values.shape:
@@ -53,55 +66,75 @@ def read_matrix(matrix: Any) -> tuple[Array, NDArray[np.bool_], Names, Names]:
     return np.where(unknown, 0.0, values), np.asarray(~unknown.any(0)), tasks, domains
 
 
-def read_number(name: str, given: Any, *, positive: bool = False, most: float = np.inf) -> float:
+def read_names(name: str, value: Any, count: int | None = None) -> tuple[str, ...]:
+    """Return names as a tuple.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are no strings, one is empty or occurs twice, or their number is not ``count``.
+    """
+    names = () if isinstance(value, str) else tuple(value)
+    if isinstance(value, str) or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"{name} must be a sequence of strings; got {value!r}")
+    if not names or "" in names or len(set(names)) != len(names) or len(names) != (count or len(names)):
+        raise ValueError(f"{name} must be {count or 'one or more'} different non-empty strings; got {names!r}")
+    return names
+
+
+def read_number(name: str, value: Any, *, positive: bool = False, most: float = np.inf) -> float:
     """Return one finite number, at least 0 (above 0 if ``positive``) and at most ``most``, or raise naming it."""
     try:
-        number = float(given)
+        number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number; got {given!r}") from None
+        raise TypeError(f"{name} must be a number; got {value!r}") from None
     if not np.isfinite(number) or number < 0 or number > most or (positive and number == 0):
         limit = f" and at most {most:g}" if np.isfinite(most) else ""
-        raise ValueError(f"{name} must be {'above 0' if positive else 'at least 0'}{limit}, and finite; got {given!r}")
+        raise ValueError(f"{name} must be {'above 0' if positive else 'at least 0'}{limit}, and finite; got {value!r}")
     return number
 
 
-def read_whole(name: str, given: Any, least: int) -> int:
-    """Return a whole number of at least ``least``, or raise naming it."""
-    try:
-        number = operator.index(given)
-    except TypeError:
-        raise TypeError(f"{name} must be an int; got {given!r}") from None
-    if isinstance(given, (bool, np.bool_)) or number < least:
-        raise ValueError(f"{name} must be an int of at least {least}; got {given!r}")
-    return number
+def read_objective(uniformity: Any, influence: Any, diversity: Any) -> tuple[float, float, float]:
+    """Return the weights of the objective's three terms.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is not a number of at least 0, or all are 0.
+    """
+    uniformity, influence = read_number("uniformity", uniformity), read_number("influence", influence)
+    diversity = read_number("diversity", diversity)
+    if uniformity == influence == diversity == 0:
+        raise ValueError("one of uniformity, influence and diversity must be above 0; got 0 for all")
+    return uniformity, influence, diversity
 
 
-def per_domain(name: str, given: Any, domains: Names, count: int, default: float | None = None) -> Array:
+def per_domain(name: str, value: Any, domains: Names, count: int, default: float | None = None) -> Array:
     """Return one non-negative number per domain [count] from a mapping by name, an array, or a number for all.
 
     Parameters
     ----------
     default : float, optional
-        For domains that a mapping does not name, and permission to give one number for all. Without it every domain
-        must be given.
+        For domains that a mapping does not name. It also allows one number for all domains. Without a default every
+        domain needs a number.
 
     Raises
     ------
     TypeError, ValueError
         Naming the unknown or missing domains, the wrong length, or the number that is negative or NaN.
     """
-    if isinstance(given, Mapping):
+    if isinstance(value, Mapping):
         if domains is None:
             raise ValueError(
                 f"{name} must be an array of {count} numbers: a plain matrix has no domain names; got a mapping"
             )
-        unknown = [key for key in given if key not in domains]
-        missing = [] if default is not None else [key for key in domains if key not in given]
+        unknown = [key for key in value if key not in domains]
+        missing = [] if default is not None else [key for key in domains if key not in value]
         if unknown or missing:
             wrong = [f"{word} {names}" for word, names in (("unknown", unknown), ("missing", missing)) if names]
             raise ValueError(f"{name} must name the matrix's domains; got {' and '.join(wrong)}")
-        given = [given.get(key, default) for key in domains]
-    numbers = _floats(name, given)
+        value = [value.get(key, default) for key in domains]
+    numbers = read_floats(name, value)
     if numbers.ndim == 0 and default is not None:
         numbers = np.full(count, float(numbers))
     if numbers.shape != (count,):
@@ -114,46 +147,54 @@ def per_domain(name: str, given: Any, domains: Names, count: int, default: float
     return numbers
 
 
+def require_mixtures(name: str, weights: Array, tolerance: float) -> None:
+    """Raise ValueError unless each row of weights [m] or [N, m] is at least 0 and sums to 1 within ``tolerance``."""
+    rows = np.atleast_2d(weights)
+    sums = rows.sum(axis=1)
+    wrong = np.flatnonzero(~((rows >= 0).all(axis=1) & (np.abs(sums - 1.0) <= tolerance)))
+    if wrong.size:
+        row = int(wrong[0])
+        bound = f"{tolerance:g}".replace("e-0", "e-")
+        every, which, each = (" in every row", f" row {row} with", "each row") if weights.ndim == 2 else ("", "", "it")
+        raise ValueError(
+            f"{name} must be at least 0 and sum to 1 within {bound}{every}; got{which} sum {sums[row]:g} and"
+            f" least weight {rows[row].min():g}; divide {each} by its sum"
+        )
+
+
 def read_prior(prior: Any, domains: Names, count: int, name: str = "prior") -> Array:
     """Return a mixture [count], scaled to sum to 1.
 
     Raises
     ------
     TypeError, ValueError
-        As `per_domain`, or if it does not sum to 1 within 1e-6.
+        As `per_domain`, or if the sum is not 1 within 1e-6.
     """
     weights = per_domain(name, prior, domains, count)
+    require_mixtures(name, weights, 1e-6)
     total = float(weights.sum())
-    if not abs(total - 1.0) <= 1e-6:
-        raise ValueError(f"{name} must sum to 1 within 1e-6; got {total:g}; divide it by its sum (token counts too)")
-    return weights / total
+    return weights if abs(total - 1.0) <= _ROUNDING else weights / total
 
 
-def read_mixtures(name: str, given: Any, count: int | None = None) -> Array:
-    """Return mixtures [N, count], each scaled to sum to 1; sums may be off by 0.01, as in tables that were rounded.
+def read_mixtures(name: str, value: Any, count: int | None = None) -> Array:
+    """Return mixtures [N, count], each scaled to sum to 1; sums may be off by 0.01, as in rounded tables.
 
     Raises
     ------
     TypeError, ValueError
         If there are none, the number of domains is another, or a row is not a mixture; the message names the row.
     """
-    mixtures = _floats(name, given)
-    wanted = "m" if count is None else str(count)
+    mixtures = read_floats(name, value)
     if mixtures.ndim != 2 or 0 in mixtures.shape or (count is not None and mixtures.shape[1] != count):
-        raise ValueError(f"{name} must have shape [N, {wanted}], one mixture a row; got {mixtures.shape}")
-    sums = mixtures.sum(axis=1)
-    wrong = np.flatnonzero(~((mixtures >= 0).all(axis=1) & (np.abs(sums - 1.0) <= 0.01)))
-    if wrong.size:
-        row = int(wrong[0])
-        raise ValueError(
-            f"{name} must be at least 0 and sum to 1 within 0.01 in every row; got row {row} with sum {sums[row]:g} and"
-            f" least weight {mixtures[row].min():g}; divide each row by its sum"
-        )
-    return np.asarray(mixtures / sums[:, None])
+        m = "m" if count is None else str(count)
+        raise ValueError(f"{name} must have shape [N, {m}], one mixture a row; got {mixtures.shape}")
+    require_mixtures(name, mixtures, 0.01)
+    return np.asarray(mixtures / mixtures.sum(axis=1)[:, None])
 
 
-def _floats(name: str, given: Any) -> Array:
+def read_floats(name: str, value: Any) -> Array:
+    """Return an array of float64, or raise TypeError naming the argument."""
     try:
-        return np.array(given, dtype=np.float64)
+        return np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must hold numbers; got {type(given).__name__}") from None
+        raise TypeError(f"{name} must hold numbers; got {type(value).__name__}") from None

@@ -1,4 +1,4 @@
-"""What a mixture solver returns: the weights, and how they came about."""
+"""The result of a mixture solver: the weights, and how it found them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tikmix_fast.mixture.inputs import require_mixtures
+
 Array = NDArray[np.float64]
 
 __all__ = ["MixtureResult", "plain_types"]
@@ -17,21 +19,21 @@ __all__ = ["MixtureResult", "plain_types"]
 
 @dataclass(frozen=True, eq=False)
 class MixtureResult:
-    """A mixture, with scipy's names for how the optimisation went.
+    """A mixture, with scipy's names for the course of the optimisation.
 
     Attributes
     ----------
     weights : float64 [m]
-        The mixture; sums to 1. Checked against every constraint if ``success``, else the prior.
+        The mixture; sums to 1. It passed the check of every constraint if ``success``; else it is the prior.
     prior : float64 [m]
-        The mixture it started from.
+        The mixture before.
     domains, tasks : tuple of str or None
         Names, where the matrix has them.
     success : bool
     status : int
-        0: solved. 1: no solver found a mixture that passed the checks, ``weights`` is the prior.
+        0: solved. 1: no solver found a mixture that passes the checks, and ``weights`` is the prior.
     message : str
-        What happened, in words.
+        The course in words.
     fun : float
         The objective at ``weights``, ``uniformity * std - influence * sum - diversity * entropy``; lower is better.
     nit : int
@@ -41,23 +43,23 @@ class MixtureResult:
         influence), ``"influence"`` (its sum), ``"diversity"`` (entropy of the weights, nats).
     predicted, predicted_prior : float64 [n]
         Predicted influence ``S @ weights`` and ``S @ prior`` per task, in the matrix's unit; positive lowers the loss.
-        Domains that were never measured are left out of both. By `tikmix_m`: the predicted labels, as they were fitted.
+        Both leave out unmeasured domains. `tikmix_m` puts the predicted labels here, in the labels' unit.
     effective_domains : float
         exp(entropy): m for uniform weights, 1 for a single domain.
     active : tuple of str
-        Constraints that hold with equality, such as ``"pareto: qa"``, ``"cap: web"``, ``"max_kl"``.
+        Constraints that hold with equality, for example ``"pareto: qa"``, ``"cap: web"``, ``"max_kl"``.
     kept : tuple of str or of int
-        Domains that were never measured and keep their prior weight; names where there are names, else indices.
+        Unmeasured domains, which keep their prior weight: names where the matrix has them, else indices.
     solver : str
-        The solver that found the weights: ``"slsqp"``, ``"interior"``, or ``"none"`` where the prior is returned. By
-        `tikmix_m`: ``"search"``, or ``"anchor"`` where its search adds nothing.
+        The solver that found the weights: ``"slsqp"``, ``"interior"``, or ``"none"`` if they are the prior. From
+        `tikmix_m`: ``"search"``, or ``"anchor"`` if its search adds nothing.
     gap : float
-        What ``fun`` may be above the optimum, before smoothing and confidence: a bound for ``"interior"``, the
+        Distance of ``fun`` from the optimum, before smoothing and confidence: a bound for ``"interior"``, the
         disagreement of two starts for ``"slsqp"``, else NaN.
     warnings : tuple of str
-        Also given through `warnings.warn`.
+        The texts that `warnings.warn` got too.
     known : float64 [m] or None
-        With ``confidence``: the share of its way to the solved weight that each domain was allowed.
+        With ``confidence``: the share of its way to the solved weight that each domain may move.
 
     Raises
     ------
@@ -86,8 +88,9 @@ class MixtureResult:
     known: Array | None = None
 
     def __post_init__(self) -> None:
-        if not (self.weights.ndim == 1 and (self.weights >= 0).all() and abs(self.weights.sum() - 1.0) <= 1e-9):
-            raise ValueError(f"weights must be a mixture, at least 0 and summing to 1; got {self.weights!r}")
+        if self.weights.ndim != 1:
+            raise ValueError(f"weights must have shape [m]; got {self.weights.shape}")
+        require_mixtures("weights", self.weights, 1e-9)
 
     def as_dict(self) -> dict[str, float]:
         """Return the weights by domain name.
@@ -98,16 +101,16 @@ class MixtureResult:
             If the matrix had no names.
         """
         if self.domains is None:
-            raise ValueError("the matrix had no domain names; use weights, or solve from an InfluenceMatrix")
+            raise ValueError("the matrix must have domain names; it had none: use weights, or pass an InfluenceMatrix")
         return dict(zip(self.domains, self.weights.tolist(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field as plain JSON types; a number that is not finite becomes None."""
+        """Return all fields as plain JSON types; a number that is not finite becomes None."""
         return {field.name: plain_types(getattr(self, field.name)) for field in fields(self)}
 
 
 def plain_types(value: Any) -> Any:
-    """Return arrays, sequences and mappings of numbers and strings as JSON types; not finite numbers become None."""
+    """Return arrays, sequences and mappings as JSON types; a number that is not finite becomes None."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, (list, tuple)):

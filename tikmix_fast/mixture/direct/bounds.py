@@ -1,4 +1,4 @@
-"""Put the bounds on the weights together, and say which of them exclude every mixture."""
+"""Join the bounds on the weights, and report those that exclude every mixture."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tikmix_fast.mixture.inputs import Names, label
 
 Array = NDArray[np.float64]
 
-__all__ = ["check_feasible", "join_bounds"]
+__all__ = ["check_feasible", "join_bounds", "require_within"]
 
 _ROUNDING = 1e-12
-_LP_ERROR = 1e-8  # what is less is left to the solvers and to the checks of their answers
+_LP_ERROR = 1e-8  # the checks of a solver's answer catch smaller violations
 
 
 def join_bounds(
     floors: Sequence[Limit], caps: Sequence[Limit], prior: Array, measured: NDArray[np.bool_], domains: Names
 ) -> tuple[Array, Array]:
-    """Return the tightest lower and upper bounds [m]; a domain never measured is fixed at its prior weight.
+    """Return the tightest lower and upper bounds [m]. They fix an unmeasured domain at its prior weight.
 
     Raises
     ------
     ValueError
-        If the bounds of one domain, or of all together, leave no mixture; the message names the bounds.
+        If the bounds of one domain, or of all together, allow no mixture; the message names the bounds.
     """
     lower = np.max([limit.bound for limit in floors], axis=0)
     upper = np.min([limit.bound for limit in caps], axis=0)
@@ -47,7 +47,7 @@ def join_bounds(
     ):
         for j in np.flatnonzero(beyond & ~measured):
             raise ValueError(
-                f"domain {label(domains, j)} was never measured, so it keeps its prior weight {prior[j]:g}, but that is"
+                f"domain {label(domains, j)} was never measured, so it keeps its prior weight {prior[j]:g}, which is"
                 f" {word} its {_source(limits, bound, j)} {bound[j]:g}; measure it, or change the bound or the prior"
             )
     lower = np.where(measured, lower, prior)
@@ -63,12 +63,12 @@ def join_bounds(
 
 
 def check_feasible(problem: Problem, bound_names: str) -> None:
-    """Raise if Pareto or the KL limit cannot hold within the bounds. Without bounds the prior always satisfies both.
+    """Raise if Pareto or the KL limit cannot hold within the bounds. Without bounds, the prior satisfies both.
 
     Raises
     ------
     ValueError
-        Naming the tasks that Pareto would fail for, or the smallest KL that the bounds allow.
+        Naming the tasks that must lose, or the smallest KL that the bounds allow.
     """
     if not problem.violations(problem.nearest_to_prior()):
         return
@@ -92,10 +92,20 @@ def check_feasible(problem: Problem, bound_names: str) -> None:
             )
 
 
+def require_within(weights: Array, lower: Array, upper: Array, domains: Names, message: str) -> None:
+    """Raise ValueError unless the weights [m] keep the bounds; ``message`` says why, the first violation follows it."""
+    outside = np.flatnonzero((weights < lower - TOLERANCE) | (weights > upper + TOLERANCE))
+    if outside.size:
+        j = int(outside[0])
+        raise ValueError(
+            f"{message}; got {weights[j]:g} for domain {label(domains, j)}, outside [{lower[j]:g}, {upper[j]:g}]"
+        )
+
+
 def _pareto_shortfall(problem: Problem) -> Array:
-    """Return by how much each task [n] must fall below the prior, with the smallest sum."""
+    """Return the least sum of shortfalls below the prior, task by task [n]."""
     n, m = problem.shape
-    found = linprog(
+    program = linprog(
         np.concatenate([np.zeros(m), np.ones(n)]),
         A_ub=np.hstack([-problem.scaled, -np.eye(n)]),
         b_ub=-problem.required,
@@ -105,8 +115,8 @@ def _pareto_shortfall(problem: Problem) -> Array:
         method="highs",
         options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
     )
-    # The bounds leave a mixture and the slack is free, so only rounding can make the solver fail: no verdict then.
-    return np.asarray(found.x[m:]) if found.x is not None else np.zeros(n)
+    # Some mixture keeps the bounds and the shortfall is free, so only rounding can fail the solver: no verdict then.
+    return np.asarray(program.x[m:]) if program.x is not None else np.zeros(n)
 
 
 def _source(limits: Sequence[Limit], bound: Array, j: SupportsIndex) -> str:

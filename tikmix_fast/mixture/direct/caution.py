@@ -1,4 +1,4 @@
-"""Move a mixture only as far as the influence it rests on is known."""
+"""Shorten the step of a mixture where its influence is uncertain."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ Array = NDArray[np.float64]
 
 __all__ = ["cautious_step", "known_shares"]
 
-# Below the tolerance of the final check, by what the linear program may miss its constraints.
+# Below the tolerance of the final check, to leave room for the linear program's own violations.
 _ALLOWED = 0.9 * TOLERANCE
 _LP = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 
 
 def known_shares(matrix: InfluenceMatrix, scale: Array, prior: Array, confidence: float) -> Array:
-    """Return for each domain [m] what share of its difference from the prior mixture is surely there, 0 to 1.
+    """Return the certain share of each domain's difference from the prior mixture [m], between 0 and 1.
 
-    With d_j the domain's scaled influence on all tasks minus that of the prior mixture, and e_j the standard errors of
-    its own column, |d_j| is at least |d_j| - t |e_j| with at least this confidence (normal errors, however correlated
-    over tasks: Szekely and Bakirov 2003; t is the two-sided quantile for the column's fewest degrees of freedom). The
-    share is that over |d_j|, and 0 where it is negative or an error is unknown. The error of the prior mixture's own
-    influence is left out: one badly known domain would otherwise hold all others back.
+    Let d_j be the domain's scaled influence on all tasks minus that of the prior mixture, and e_j the standard errors
+    of its own column. The true difference is at least |d_j| - t |e_j| with at least this confidence, for normal errors
+    with any correlation over tasks (Szekely and Bakirov 2003); t is the two-sided quantile for the column's fewest
+    degrees of freedom. The share is this bound over |d_j|; it is 0 where the bound is negative or an error is unknown.
+    The bound ignores the error of the prior mixture's influence, or else one badly measured domain would hold back all
+    others.
     """
     values, errors = matrix.values / scale[:, None], matrix.stderr / scale[:, None]
     measured = ~np.isnan(values).any(axis=0)
@@ -43,15 +44,15 @@ def known_shares(matrix: InfluenceMatrix, scale: Array, prior: Array, confidence
 
 
 def cautious_step(problem: Problem, weights: Array, shares: Array) -> Array:
-    """Return the mixture that moves from the prior towards ``weights``, no domain further than its share of the way.
+    """Return a mixture between the prior and ``weights`` in which no domain moves further than its share of the way.
 
-    What domains may gain and what they may lose is then no longer equal; the larger of the two is scaled down. If that
-    leaves a task worse than under the prior, the mixture is sought that moves most weight within the same limits and
-    harms no task, and of several such the one with the least linear cost (two linear programs).
+    The shares leave gains and losses unequal, so the larger sum is scaled down to the smaller. If a task then fares
+    worse than under the prior, two linear programs find the mixture that moves the most weight within the same limits
+    without harm to any task, and among those the one with the least linear cost.
 
-    No limit grows when an error does, so the weight moved, ``|w - prior|_1``, does not either: it is the optimum of a
-    maximum over a set that shrinks. Bounds and the KL limit keep holding, because every weight stays between the
-    prior's and the given one.
+    A larger error never raises a limit, so it never raises the weight moved, ``|w - prior|_1``: a smaller set has no
+    larger maximum. The bounds and the KL limit still hold, because every weight lies between the prior's and the given
+    one.
     """
     prior = problem.prior
     step = shares * (weights - prior)
@@ -61,7 +62,7 @@ def cautious_step(problem: Problem, weights: Array, shares: Array) -> Array:
     largest = float(np.abs(step).max())
     signs, limits = np.sign(step), np.abs(step) / largest
     gain = problem.scaled * signs
-    limited: dict[str, Any] = {
+    program: dict[str, Any] = {
         "A_eq": signs[None],
         "b_eq": [0.0],
         "bounds": np.column_stack([np.zeros_like(limits), limits]),
@@ -69,22 +70,22 @@ def cautious_step(problem: Problem, weights: Array, shares: Array) -> Array:
         "options": _LP,
     }
     harmless = np.full(len(gain), _ALLOWED / largest)
-    most = linprog(-np.ones_like(limits), A_ub=-gain, b_ub=harmless, **limited)
+    most = linprog(-np.ones_like(limits), A_ub=-gain, b_ub=harmless, **program)
     if most.x is None:
         return prior.copy()
     best = linprog(
         signs * problem.cost,
         A_ub=np.concatenate([-gain, -np.ones_like(limits)[None]]),
         b_ub=np.append(harmless, most.fun + 1e-9),
-        **limited,
+        **program,
     )
-    found = most.x if best.x is None else best.x
-    moved = _balanced(problem, signs * np.clip(found, 0.0, limits) * largest)
+    lengths = most.x if best.x is None else best.x
+    moved = _balanced(problem, signs * np.clip(lengths, 0.0, limits) * largest)
     return moved if not problem.violations(moved) else prior.copy()
 
 
 def _balanced(problem: Problem, step: Array) -> Array:
-    """Return the prior plus the step, its gains or its losses scaled down to what the others allow."""
+    """Return the prior plus the step, with the larger of its gains and losses scaled down to the smaller."""
     gains, losses = step[step > 0].sum(), -step[step < 0].sum()
     total = min(gains, losses)
     if total <= 0:
@@ -94,4 +95,5 @@ def _balanced(problem: Problem, step: Array) -> Array:
 
 
 def _harm(problem: Problem, weights: Array) -> float:
+    """Return the largest loss of a task against the prior, scaled."""
     return float((problem.required - problem.scaled @ weights).max())

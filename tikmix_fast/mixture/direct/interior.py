@@ -1,4 +1,4 @@
-"""Solve the mixture problem at any size: an interior point method with systems of the size of the number of tasks."""
+"""An interior point method for the mixture problem, whose linear systems have the size of the number of tasks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Array = NDArray[np.float64]
 __all__ = ["SMALLEST_DIVERSITY", "solve"]
 
 SMALLEST_DIVERSITY = 1e-5
-"""Smallest weight of the entropy, relative to the objective's largest weight, at which the method is reliable."""
+"""The least reliable weight of the entropy, relative to the objective's largest weight."""
 
-# Pareto and the KL limit are relaxed by this, so that there is an inside even where only the prior satisfies them.
+# Relaxation of Pareto and the KL limit, so that an interior exists even where only the prior satisfies them.
 _RELAX = 1e-10
 _TOLERANCE = 1e-10
 _SMALLEST_BARRIER = 1e-12
@@ -27,13 +27,13 @@ _SHORT = 0.1
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Where the iteration is, or one of its steps. All but ``u`` and ``total`` stay positive."""
+    """A point of the iteration, or a step between two. All but ``u`` and ``total`` stay positive in a point."""
 
-    weights: Array  # [k] of the free domains; their distances to both bounds stay positive
+    weights: Array  # [k] weights of the free domains; their distances to both bounds stay positive too
     below: Array  # [k] prices of the lower bounds
     above: Array  # [k] prices of the upper bounds
-    slack: Array  # [c] of Pareto per task, then of the KL limit
-    price: Array  # [c] of the same
+    slack: Array  # [c] slacks of Pareto per task, then of the KL limit
+    price: Array  # [c] their prices
     u: Array  # [n - 1] slope of the objective in x, |u| <= radius
     ball: float  # price of |u| <= radius
     total: float  # price of the weights' sum
@@ -45,9 +45,9 @@ class _State:
 class _Reduced:
     """The problem in its free domains.
 
-    With x the n - 1 orthonormal contrasts of the scaled influence, the std is ``|x| / sqrt(n)``, and its term in the
-    objective is the maximum of ``u @ x`` over ``|u| <= radius``. All but the bounds has its rows of ``rows``: x, minus
-    Pareto per task, the gradient of the KL divergence.
+    Let x be the n - 1 orthonormal contrasts of the scaled influence. The std is ``|x| / sqrt(n)``, and its term in the
+    objective is the maximum of ``u @ x`` over ``|u| <= radius``. ``rows`` holds the gradients of x, of minus Pareto per
+    task, and of the KL divergence.
     """
 
     def __init__(self, problem: Problem, free: NDArray[np.bool_]) -> None:
@@ -55,7 +55,7 @@ class _Reduced:
         self.cost, self.diversity = problem.cost[free], problem.diversity
         self.lower, self.mass = problem.lower[free], 1.0 - fixed.sum()
         upper = problem.upper[free]
-        # A bound that the sum implies is moved out of the way.
+        # Move an upper bound that the sum already implies out of the way.
         self.upper = np.where(upper >= self.mass, 2.0 * self.mass, upper)
         self.log_prior = np.log(np.where(problem.prior > 0, problem.prior, 1.0)[free])
 
@@ -85,7 +85,7 @@ class _Reduced:
             below=1.0 / (k * (weights - self.lower)),
             above=1.0 / (k * (self.upper - weights)),
             slack=np.maximum(self.room(weights), 0.1 * size),
-            # High, as prices reach 1e5 where Pareto leaves little room, and take long to grow to that.
+            # Start high: prices reach 1e5 where Pareto leaves little room, and they grow slowly.
             price=10.0 / np.maximum(1.0, size),
             u=u,
             ball=ball,
@@ -103,7 +103,7 @@ class _Reduced:
         return np.asarray(self._rows[: self.n_std] @ weights + self.x_settled)
 
     def room(self, weights: Array) -> Array:
-        """Return by how much Pareto and the KL limit are met [c]."""
+        """Return the slacks [c] of Pareto and of the KL limit at the weights."""
         room: Array = self.demand @ weights - self.required
         if self.max_kl is None:
             return room
@@ -126,7 +126,7 @@ class _Reduced:
 
 
 class _Newton:
-    """The linear system at one state: everything eliminated but the multipliers u and the prices of the constraints."""
+    """The linear system at one state, reduced to the multipliers u and the prices of the constraints."""
 
     def __init__(self, reduced: _Reduced, state: _State) -> None:
         self.reduced, self.state = reduced, state
@@ -157,13 +157,13 @@ class _Newton:
         self.system = system
 
     def residual(self) -> float:
-        """Return the largest violation of the other optimality conditions."""
+        """Return the largest violation of the optimality conditions other than complementarity."""
         state = self.state
         parts = [self.slope, np.array([self.excess]), self.room - state.slack, self.x - 2.0 * state.ball * state.u]
         return float(np.abs(np.concatenate(parts)).max())
 
     def step(self, barrier: float, predicted: _State | None) -> _State:
-        """Return the step to the point where slack times price is ``barrier``, corrected for the predicted step."""
+        """Return the step towards slack times price equal to ``barrier``, corrected for the predicted step."""
         state, n = self.state, self.reduced.n_std
         lower = upper = slack = np.asarray(barrier)
         inside: float = barrier
@@ -194,7 +194,7 @@ class _Newton:
         )
 
     def longest(self, step: _State) -> float:
-        """Return the largest part of the step, at most 1, that leaves nothing negative and u in its ball."""
+        """Return the largest part of the step, at most 1, that makes nothing negative and keeps u in its ball."""
         state = self.state
         now = np.concatenate(
             [self.from_lower, self.from_upper, state.below, state.above, state.slack, state.price, [state.ball]]
@@ -210,7 +210,7 @@ class _Newton:
         return length
 
     def gap(self, spread: float) -> float:
-        """Bound the objective's distance from the optimum, given the std term: weak duality, without the slacks."""
+        """Bound the objective's distance from the optimum by weak duality, given the std term."""
         state = self.state
         gap = spread - float(state.u @ self.x) + float(state.price @ self.room)
         gap += float(self.from_lower @ state.below + self.from_upper @ state.above)
@@ -220,13 +220,13 @@ class _Newton:
 def solve(problem: Problem, max_iterations: int = 60) -> Solution:
     """Solve by Mehrotra's predictor-corrector method (Nocedal and Wright 2006, chapters 14 and 19).
 
-    The weights are eliminated from each Newton system. What is left has the size of the dual: a multiplier per task
-    for the std, one for Pareto, and one for the KL limit. So an iteration costs O(m n^2) for m domains and n tasks; 10
-    to 25 are usual. Pareto and the KL limit are met to 1e-9, the bounds exactly. The gap is a bound, from weak duality.
-    With a diversity below `SMALLEST_DIVERSITY` times the largest of the objective's weights it may stay above 1e-8.
+    Elimination of the weights reduces each Newton system to the size of the dual: a multiplier per task for the std,
+    one per task for Pareto, and one for the KL limit. An iteration costs O(m n^2) for m domains and n tasks; 10 to 25
+    are usual. Pareto and the KL limit hold to 1e-9, the bounds exactly. The gap is a bound, from weak duality. It may
+    stay above 1e-8 if the diversity is below `SMALLEST_DIVERSITY` times the largest of the objective's weights.
 
-    Without a std term the capped tilt is tried first: where it meets Pareto and the KL limit it is the answer. Where
-    the iteration fails, about once in a thousand of deliberately bad problems, it is run again with shorter steps.
+    Without a std term the capped tilt comes first: if it meets Pareto and the KL limit, it is the answer. If the
+    iteration fails, as it does for one in a thousand deliberately bad problems, it runs again with shorter steps.
     """
     if only := problem.only_mixture():
         return only
@@ -272,7 +272,7 @@ def _iterate(problem: Problem, max_iterations: int, cautious: bool) -> Solution:
         state = state.moved(step, length)
         inside = reduced.radius2 - float(state.u @ state.u)
         if reduced.n_std and length < _SHORT and state.ball * inside < 0.01 * barrier:
-            # Pressed against its ball, u blocks everybody's step: put it back to where its own conditions hold.
+            # u presses against its ball and blocks the whole step: reset it to satisfy its own conditions.
             u, ball = reduced.fitted(reduced.x(state.weights), barrier)
             state = replace(state, u=u, ball=ball)
     spread = problem.uniformity * float(np.sqrt(newton.x @ newton.x / len(problem.scaled)))

@@ -1,4 +1,4 @@
-"""The convex problem that TiKMiX-D solves: scaled influence, objective, and constraints with their names."""
+"""The convex problem of TiKMiX-D: scaled influence, objective, and constraints with their names."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
+from tikmix_fast.arguments import require_choice
 from tikmix_fast.mixture.direct.tilt import capped_tilt
 from tikmix_fast.mixture.inputs import Names, label
 
 Array = NDArray[np.float64]
 Norm = Literal["max", "maxabs", "std"]
 
-__all__ = ["TOLERANCE", "Limit", "Norm", "Problem", "Solution", "entropy", "kl_divergence", "row_scale"]
+__all__ = [
+    "TOLERANCE",
+    "Limit",
+    "Norm",
+    "Problem",
+    "Solution",
+    "entropy",
+    "kl_divergence",
+    "objective_terms",
+    "row_scale",
+]
 
 TOLERANCE = 1e-9
-"""What a returned mixture may miss a constraint by; Pareto in the normalised scale, KL in nats."""
+"""The largest violation of a constraint in a returned mixture; Pareto in the normalised scale, KL in nats."""
 
 _SMALL_ROW = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class Limit:
-    """One kind of bound on the weights [m], under the name that the caller knows."""
+    """One kind of bound on the weights [m], under the caller's name for it."""
 
     name: str
     bound: Array
@@ -33,21 +44,21 @@ class Limit:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Minimise ``uniformity * std(A w) + cost @ w - diversity * H(w)`` over the mixtures that the constraints allow.
+    """Minimise ``uniformity * std(A w) + cost @ w - diversity * H(w)`` over the feasible mixtures w.
 
     Attributes
     ----------
     scaled : float64 [n, m]
-        A: influence over the positive scale of its row.
+        A: influence divided by the positive scale of its row.
     cost : float64 [m]
-        Linear cost; for TiKMiX-D minus the influence weight times the column sums of A.
+        Linear cost; for TiKMiX-D, minus the influence weight times the column sums of A.
     prior : float64 [m]
     lower, upper : float64 [m]
-        Bounds on the weights, all sources together; equal where a domain is fixed.
+        The tightest bounds on the weights; equal where a domain is fixed.
     pareto : bool
-        Whether ``A w >= A prior`` is required of every task.
+        Whether ``A w >= A prior`` must hold for every task.
     max_kl : float or None
-        Largest KL(w || prior), in nats. Domains of prior zero must then have ``upper`` zero.
+        Largest KL(w || prior), in nats. Domains with prior zero must then have ``upper`` zero.
     """
 
     scaled: Array
@@ -69,52 +80,52 @@ class Problem:
 
     @property
     def required(self) -> Array:
-        """Scaled influence of the prior [n], which Pareto holds every task to."""
+        """Scaled influence of the prior [n], the least that Pareto allows for each task."""
         return self.scaled @ self.prior
 
     @property
     def contested(self) -> NDArray[np.bool_]:
-        """Tasks [n] that Pareto constrains: all but those that every free domain helps alike."""
+        """Tasks [n] that Pareto constrains: all but those for which all free domains have the same influence."""
         gain = self.scaled[:, self.lower < self.upper]
         if not self.pareto or not gain.shape[1]:
             return np.zeros(len(gain), dtype=np.bool_)
         return np.asarray(np.ptp(gain, axis=1) > 1e-12)
 
     def objective(self, weights: Array) -> float:
-        """Return the value to be minimised."""
+        """Return the objective at the weights."""
         spread = self.uniformity * float((self.scaled @ weights).std()) if self.uniformity else 0.0
         return spread + float(self.cost @ weights) - self.diversity * entropy(weights)
 
     def only_mixture(self) -> Solution | None:
-        """Return the one mixture that the bounds allow, if it is one."""
+        """Return the mixture if the bounds allow only one."""
         for bound in (self.lower, self.upper):
             if abs(bound.sum() - 1.0) <= 1e-12:
                 return Solution(bound / bound.sum(), True, 0.0, 0, "the bounds allow one mixture only")
         return None
 
     def nearest(self, logits: Array) -> Array:
-        """Return the mixture within the bounds that is nearest to ``exp(logits)`` in KL divergence."""
+        """Return the mixture within the bounds with the least KL divergence from ``exp(logits)``."""
         return capped_tilt(logits, self.lower, self.upper)[0]
 
     def nearest_to_prior(self) -> Array:
-        """Return the mixture within the bounds that is nearest to the prior: the prior itself where they allow it."""
+        """Return the mixture within the bounds nearest to the prior, which is the prior itself if it keeps them."""
         if (self.lower <= self.prior).all() and (self.prior <= self.upper).all():
             return self.prior.copy()
         return self.nearest(np.log(np.maximum(self.prior, np.finfo(np.float64).tiny)))
 
     def violations(self, weights: Array) -> list[str]:
-        """Name every constraint that the weights miss by more than `TOLERANCE`, worst task first; empty if feasible."""
+        """Name every constraint that the weights violate by more than `TOLERANCE`, the worst task first."""
         if not np.isfinite(weights).all():
             return ["weights are not finite"]
-        found = []
+        violations = []
         if abs(weights.sum() - 1.0) > TOLERANCE:
-            found.append(f"weights sum to {weights.sum():.12g}")
+            violations.append(f"weights sum to {weights.sum():.12g}")
         outside = float(np.maximum(self.lower - weights, weights - self.upper).max())
         if outside > TOLERANCE:
-            found.append(f"a weight leaves its bounds by {outside:.2g}")
+            violations.append(f"a weight leaves its bounds by {outside:.2g}")
         if self.pareto:
             short = self.required - self.scaled @ weights
-            found += [
+            violations += [
                 f"pareto: task {label(self.tasks, i)} loses {short[i]:.2g} (normalised) against the prior"
                 for i in np.argsort(-short, kind="stable")
                 if short[i] > TOLERANCE
@@ -122,19 +133,19 @@ class Problem:
         if self.max_kl is not None:
             divergence = kl_divergence(weights, self.prior)
             if divergence > self.max_kl + TOLERANCE:
-                found.append(f"max_kl: the KL divergence from the prior is {divergence:.6g}, above {self.max_kl:g}")
-        return found
+                violations.append(f"max_kl: KL divergence from the prior is {divergence:.6g}, above {self.max_kl:g}")
+        return violations
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What a solver found, before anybody has checked it.
+    """The unchecked answer of a solver.
 
     Attributes
     ----------
     weights : float64 [m]
     converged : bool
-        Whether the solver itself is content.
+        Whether the solver's own criterion is met.
     gap : float
         Bound on, or estimate of, the objective's distance from the optimum.
     nit : int
@@ -153,6 +164,11 @@ def entropy(weights: Array) -> float:
     return -float(xlogy(weights, weights).sum())
 
 
+def objective_terms(gain: Array, weights: Array) -> dict[str, float]:
+    """Return the objective's three terms before their factors, given the scaled influence of the weights [n]."""
+    return {"uniformity": float(gain.std()), "influence": float(gain.sum()), "diversity": entropy(weights)}
+
+
 def kl_divergence(weights: Array, prior: Array) -> float:
     """Return KL(weights || prior) in nats; infinite where a weight is positive and its prior zero."""
     if (weights[prior == 0] > 0).any():
@@ -162,29 +178,28 @@ def kl_divergence(weights: Array, prior: Array) -> float:
 
 
 def row_scale(values: Array, norm: Norm, tasks: Names) -> tuple[Array, list[str]]:
-    """Return the positive scale of each row [n], and warnings where the row forced another one than ``norm``.
+    """Return the positive scale of each row [n], and a warning for each row that cannot use ``norm``.
 
-    ``"max"`` is the paper's ``max_j S_ij`` (Eq. 9). Where that is negative the division would turn the task around and
-    the solver would maximise its harm; where it is tiny the row would drown all others. Such rows, and rows whose
-    standard deviation is as small under ``"std"``, are divided by ``max_j |S_ij|``. A row of zeros is left as it is.
+    ``"max"`` is the paper's ``max_j S_ij`` (Eq. 9). If that is negative, the division reverses the task's sign and the
+    solver would maximise its harm; if it is tiny, the row outweighs all others. The scale of such rows, and of rows
+    with as small a standard deviation under ``"std"``, is ``max_j |S_ij|``. A row of zeros has scale 1.
 
     Raises
     ------
     ValueError
         If ``norm`` is unknown.
     """
-    if norm not in ("max", "maxabs", "std"):
-        raise ValueError(f'norm must be "max", "maxabs" or "std"; got {norm!r}')
+    require_choice("norm", norm, ("max", "maxabs", "std"))
     if not values.shape[1]:
         return np.ones(len(values)), []
     largest = np.abs(values).max(axis=1)
     safe = np.where(largest > 0, largest, 1.0)
     relative = values / safe[:, None]
-    wanted = {"max": relative.max(axis=1), "maxabs": np.ones(len(values)), "std": relative.std(axis=1)}[norm]
-    small = wanted <= _SMALL_ROW
+    scale = {"max": relative.max(axis=1), "maxabs": np.ones(len(values)), "std": relative.std(axis=1)}[norm]
+    small = scale <= _SMALL_ROW
     warned = [
-        f"task {label(tasks, i)}: the row's {norm} is {wanted[i] * largest[i]:.3g} against a largest magnitude of"
+        f"task {label(tasks, i)}: the row's {norm} is {scale[i] * largest[i]:.3g} against a largest magnitude of"
         f" {largest[i]:.3g}; the row is normalised by the latter"
         for i in np.flatnonzero(small & (largest > 0))
     ]
-    return safe * np.where(small, 1.0, wanted), warned
+    return safe * np.where(small, 1.0, scale), warned

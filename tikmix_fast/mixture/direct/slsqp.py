@@ -20,10 +20,11 @@ _AGREE = 1e-8
 
 
 def solve(problem: Problem, max_iterations: int = 300) -> Solution:
-    """Solve from the prior and again from the uniform mixture; the problem is convex, so both must agree.
+    """Solve from the prior and again from the uniform mixture. The problem is convex, so both must agree.
 
-    The gap reported is the difference of the two objectives. Takes about 10 ms at 26 domains and 50 ms at 64; do not
-    use it for several hundred. It slows down, or stops early, where all tasks gain the same: the std has a kink there.
+    The gap is the difference of the two objectives. One call takes about 10 ms at 26 domains and 50 ms at 64; several
+    hundred are too many. The solver slows down or stops early where all tasks gain the same, because the std has a kink
+    there.
     """
     if only := problem.only_mixture():
         return only
@@ -31,7 +32,7 @@ def solve(problem: Problem, max_iterations: int = 300) -> Solution:
         _run(problem, start, max_iterations)
         for start in (problem.nearest_to_prior(), problem.nearest(np.zeros(problem.shape[1])))
     ]
-    # Back onto the simplex and into the bounds exactly; SLSQP misses both by rounding only.
+    # SLSQP misses the simplex and the bounds by rounding; this puts the weights back exactly.
     weights = [problem.nearest(np.log(np.maximum(run.x, np.finfo(np.float64).tiny))) for run in runs]
     values = [problem.objective(each) for each in weights]
     best = int(np.argmin(values))
@@ -64,7 +65,7 @@ def _run(problem: Problem, start: Array, max_iterations: int) -> Any:
 
     ones = np.ones_like(start)
     constraints: list[Any] = [{"type": "eq", "fun": lambda w: w.sum() - 1.0, "jac": lambda w: ones}]
-    # A constraint without a slope can stop SLSQP at a point that is no optimum, without a word.
+    # A constraint without a slope can stop SLSQP silently at a point that is no optimum.
     if problem.contested.any():
         demand, required = problem.scaled[problem.contested], problem.required[problem.contested]
         constraints.append({"type": "ineq", "fun": lambda w: demand @ w - required, "jac": lambda w: demand})
@@ -79,7 +80,7 @@ def _run(problem: Problem, start: Array, max_iterations: int) -> Any:
             }
         )
     with warnings.catch_warnings():
-        # scipy before 1.16: its steps leave the bounds by rounding, and it tells.
+        # Before 1.16, scipy warns when its own steps leave the bounds by rounding.
         warnings.filterwarnings("ignore", "Values in x were outside bounds", RuntimeWarning)
         return minimize(
             objective,

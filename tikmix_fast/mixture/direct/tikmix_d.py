@@ -1,4 +1,4 @@
-"""TiKMiX-D: the mixture that Group Influence asks for, by direct convex optimisation."""
+"""TiKMiX-D: the best mixture by Group Influence, from direct convex optimisation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tikmix_fast.arguments import require_choice
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.mixture.direct import interior, slsqp
-from tikmix_fast.mixture.direct.bounds import check_feasible, join_bounds
+from tikmix_fast.mixture.direct.bounds import check_feasible, join_bounds, require_within
 from tikmix_fast.mixture.direct.caution import cautious_step, known_shares
 from tikmix_fast.mixture.direct.problem import (
-    TOLERANCE,
     Limit,
     Norm,
     Problem,
     Solution,
-    entropy,
     kl_divergence,
+    objective_terms,
     row_scale,
 )
-from tikmix_fast.mixture.inputs import Names, label, per_domain, read_matrix, read_number, read_prior
+from tikmix_fast.mixture.inputs import Names, per_domain, read_matrix, read_number, read_objective, read_prior
 from tikmix_fast.mixture.result import MixtureResult
 
 Array = NDArray[np.float64]
@@ -56,65 +56,67 @@ def tikmix_d(
     confidence: float | None = None,
     solver: Literal["auto", "slsqp", "interior"] = "auto",
 ) -> MixtureResult:
-    """Find the mixture that serves all tasks most, by the influence of the domains on them.
+    """Find the mixture that helps all tasks most, given the influence of the domains on them.
 
     Minimises over mixtures w (TiKMiX, arXiv 2508.17677, Eqs. 9 to 11)::
 
         uniformity * std(P) - influence * sum(P) - diversity * H(w),    P_i = (S w)_i / scale_i,
 
     subject to ``S w >= S prior`` for every task. The std is over tasks, with ddof 0; H is the entropy in nats. The
-    problem is convex, and with ``diversity > 0`` it has one optimum. It does not change when a row of S is multiplied
-    by a positive number. S is a slope at one checkpoint: move in steps (``max_kl``, ``smoothing``) and measure again.
+    problem is convex, and with ``diversity > 0`` it has one optimum, which does not change when a row of S is
+    multiplied by a positive number. S is a slope at one checkpoint: move in steps (``max_kl``, ``smoothing``) and
+    measure again.
 
-    The default is rather flat: sum(P) of n tasks is at most n, against an entropy of up to log m, so that with
-    ``diversity=1`` the largest weight is seldom more than some ten times the smallest. ``diversity`` is the lever: 0.3
-    moves much further, smaller values collapse onto few domains, for which there are ``floor``, ``cap`` and ``max_kl``.
-    Look at ``result.effective_domains``.
+    The default gives rather even mixtures: sum(P) of n tasks is at most n, against an entropy of up to log m, so with
+    ``diversity=1`` the largest weight is seldom more than ten times the smallest. A ``diversity`` of 0.3 moves much
+    further. Smaller values collapse onto few domains; ``floor``, ``cap`` and ``max_kl`` prevent that. Check
+    ``result.effective_domains``.
 
     Parameters
     ----------
     matrix : InfluenceMatrix or array_like [n, m]
         Group Influence S of m domains (columns) on n tasks (rows); positive lowers the task's loss. A column of NaN is
-        a domain that was never measured: it keeps its prior weight, and its unknown influence counts as zero.
+        an unmeasured domain: it keeps its prior weight, and its unknown influence counts as zero.
     prior : mapping from domain name to weight, or array_like [m]
-        The mixture in use now; at least 0, sums to 1 within 1e-6. Mappings are matched by name.
+        The mixture in use now; at least 0, sums to 1 within 1e-6.
     uniformity, influence, diversity : float
         Weights of the three terms (alpha, beta, gamma of the paper, all 1 there), at least 0, not all 0.
     norm : {"max", "maxabs", "std"}
-        scale_i: the row's maximum (paper), largest magnitude, or standard deviation. A row whose maximum (or standard
-        deviation) is negative, or at most 1e-3 of its largest magnitude, is divided by that magnitude, with a warning:
-        the paper's formula would turn such a task around. A row of zeros is left as it is.
+        scale_i: the row's maximum (paper), largest magnitude, or standard deviation. If the maximum (or standard
+        deviation) is negative, or at most 1e-3 of the largest magnitude, that magnitude is the scale, with a warning:
+        the paper's formula would reverse such a task. A row of zeros stays as it is.
     pareto : bool
-        Whether no task may be predicted to fare worse than under the prior. As exact as S is: see its ``stderr``.
+        Whether no task may be predicted to fare worse than under the prior. The prediction is as exact as S: see its
+        ``stderr``.
     floor, cap : float, mapping or array_like [m]
         Least and largest weight of each domain. A mapping may name some domains; the others get 0 and 1.
     supply : mapping or array_like [m], optional
         Tokens that each domain has; ``inf`` for no limit. Needs ``stage_tokens``.
     stage_tokens : float, optional
-        Tokens that the mixture will be used for: ``w * stage_tokens <= max_epochs * supply``.
+        Tokens to train on with the mixture: ``w * stage_tokens <= max_epochs * supply``.
     max_epochs : float
-        How often the supply may be gone through.
+        The largest number of passes through a domain's supply.
     max_kl : float, optional
         Largest KL(w || prior) in nats, above 0. A domain of prior zero then stays at zero.
     smoothing : float
-        Share of the prior in the answer, 0 to 1: ``w <- smoothing * prior + (1 - smoothing) * w``, after solving. Keeps
-        Pareto and the KL limit, which are convex; refused where the prior itself is outside the bounds.
+        Share of the prior in the answer, 0 to 1: ``w <- smoothing * prior + (1 - smoothing) * w``, after solving.
+        Pareto and the KL limit are convex, so they still hold. Refused if the prior itself is outside the bounds.
     confidence : float, optional
-        Between 0 and 1, for an `InfluenceMatrix` with standard errors: every domain moves at most that share of its way
-        from the prior to its solved weight which the lower confidence bound of its column's difference from the prior
-        mixture leaves of that difference. A larger error never moves more weight; a domain whose error is unknown (too
-        few micro-batches) does not move; without error it is the plain solution. 0.5 is mild, 0.95 strict. Refused
-        where the prior itself is outside the bounds.
+        Between 0 and 1, for an `InfluenceMatrix` with standard errors; 0.5 is mild, 0.95 strict. Take the difference of
+        a domain's column from the prior mixture, and the lower confidence bound of that difference. Their ratio is the
+        largest share of its way from the prior to its solved weight that the domain may move. A larger error never
+        moves more weight; a domain with an unknown error (too few micro-batches) does not move; without error this is
+        the plain solution. Refused if the prior itself is outside the bounds.
     solver : {"auto", "slsqp", "interior"}
-        SLSQP from two starts, as in the paper, or an interior point method whose systems have the size of the number of
-        tasks: the same optimum, several times faster, and what ``"auto"`` takes. Where one fails its checks the other
-        is tried (SLSQP up to 128 domains).
+        ``"slsqp"``: SLSQP from two starts, as in the paper. ``"interior"``: an interior point method whose systems have
+        the size of the number of tasks; it finds the same optimum several times faster. ``"auto"``: the interior point
+        method at any size. If a solver fails its checks, the other one tries (SLSQP up to 128 domains).
 
     Returns
     -------
     MixtureResult
-        Checked after solving: simplex, bounds, Pareto (to 1e-9 of a task's scale) and KL. If no solver passes,
-        ``weights`` is the prior, ``success`` is False and a warning is given.
+        Its weights passed the checks of the simplex, bounds, Pareto (to 1e-9 of a task's scale) and KL. If no solver
+        passes them, ``weights`` is the prior, ``success`` is False and a warning says so.
 
     Raises
     ------
@@ -122,23 +124,23 @@ def tikmix_d(
         If an argument is out of range, a name is unknown or missing, or the constraints exclude each other; the message
         names the constraint and the domain or task.
     TypeError
-        If an argument is not made of numbers.
+        If an argument does not consist of numbers.
 
     Warns
     -----
     UserWarning
-        For a row divided by its magnitude, for a diversity that had to be raised, for a solver that was asked for and
-        failed, and for failure of all. The texts are in ``result.warnings`` too.
+        For a row divided by its magnitude, a raised diversity, the failure of the solver asked for, and the failure of
+        all. The texts are in ``result.warnings`` too.
 
     Notes
     -----
     The interior point method needs a ``diversity`` of at least 1e-5 of the larger of ``uniformity`` and ``influence``.
-    A smaller one, zero included, is raised to that: the objective is then within 1e-5 log m, times that larger weight,
-    of its optimum, and of equally good mixtures the most even one is found. ``solver="slsqp"`` takes it as it is; then
-    the answer need not be unique.
+    It raises a smaller one, zero included, to that value. The objective is then within 1e-5 log m, times that larger
+    weight, of its optimum, and the answer is the most even of equally good mixtures. ``solver="slsqp"`` keeps the
+    diversity, so its answer need not be unique.
 
-    On two cores 26 domains and 9 tasks take about 6 ms by the interior point method and 70 ms by SLSQP; 1000 domains
-    and 32 tasks 18 ms by the former.
+    On two cores, 26 domains and 9 tasks take about 6 ms by the interior point method and 70 ms by SLSQP; 1000 domains
+    and 32 tasks take the former 18 ms.
 
     Examples
     --------
@@ -154,20 +156,10 @@ def tikmix_d(
     values, measured, tasks, domains = read_matrix(matrix)
     m = values.shape[1]
     start = read_prior(prior, domains, m)
-    uniformity = read_number("uniformity", uniformity)
-    influence = read_number("influence", influence)
-    diversity = read_number("diversity", diversity)
+    uniformity, influence, diversity = read_objective(uniformity, influence, diversity)
     smoothing = read_number("smoothing", smoothing, most=1.0)
-    if uniformity == influence == diversity == 0:
-        raise ValueError("one of uniformity, influence and diversity must be above 0; got 0 for all")
-    if solver not in ("auto", "slsqp", "interior"):
-        raise ValueError(f'solver must be "auto", "slsqp" or "interior"; got {solver!r}')
-    if confidence is not None:
-        confidence = read_number("confidence", confidence)
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must lie between 0 and 1; got {confidence:g}")
-        if not isinstance(matrix, InfluenceMatrix):
-            raise ValueError("confidence needs standard errors: pass an InfluenceMatrix, not a plain array")
+    confidence = _read_confidence(confidence, matrix)
+    require_choice("solver", solver, ("auto", "slsqp", "interior"))
     limit_kl = None if max_kl is None else read_number("max_kl", max_kl, positive=True)
 
     floors = [Limit("floor", per_domain("floor", floor, domains, m, default=0.0))]
@@ -175,14 +167,10 @@ def tikmix_d(
     if limit_kl is not None:
         caps.append(Limit("max_kl (zero where the prior is)", np.where(start > 0, 1.0, 0.0)))
     lower, upper = join_bounds(floors, caps, start, measured, domains)
-    for argument, value, off in (("smoothing", smoothing or None, 0), ("confidence", confidence, None)):
-        outside = np.flatnonzero((start < lower - TOLERANCE) | (start > upper + TOLERANCE))
-        if value is not None and outside.size:
-            j = int(outside[0])
-            raise ValueError(
-                f"{argument} must be {off} where the prior is outside the bounds; got {value:g}, with the prior of"
-                f" domain {label(domains, j)}, {start[j]:g}, outside [{lower[j]:g}, {upper[j]:g}]"
-            )
+    for argument, moves_to_prior, off in (("smoothing", smoothing > 0, 0), ("confidence", confidence, None)):
+        if moves_to_prior:
+            message = f"{argument} must be {off} where the prior is outside the bounds"
+            require_within(start, lower, upper, domains, message)
 
     scale, warned = row_scale(values[:, measured], norm, tasks)
     scaled = values / scale[:, None]
@@ -199,22 +187,17 @@ def tikmix_d(
         max_kl=limit_kl,
         tasks=tasks,
     )
-    given = [each.name for each in floors if each.bound.any()] + [each.name for each in caps if (each.bound < 1).any()]
-    check_feasible(problem, " and ".join(given))
+    binding = [each.name for each in floors if each.bound.any()] + [
+        each.name for each in caps if (each.bound < 1).any()
+    ]
+    check_feasible(problem, " and ".join(binding))
     resolved = max(diversity, interior.SMALLEST_DIVERSITY * max(uniformity, influence)) / unit
-    found, used, message = _solve(problem, solver, resolved, smoothing, warned)
-    weights = found.weights if found else start.copy()
-    if found is None:
-        wrong = problem.violations(start)
-        message += "; the prior is returned" + (f", which itself misses: {'; '.join(wrong)}" if wrong else "")
-        warned.append(message)
-    shares = None
+    solution, used, message = _solve(problem, solver, resolved, smoothing, warned)
+    weights, shares = (solution.weights if solution else start.copy()), None
     if confidence is not None:
         shares = known_shares(matrix, scale, start, confidence)
-        if found is not None:
-            whole = float(np.abs(weights - start).sum())
-            weights = cautious_step(problem, weights, shares)
-            part = float(np.abs(weights - start).sum()) / whole if whole > 0 else 1.0
+        if solution:
+            weights, part = _shortened(problem, weights, shares)
             message += f"; confidence {confidence:g} left {part:.0%} of the step"
     names = domains or range(m)
     kept = tuple(names[j] for j in np.flatnonzero(~measured))
@@ -223,18 +206,17 @@ def tikmix_d(
     for each in warned:
         warnings.warn(each, stacklevel=2)
 
-    gain = scaled @ weights
-    terms = {"uniformity": float(gain.std()), "influence": float(gain.sum()), "diversity": entropy(weights)}
+    terms = objective_terms(scaled @ weights, weights)
     return MixtureResult(
         weights=weights,
         prior=start,
         domains=domains,
         tasks=tasks,
-        success=found is not None,
-        status=int(found is None),
+        success=solution is not None,
+        status=int(solution is None),
         message=message,
         fun=uniformity * terms["uniformity"] - influence * terms["influence"] - diversity * terms["diversity"],
-        nit=found.nit if found else 0,
+        nit=solution.nit if solution else 0,
         terms=terms,
         predicted=values @ weights,
         predicted_prior=values @ start,
@@ -242,10 +224,28 @@ def tikmix_d(
         active=_active(problem, floors + caps, weights, measured, domains),
         kept=kept,
         solver=used,
-        gap=found.gap * unit if found else math.nan,
+        gap=solution.gap * unit if solution else math.nan,
         warnings=tuple(warned),
         known=shares,
     )
+
+
+def _read_confidence(confidence: Any, matrix: Any) -> float | None:
+    if confidence is None:
+        return None
+    number = read_number("confidence", confidence)
+    if not 0 < number < 1:
+        raise ValueError(f"confidence must lie between 0 and 1; got {number:g}")
+    if not isinstance(matrix, InfluenceMatrix):
+        raise ValueError("confidence needs standard errors: pass an InfluenceMatrix, not a plain array")
+    return number
+
+
+def _shortened(problem: Problem, weights: Array, shares: Array) -> tuple[Array, float]:
+    """Return the cautious mixture, and the share of the weights' step from the prior that it takes."""
+    whole = float(np.abs(weights - problem.prior).sum())
+    shortened = cautious_step(problem, weights, shares)
+    return shortened, float(np.abs(shortened - problem.prior).sum()) / whole if whole > 0 else 1.0
 
 
 def _caps(
@@ -266,18 +266,22 @@ def _caps(
 def _solve(
     problem: Problem, solver: str, resolved: float, smoothing: float, warned: list[str]
 ) -> tuple[Solution | None, str, str]:
-    """Return the first solution that passes its checks, its solver's name and what happened; adds to the warnings."""
+    """Return the first solution that passes its checks, its solver's name and the course in words.
+
+    The interior point method gets the diversity ``resolved``. Warnings are added to ``warned``. Without a solution the
+    solver's name is "none".
+    """
     m = problem.shape[1]
     order = ["slsqp", "interior"] if solver == "slsqp" else ["interior", "slsqp"]
     if solver != "slsqp" and m > _SLSQP_FALLBACK:
         order.pop()
     failures: list[str] = []
     for each in order:
-        found = slsqp.solve(problem) if each == "slsqp" else interior.solve(replace(problem, diversity=resolved))
-        found = replace(found, weights=smoothing * problem.prior + (1.0 - smoothing) * found.weights)
-        wrong = problem.violations(found.weights)
-        if wrong or not found.converged:
-            failures.append("; ".join([f"{each}: {found.message}", *wrong]))
+        solution = slsqp.solve(problem) if each == "slsqp" else interior.solve(replace(problem, diversity=resolved))
+        solution = replace(solution, weights=smoothing * problem.prior + (1.0 - smoothing) * solution.weights)
+        violations = problem.violations(solution.weights)
+        if violations or not solution.converged:
+            failures.append("; ".join([f"{each}: {solution.message}", *violations]))
             continue
         raised = resolved - problem.diversity if each == "interior" else 0.0
         if raised > 0:
@@ -285,26 +289,31 @@ def _solve(
                 f"diversity was raised to {interior.SMALLEST_DIVERSITY:g} of the larger of uniformity and influence,"
                 " the least that the interior point method resolves"
             )
-            found = replace(found, gap=found.gap + raised * math.log(m))
-        message = "; ".join([*failures, found.message])
+            solution = replace(solution, gap=solution.gap + raised * math.log(m))
+        message = "; ".join([*failures, solution.message])
         if failures and solver != "auto":
             warned.append(f"solver={solver!r} failed, solved by {each!r} instead: {message}")
-        return found, each, message
-    return None, "none", "; ".join(failures)
+        return solution, each, message
+    message = "; ".join(failures) + "; the prior is returned"
+    violations = problem.violations(problem.prior)
+    if violations:
+        message += f", which itself misses: {'; '.join(violations)}"
+    warned.append(message)
+    return None, "none", message
 
 
 def _active(
     problem: Problem, bounds: Sequence[Limit], weights: Array, measured: NDArray[np.bool_], domains: Names
 ) -> tuple[str, ...]:
-    """Name the constraints that hold with equality; not the natural bounds 0 and 1."""
+    """Name the constraints that hold with equality, without the natural bounds 0 and 1."""
     tasks, columns = problem.tasks or range(problem.shape[0]), domains or range(problem.shape[1])
-    found = []
+    active = []
     if problem.pareto:
         slack = problem.scaled @ weights - problem.required
-        found += [f"pareto: {tasks[i]}" for i in np.flatnonzero(slack <= _ACTIVE)]
+        active += [f"pareto: {tasks[i]}" for i in np.flatnonzero(slack <= _ACTIVE)]
     for limit in bounds:
         at = measured & (np.abs(weights - limit.bound) <= _ACTIVE) & (limit.bound > 0) & (limit.bound < 1)
-        found += [f"{limit.name}: {columns[j]}" for j in np.flatnonzero(at)]
+        active += [f"{limit.name}: {columns[j]}" for j in np.flatnonzero(at)]
     if problem.max_kl is not None and kl_divergence(weights, problem.prior) >= problem.max_kl - _ACTIVE:
-        found.append("max_kl")
-    return tuple(found)
+        active.append("max_kl")
+    return tuple(active)

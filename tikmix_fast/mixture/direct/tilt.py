@@ -13,16 +13,16 @@ __all__ = ["capped_tilt"]
 def capped_tilt(logits: Array, lower: Array, upper: Array) -> tuple[Array, NDArray[np.bool_]]:
     """Minimise ``sum(w * log(w)) - logits @ w`` over ``sum(w) == 1``, ``lower <= w <= upper``.
 
-    The answer is ``clip(exp(logits - nu), lower, upper)`` with the one ``nu`` that makes it sum to 1. It is found by
-    fixing the weights that leave their bounds, those on the side with the larger total excess, until none does
-    (Bitran and Hax 1981): exact, in as many passes as bounds become active at different times, usually below ten.
+    The answer is ``clip(exp(logits - nu), lower, upper)`` with the one ``nu`` that makes it sum to 1. Each pass fixes
+    the weights that leave their bounds, on the side with the larger total excess, until none does (Bitran and Hax
+    1981). This is exact, and usually takes fewer than ten passes.
 
     Parameters
     ----------
     logits : float64 [m]
         Finite; a constant added to all of them changes nothing.
     lower, upper : float64 [m]
-        With ``sum(lower) <= 1 <= sum(upper)``, which is not checked here.
+        The caller ensures ``sum(lower) <= 1 <= sum(upper)``.
 
     Returns
     -------
@@ -39,7 +39,7 @@ def capped_tilt(logits: Array, lower: Array, upper: Array) -> tuple[Array, NDArr
     free = lower < upper
     weights = lower.copy()
     while free.any():
-        # Each pass has its own maximum: once the largest logits are capped, the rest must not underflow.
+        # Subtract the maximum of this pass: once the largest logits are capped, the rest must not underflow.
         share = np.exp(np.where(free, logits - logits[free].max(), -np.inf))
         trial = share * ((1.0 - weights[~free].sum()) / share.sum())
         low, high = free & (trial < lower), free & (trial > upper)

@@ -1,21 +1,23 @@
-"""What was decided at one boundary of a schedule, with everything that it was decided on."""
+"""The decision at one boundary of a schedule, with all its grounds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tikmix_fast.mixture.inputs import require_mixtures
 from tikmix_fast.mixture.result import plain_types
 from tikmix_fast.mixture.schedule.gain import Gain
-from tikmix_fast.mixture.schedule.stability import RankAgreement
+from tikmix_fast.mixture.schedule.rank_agreement import RankAgreement
 
 Array = NDArray[np.float64]
 
-__all__ = ["Decision"]
+__all__ = ["Decision", "check_history"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,35 +29,34 @@ class Decision:
     stage : int
         The stage that begins; the warm-up is stage 0.
     step : int
-        From which the mixture holds.
+        The first step with the mixture.
     weights : dict of str to float
-        The mixture in use from here on; sums to 1.
+        The mixture from here on; sums to 1.
     changed : bool
-        Whether it differs from the one before.
+        Whether it is a new mixture.
     reason : str
         The decision in words.
     solved : dict of str to float
-        What the solver proposed, taken or not.
+        The solver's proposal, accepted or not.
     gain : Gain
-        What that was predicted to gain over the mixture before.
+        The proposal's predicted gain over the mixture before.
     ranks : RankAgreement or None
-        Agreement with the stage that was measured before this one; None for the first.
+        Agreement with the previous measurement; None for the first.
     skips_next : bool
-        Whether the next boundary is passed over without measuring.
+        Whether the schedule skips the next boundary without a measurement.
     fun : float
         The solver's objective at ``solved``.
     terms : dict of str to float
         Its terms, see `MixtureResult`.
     success : bool
     message : str
-        What the solver said.
     warnings : tuple of str
-        What it warned of.
+        The solver's own.
     tasks : tuple of str
     influence : float64 [n, m]
-        What was measured, domains in the order of ``weights``; NaN where a domain was not.
+        The measurement, with domains in the order of ``weights``; NaN for unmeasured domains.
     reliability : float64 [n]
-        What two such measurements would correlate by, see `SplitHalf.whole`; NaN where unknown.
+        The predicted correlation of two such measurements, see `SplitHalf.whole`; NaN where unknown.
 
     Raises
     ------
@@ -83,9 +84,7 @@ class Decision:
 
     def __post_init__(self) -> None:
         for name in ("weights", "solved"):
-            weights = np.array(list(getattr(self, name).values()), dtype=np.float64)
-            if not ((weights >= 0).all() and abs(weights.sum() - 1.0) <= 1e-6):
-                raise ValueError(f"{name} must be at least 0 and sum to 1; got {getattr(self, name)!r}")
+            require_mixtures(name, np.array(list(getattr(self, name).values()), dtype=np.float64), 1e-6)
         if list(self.solved) != list(self.weights):
             raise ValueError(f"solved must have the domains of weights; got {list(self.solved)}")
         cells = (len(self.tasks), len(self.weights))
@@ -100,12 +99,12 @@ class Decision:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Decision:
-        """Read what `to_dict` returned.
+        """Read the output of `to_dict`.
 
         Raises
         ------
         KeyError, TypeError, ValueError
-            If a field is missing, of the wrong type, or wrong.
+            If a field is missing, has the wrong type, or is wrong.
         """
         ranks = content["ranks"]
         return cls(
@@ -116,12 +115,7 @@ class Decision:
             reason=str(content["reason"]),
             solved=_numbers(content["solved"]),
             gain=Gain(**_numbers(content["gain"])),
-            ranks=None
-            if ranks is None
-            else RankAgreement(
-                tuple(ranks["tasks"]),
-                *(tuple(map(_number, ranks[name])) for name in ("spearman", "kendall", "ceiling")),
-            ),
+            ranks=None if ranks is None else _read_ranks(ranks),
             skips_next=bool(content["skips_next"]),
             fun=_number(content["fun"]),
             terms=_numbers(content["terms"]),
@@ -132,6 +126,32 @@ class Decision:
             influence=np.array(content["influence"], dtype=np.float64),  # None becomes NaN
             reliability=np.array(content["reliability"], dtype=np.float64),
         )
+
+
+def check_history(
+    history: Sequence[Decision],
+    domains: tuple[str, ...],
+    steps: int,
+    boundaries: Sequence[int],
+    weights: Mapping[str, float],
+) -> None:
+    """Raise ValueError unless the decisions fit the schedule and each other; ``weights`` is the warm-up mixture."""
+    stage = 0
+    for each in history:
+        if tuple(each.weights) != domains:
+            raise ValueError(f"history of the state must have the schedule's domains; got {list(each.weights)}")
+        if not (each.step < steps and stage < each.stage == bisect_right(boundaries, each.step)):
+            raise ValueError(
+                f"history of the state must be at rising boundaries; got step {each.step}, stage {each.stage}"
+            )
+        if each.weights != (each.solved if each.changed else weights):
+            raise ValueError(f"weights of the state must follow from its decisions; got others at step {each.step}")
+        weights, stage = each.weights, each.stage
+
+
+def _read_ranks(content: Mapping[str, Any]) -> RankAgreement:
+    numbers = (tuple(map(_number, content[name])) for name in ("spearman", "kendall", "ceiling"))
+    return RankAgreement(tuple(content["tasks"]), *numbers)
 
 
 def _number(value: float | None) -> float:

@@ -1,4 +1,4 @@
-"""The schedule of a training run: a warm-up mixture, and at every boundary a new one from measured influence."""
+"""The schedule of a training run: a warm-up mixture, and new mixtures from measured influence at its boundaries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast import files
+from tikmix_fast.arguments import require_int
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.mixture.direct.problem import TOLERANCE
 from tikmix_fast.mixture.direct.tikmix_d import tikmix_d
-from tikmix_fast.mixture.direct.tilt import capped_tilt
-from tikmix_fast.mixture.inputs import per_domain, read_number, read_prior, read_whole
+from tikmix_fast.mixture.inputs import read_names, read_number
 from tikmix_fast.mixture.result import MixtureResult
-from tikmix_fast.mixture.schedule.decision import Decision
+from tikmix_fast.mixture.schedule.boundaries import equal_boundaries, read_boundaries
+from tikmix_fast.mixture.schedule.decision import Decision, check_history
 from tikmix_fast.mixture.schedule.gain import Gain, expected_gain
-from tikmix_fast.mixture.schedule.stability import RankAgreement, rank_agreement
+from tikmix_fast.mixture.schedule.rank_agreement import RankAgreement, rank_agreement
+from tikmix_fast.mixture.schedule.supply import Supply
 
 Array = NDArray[np.float64]
 Solver = Callable[[InfluenceMatrix, dict[str, float]], MixtureResult]
@@ -32,28 +33,27 @@ __all__ = ["DynamicMixture", "Solver"]
 
 _FORMAT = "tikmix_fast.dynamic_mixture"
 _VERSION = 1
-_ROUNDING = 1e-12
 _OWN_OPTIONS = ("supply", "stage_tokens", "max_epochs")
 
 
 class DynamicMixture:
-    """Decide at each boundary of a training run which mixture the next stage is trained on.
+    """Decide at each boundary of a training run on the mixture of the next stage.
 
-    The run begins with a warm-up mixture. At each boundary the caller measures Group Influence at the current weights;
-    a solver proposes a mixture, and it is taken if its predicted gain is large enough against the error of what was
-    measured. The schedule holds no model and no sampler: it pairs with ``MixtureSampler.set_weights`` and with any
-    trainer.
+    The run begins with a warm-up mixture. At each boundary the caller measures Group Influence at the current weights,
+    and a solver proposes a mixture. The schedule accepts it if its predicted gain is large enough against the error of
+    the measurement. The schedule holds no model and no sampler: it works with ``MixtureSampler.set_weights`` and with
+    any trainer.
 
     Parameters
     ----------
     domains : iterable of str
         Names of the domains.
     steps : int
-        Length of the run, in any unit that grows with the tokens trained on: optimizer steps, samples, tokens.
+        Length of the run, in any unit that grows with the training tokens: optimizer steps, samples, tokens.
     stages : int
-        Equal parts of the run. 5 and 2 are the paper's two readings; 1 never measures.
+        Number of equal parts of the run. The paper can be read as 5 or as 2; 1 never measures.
     boundaries : sequence of int, optional
-        Rising steps at which the mixture may change, instead of equal stages; 0 measures before the first step.
+        Rising steps at which the mixture may change, instead of equal stages. 0 measures before the first step.
     warm_up : mapping from domain name to weight, or array_like [m], optional
         The mixture before the first boundary. None: uniform, or as even as the supply allows.
     solver : callable, optional
@@ -61,22 +61,21 @@ class DynamicMixture:
     options : mapping, optional
         Keyword arguments of `tikmix_d`, such as ``{"diversity": 0.3, "smoothing": 0.3}``.
     minimum_gain : float
-        Standard errors beyond what noise alone reaches (`Gain.excess`) that the predicted gain must have for the
-        mixture to change; 1 lets fewer than one change in ten through where there is no influence at all. 0 takes every
-        solution. Above 0 needs matrices with standard errors, and a change for the sake of diversity alone, which gains
-        nothing, is not made.
+        The least excess of the predicted gain for a change: standard errors beyond the gain that noise alone reaches
+        (`Gain.excess`). Without any influence, 1 accepts fewer than one change in ten. 0 accepts every solution. A
+        number above 0 needs matrices with standard errors, and rejects a change that only adds diversity, because it
+        gains nothing.
     skip_agreement : float, optional
-        Between 0 and 1. After a boundary at which the gain was below ``minimum_gain`` and the ranks of the domains
-        agreed with those measured before (mean Spearman over tasks at least this), the next one is passed over: nothing
-        is measured there. It never changes weights.
+        Between 0 and 1. If the gain at a boundary is below ``minimum_gain``, and the ranks of the domains agree with
+        the previous measurement (mean Spearman over tasks at least this), the schedule skips the measurement at the
+        next boundary. It never changes weights.
     supply : mapping or array_like [m], optional
-        Tokens that each domain has; ``inf`` for no limit. Needs ``run_tokens``. No mixture is taken that would go
-        through a domain more than ``max_epochs`` times by the end of the run, if it were kept until then: a mixture
-        that was allowed once always is.
+        Tokens that each domain has; ``inf`` for no limit. Needs ``run_tokens``. The schedule accepts a mixture only if
+        the supply lasts for it to the end of the run, so it can always keep the mixture in use.
     run_tokens : float, optional
         Tokens of the whole run.
     max_epochs : float
-        How often the supply may be gone through.
+        The largest number of passes through a domain's supply.
 
     Attributes
     ----------
@@ -89,15 +88,15 @@ class DynamicMixture:
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described. Options are tried at once, on an influence of zero, so that a mistake in
-        them shows now and not at the first boundary.
+        If an argument is not as described. The constructor tries the options on an influence of zero, so that a mistake
+        in them shows now and not at the first boundary.
 
     Notes
     -----
-    A mixture that is kept is kept as it is, also where ``floor`` or ``cap`` among the options would exclude it.
+    A rejected solution leaves the mixture in use unchanged, even if ``floor`` or ``cap`` among the options exclude it.
 
-    The gain is what S predicts, linear in the weights, whatever the solver. One that sees interactions, such as
-    TiKMiX-M, should weigh what it found against its own error, and leave ``minimum_gain`` at 0.
+    The gain is S's prediction, linear in the weights, whatever the solver. A solver that models interactions, such as
+    TiKMiX-M, should compare its gain with its own error, and leave ``minimum_gain`` at 0.
 
     Examples
     --------
@@ -133,17 +132,19 @@ class DynamicMixture:
         run_tokens: float | None = None,
         max_epochs: float = 1.0,
     ) -> None:
-        self.domains = _names(domains)
-        self.steps = read_whole("steps", steps, 1)
-        self.boundaries = _equal(self.steps, stages) if boundaries is None else _given(self.steps, boundaries)
-        self._supply = self._shares(supply, run_tokens, max_epochs)
-        self._warm_up = self._first_mixture(warm_up)
+        self.domains = read_names("domains", domains)
+        self.steps = require_int("steps", steps, 1)
+        self.boundaries = (
+            equal_boundaries(self.steps, stages) if boundaries is None else read_boundaries(self.steps, boundaries)
+        )
+        self._supply = Supply(self.domains, self.steps, supply, run_tokens, max_epochs)
+        self._warm_up = self._supply.first_mixture(warm_up)
         self._minimum_gain = read_number("minimum_gain", minimum_gain)
         self._skip_agreement = None if skip_agreement is None else read_number("skip_agreement", skip_agreement, most=1)
         if skip_agreement is not None and not self._minimum_gain:
             raise ValueError("skip_agreement needs a minimum_gain above 0: without one every gain is enough; got 0")
         if solver is not None and options is not None:
-            raise ValueError("options are tikmix_d's, so give either a solver or options; bind them to the solver")
+            raise ValueError("options are tikmix_d's: give either a solver or options, or bind them to the solver")
         if solver is not None and not callable(solver):
             raise TypeError(f"solver must be callable, solver(matrix, prior) -> MixtureResult; got {solver!r}")
         self._solver = solver
@@ -162,48 +163,51 @@ class DynamicMixture:
         return self.history[-1].stage if self.history else 0
 
     def due(self, step: int) -> bool:
-        """Tell whether influence is to be measured before ``step`` is trained on, and `update` called.
+        """Tell whether to measure influence and call `update` before training on ``step``.
 
-        It stays true until then, so a loop that does not meet a boundary exactly meets it late.
+        It stays true until `update`, so a loop that misses a boundary meets it late.
         """
         passed = bisect_right(self.boundaries, step) - self.stage
         skipped = 1 if self.history and self.history[-1].skips_next else 0
         return step < self.steps and passed > skipped
 
     def caps(self, step: int) -> dict[str, float]:
-        """Return the largest weight of each domain that its supply lasts for, if held from ``step`` to the end.
+        """Return the largest weight of each domain for which its supply lasts from ``step`` to the end.
 
         Raises
         ------
         TypeError, ValueError
-            If ``step`` is no step of the run, or one before the last decision, which has used supply since.
+            If ``step`` is no step of the run, or precedes the last decision, whose mixture has used supply since.
         """
-        if read_whole("step", step, 0) >= self.steps:
+        if require_int("step", step, 0) >= self.steps:
             raise ValueError(f"step must be below steps, {self.steps}; got {step}")
         if self.history and step < self.history[-1].step:
             raise ValueError(f"step must be at least that of the last decision, {self.history[-1].step}; got {step}")
-        left = np.minimum(self._left(step) / (1 - step / self.steps), 1.0)
-        return dict(zip(self.domains, left.tolist(), strict=True))
+        rest = 1 - step / self.steps
+        return {name: min(left / rest, 1.0) for name, left in self._left(step).items()}
 
     def update(self, step: int, matrix: InfluenceMatrix | Any) -> Decision:
-        """Decide on the mixture from ``step`` on, by the influence measured there; returns the new end of `history`.
+        """Decide on the mixture from ``step`` on, by the influence measured there; return the new end of `history`.
 
         Parameters
         ----------
         step : int
-            With ``due(step)``.
+            A step at which an update is due.
         matrix : InfluenceMatrix or array_like [n, m]
-            An InfluenceMatrix of the schedule's domains in any order; the tasks may differ from stage to stage. An
+            An InfluenceMatrix has the schedule's domains in any order, and its tasks may differ from stage to stage. An
             array has the schedule's order.
 
         Raises
         ------
         TypeError, ValueError
-            If nothing is due at ``step``, or the matrix, or what the solver returns, does not fit. Whatever is raised,
-            also by the solver, the schedule is as it was before.
+            If no update is due at ``step``, or the matrix or the solver's result does not fit. Any error, the solver's
+            too, leaves the schedule as it was.
         """
-        if not self.due(read_whole("step", step, 0)):
-            raise ValueError(f"step must be one at which an update is due; got {step}: {self._next_due()}")
+        if not self.due(require_int("step", step, 0)):
+            following = next(
+                (f"the next is {each}" for each in self.boundaries if self.due(each)), "there is none left"
+            )
+            raise ValueError(f"step must be one at which an update is due; got {step}: {following}")
         measured = self._read(matrix)
         result = self._solve(step, measured)
         solved = self._read_weights(step, result, measured)
@@ -216,7 +220,13 @@ class DynamicMixture:
         ranks = self._agreement(measured.tasks, influence, reliability)
         moves = bool(np.abs(proposed - before).max() > TOLERANCE)
         changed, reason = self._judge(result, gain, moves)
-        skips = result.success and self._stable(gain, ranks)
+        skips = (
+            result.success
+            and self._skip_agreement is not None
+            and ranks is not None
+            and gain.excess < self._minimum_gain
+            and ranks.mean_spearman >= self._skip_agreement
+        )
         if skips:
             reason += f"; the ranks are those of stage {self.stage}, so the next boundary is skipped"
         decision = Decision(
@@ -242,7 +252,7 @@ class DynamicMixture:
         return decision
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that was decided, and the run it belongs to, as plain JSON types."""
+        """Return all decisions, and the run they belong to, as plain JSON types."""
         return {
             "format": _FORMAT,
             "version": _VERSION,
@@ -251,15 +261,14 @@ class DynamicMixture:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state: what is decided next is what an uninterrupted schedule of the same arguments decides.
+        """Continue from a state. The next decisions equal those of an uninterrupted schedule of the same arguments.
 
-        The solver, its options and the thresholds are not part of the state: they are those this schedule was made
-        with.
+        The state does not contain the solver, its options and the thresholds; this schedule uses its own.
 
         Raises
         ------
         TypeError, ValueError
-            If the state is damaged, or is of another run; the schedule is then unchanged.
+            If the state is damaged, or belongs to another run; the schedule is then unchanged.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping, as state_dict returns; got {type(state).__name__}")
@@ -275,77 +284,36 @@ class DynamicMixture:
             history = tuple(Decision.from_dict(each) for each in state["history"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"history of the state must be as state_dict returns it; got {error!r}") from None
-        self._check_history(history)
+        check_history(history, self.domains, self.steps, self.boundaries, self._warm_up)
         self.history = history
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the state as JSON with a checksum, atomically; returns the path."""
+        """Write the state as JSON with a checksum, atomically, and return the path."""
         return files.write_sealed_json(path, self.state_dict())
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from the state that `save` wrote.
+        """Continue from the state that `save` wrote.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is not JSON, or its state is damaged or of another run; the message names the file, and the
-            schedule is unchanged.
+            If the file is not JSON, or its state is damaged or belongs to another run; the message names the file, and
+            the schedule is unchanged.
         """
         state = files.read_json(path)
         with files.naming(path):
             self.load_state_dict(state)
 
-    def _shares(self, supply: Any, run_tokens: float | None, max_epochs: float) -> Array:
-        """Return how much of the run [m] each domain could fill; infinite without a limit."""
-        if (supply is None) != (run_tokens is None):
-            raise ValueError("supply and run_tokens must be given together; got only one of them")
-        epochs = read_number("max_epochs", max_epochs, positive=True)
-        if supply is None:
-            return np.full(len(self.domains), np.inf)
-        tokens = per_domain("supply", supply, self.domains, len(self.domains))
-        shares = epochs * tokens / read_number("run_tokens", run_tokens, positive=True)
-        if shares.sum() < 1.0 - TOLERANCE:
-            raise ValueError(
-                f"supply must last for the run; got {shares.sum():.3g} of run_tokens at max_epochs={epochs:g}: raise"
-                " max_epochs, or train on fewer tokens"
-            )
-        return shares
-
-    def _first_mixture(self, warm_up: Any) -> dict[str, float]:
-        m, most = len(self.domains), np.minimum(self._supply, 1.0)
-        if warm_up is None:
-            weights, _ = capped_tilt(np.zeros(m), np.zeros(m), most)
-            weights /= weights.sum()
-        else:
-            weights = read_prior(warm_up, self.domains, m, name="warm_up")
-            given = per_domain("warm_up", warm_up, self.domains, m)
-            # A sum that is off by rounding alone is left as it is, so that kept weights are those that were given.
-            weights = given if abs(given.sum() - 1.0) <= _ROUNDING else weights
-        beyond = np.flatnonzero(weights > most + TOLERANCE)
-        if beyond.size:
-            j = int(beyond[0])
-            raise ValueError(
-                f"warm_up must leave a supply to the end of the run; got {weights[j]:g} for domain {self.domains[j]!r},"
-                f" which lasts for {most[j]:g}; lower it, raise max_epochs, or leave warm_up out"
-            )
-        return dict(zip(self.domains, weights.tolist(), strict=True))
-
-    def _left(self, step: int) -> Array:
-        """Return what is left of each domain's supply [m] at ``step``, as a share of the run."""
+    def _left(self, step: int) -> dict[str, float]:
         spans = [(0, self._warm_up), *((each.step, each.weights) for each in self.history)]
-        used = np.zeros(len(self.domains))
-        for (start, weights), end in zip(spans, [*(start for start, _ in spans[1:]), step], strict=True):
-            used += np.array(list(weights.values())) * ((end - start) / self.steps)
-        # The mixture in use lasts to the end; rounding must not say otherwise.
-        needed = np.array(list(spans[-1][1].values())) * (1 - step / self.steps)
-        return np.maximum(self._supply - used, needed)
+        return self._supply.left(spans, step)
 
     def _try_options(self) -> None:
         own = [name for name in _OWN_OPTIONS if name in self._options]
         if own:
-            raise ValueError(f"options must not hold {own[0]!r}: the schedule itself takes supply and max_epochs")
+            raise ValueError(f"options must not hold {own[0]!r}: give supply and max_epochs to the schedule itself")
         if self._solver is not None or not self.boundaries:
             return
         try:
@@ -360,11 +328,10 @@ class DynamicMixture:
     def _solve(self, step: int, matrix: InfluenceMatrix) -> MixtureResult:
         if self._solver is not None:
             return self._solver(matrix, self.weights)
-        limited: dict[str, Any] = {}
-        if np.isfinite(self._supply).any():
-            left = dict(zip(self.domains, self._left(step).tolist(), strict=True))
-            limited = {"supply": left, "stage_tokens": 1 - step / self.steps}
-        return tikmix_d(matrix, self.weights, **self._options, **limited)
+        limits: dict[str, Any] = {}
+        if np.isfinite(self._supply.shares).any():
+            limits = {"supply": self._left(step), "stage_tokens": 1 - step / self.steps}
+        return tikmix_d(matrix, self.weights, **self._options, **limits)
 
     def _read(self, matrix: InfluenceMatrix | Any) -> InfluenceMatrix:
         if not isinstance(matrix, InfluenceMatrix):
@@ -376,20 +343,20 @@ class DynamicMixture:
         return matrix
 
     def _read_weights(self, step: int, result: Any, matrix: InfluenceMatrix) -> dict[str, float]:
-        """Return the solver's mixture in the schedule's order; nobody has checked a solver that was given."""
+        """Return the solver's mixture in the schedule's order, after checks that the caller's solver may fail."""
         if not isinstance(result, MixtureResult):
             raise TypeError(f"solver must return a MixtureResult; got {type(result).__name__}")
         names = result.domains or matrix.domains
         if set(names) != set(self.domains) or len(result.weights) != len(names):
             raise ValueError(f"solver must return weights of the domains {self.domains}; got {names}")
-        found = dict(zip(names, result.weights.tolist(), strict=True))
+        solved = dict(zip(names, result.weights.tolist(), strict=True))
         for name, most in self.caps(step).items():
-            if found[name] > most + TOLERANCE:
+            if solved[name] > most + TOLERANCE:
                 raise ValueError(
-                    f"solver must keep within the supply; got {found[name]:g} for domain {name!r}, which lasts for"
+                    f"solver must keep within the supply; got {solved[name]:g} for domain {name!r}, which lasts for"
                     f" {most:g}: see schedule.caps(step)"
                 )
-        return {name: found[name] for name in self.domains}
+        return {name: solved[name] for name in self.domains}
 
     def _agreement(self, tasks: tuple[str, ...], influence: Array, reliability: Array) -> RankAgreement | None:
         if not self.history:
@@ -406,63 +373,21 @@ class DynamicMixture:
         if not moves:
             return False, "kept: the solver proposes the mixture in use"
         if not self._minimum_gain:
-            return True, "changed: every solution is taken, as minimum_gain is 0"
+            return True, "changed: minimum_gain is 0, which accepts every solution"
         if np.isnan(gain.excess):
             return False, "kept: the error of the gain is unknown; measure every domain in two micro-batches or more"
-        said = f"the gain is {abs(gain.excess):.3g} standard errors {'beyond' if gain.excess >= 0 else 'below'} noise"
+        finding = (
+            f"the gain is {abs(gain.excess):.3g} standard errors {'beyond' if gain.excess >= 0 else 'below'} noise"
+        )
         if gain.excess < self._minimum_gain:
-            return False, f"kept: {said}, the minimum is {self._minimum_gain:g}"
-        return True, f"changed: {said}, the minimum is {self._minimum_gain:g}"
-
-    def _stable(self, gain: Gain, ranks: RankAgreement | None) -> bool:
-        if self._skip_agreement is None or ranks is None:
-            return False
-        return gain.excess < self._minimum_gain and ranks.mean_spearman >= self._skip_agreement
+            return False, f"kept: {finding}, the minimum is {self._minimum_gain:g}"
+        return True, f"changed: {finding}, the minimum is {self._minimum_gain:g}"
 
     def _run(self) -> dict[str, Any]:
-        """Return what must be the same for a state to make sense."""
+        """Return the part of a state that must equal the schedule's."""
         return {
             "domains": list(self.domains),
             "steps": self.steps,
             "boundaries": list(self.boundaries),
             "warm_up": dict(self._warm_up),
         }
-
-    def _check_history(self, history: tuple[Decision, ...]) -> None:
-        weights, stage = self._warm_up, 0
-        for each in history:
-            if tuple(each.weights) != self.domains:
-                raise ValueError(f"history of the state must have the schedule's domains; got {list(each.weights)}")
-            if not (each.step < self.steps and stage < each.stage == bisect_right(self.boundaries, each.step)):
-                raise ValueError(
-                    f"history of the state must be at rising boundaries; got step {each.step}, stage {each.stage}"
-                )
-            if each.weights != (each.solved if each.changed else weights):
-                raise ValueError(f"weights of the state must be those decided on; got others at step {each.step}")
-            weights, stage = each.weights, each.stage
-
-    def _next_due(self) -> str:
-        return next((f"the next is {step}" for step in self.boundaries if self.due(step)), "there is none left")
-
-
-def _names(domains: Iterable[str]) -> tuple[str, ...]:
-    names = (domains,) if isinstance(domains, str) else tuple(domains)
-    if isinstance(domains, str) or not names or not all(isinstance(name, str) and name for name in names):
-        raise TypeError(f"domains must be one or more non-empty strings; got {domains!r}")
-    if len(set(names)) != len(names):
-        raise ValueError(f"domains must be unique; got {names}")
-    return names
-
-
-def _equal(steps: int, stages: int) -> tuple[int, ...]:
-    count = read_whole("stages", stages, 1)
-    if count > steps:
-        raise ValueError(f"stages must be at most the {steps} steps; got {count}")
-    return tuple(stage * steps // count for stage in range(1, count))
-
-
-def _given(steps: int, boundaries: Sequence[int]) -> tuple[int, ...]:
-    places = tuple(read_whole("boundaries", place, 0) for place in boundaries)
-    if any(later <= earlier for earlier, later in pairwise(places)) or (places and places[-1] >= steps):
-        raise ValueError(f"boundaries must rise and lie below steps, {steps}; got {places}")
-    return places

@@ -1,4 +1,4 @@
-"""What a change of mixture promises, and whether that is more than noise."""
+"""The predicted gain of a new mixture, and whether it exceeds noise."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ class Gain:
     Attributes
     ----------
     total : float
-        Sum over tasks of their gain ``S @ (weights - prior)``, each over the scale of its row: what the influence term
-        of TiKMiX-D grows by.
+        Sum over tasks of their gain ``S @ (weights - prior)``, each divided by the scale of its row: the growth of
+        TiKMiX-D's influence term.
     stderr : float
-        Its standard error, as if the mixtures had been chosen without looking at S. NaN where the error of a domain
-        that moves is unknown.
+        Standard error of ``total``, as if S had not chosen the mixture. NaN if the error of a moving domain is unknown.
     chance : float
-        What ``total / stderr`` comes to by noise alone if the mixture was chosen by the same S, at most: sqrt(k) with k
-        the measured domains but one.
+        Upper bound on ``total / stderr`` from noise alone, for a mixture chosen by the same S: sqrt(k) for k + 1
+        measured domains.
 
     Notes
     -----
-    A solver moves weight to the domains that look best, so some gain is always predicted: of 26 domains without any
-    influence ``total / stderr`` comes to as much as 5. Its largest value over all changes of the mixture is the root of
-    a chi-square with k degrees of freedom (Scheffe 1953), which is nearly normal about sqrt(k) with variance 1/2
-    (Fisher). Whatever the solver, `excess` is thus above 1 in at most some 8% of matrices without any influence, and
-    above 2 in 0.3%; somewhat more where the errors themselves come from few micro-batches.
+    A solver moves weight to the domains that look best, so it always predicts some gain: ``total / stderr`` reaches 5
+    for 26 domains without any influence. Its largest value over all changes of the mixture is the root of a chi-square
+    with k degrees of freedom (Scheffe 1953), which is nearly normal about sqrt(k) with variance 1/2 (Fisher). So for
+    any solver, `excess` is above 1 in at most 8% of matrices without influence, and above 2 in 0.3%; the rates are
+    somewhat higher if the errors themselves come from few micro-batches.
     """
 
     total: float
@@ -49,29 +48,28 @@ class Gain:
 
     @property
     def excess(self) -> float:
-        """Standard errors beyond what noise alone reaches, ``total / stderr - chance``; NaN where unknown."""
+        """Standard errors beyond the reach of noise alone, ``total / stderr - chance``; NaN where unknown."""
         if self.stderr == 0:
             return math.copysign(math.inf, self.total) if self.total else -self.chance
         return self.total / self.stderr - self.chance
 
 
 def expected_gain(matrix: InfluenceMatrix, weights: Array, prior: Array) -> Gain:
-    """Predict what ``weights`` gain over ``prior``, both [m] in the matrix's order.
+    """Predict the gain of ``weights`` over ``prior``, both [m] in the matrix's order.
 
-    Errors of different domains, and of different tasks' own batches, are independent. The batches of one domain are
-    shared by all tasks: how far their errors agree is taken from the micro-batches where the matrix has a record of
-    them, else they are taken to agree fully, which bounds the error. The task's own error, and that of a projection,
-    is taken as independent from domain to domain, which overstates it where domains share it: what they share cancels
-    in a change.
+    Errors of different domains, and of different tasks' own batches, are independent. All tasks share the batches of a
+    domain. The matrix's record, if there is one, shows how far their errors agree; without it this assumes that they
+    agree fully, which bounds the error. The task's own error, and a projection's, count as independent between domains.
+    That overstates them, because the part that domains share cancels in a change.
     """
     values, measured, tasks, _ = read_matrix(matrix)
     step = np.where(measured, weights - prior, 0.0)
     step[np.abs(step) <= TOLERANCE] = 0.0
     moved = np.flatnonzero(step)
     scale, _ = row_scale(values[:, measured], "max", tasks)
-    of_domain, total = matrix.stderr_domain / scale[:, None], matrix.stderr / scale[:, None]
-    rest = np.maximum(total**2 - of_domain**2, 0.0).sum(axis=0)
-    joint = of_domain.sum(axis=0) ** 2
+    domain_side, total = matrix.stderr_domain / scale[:, None], matrix.stderr / scale[:, None]
+    rest = np.maximum(total**2 - domain_side**2, 0.0).sum(axis=0)
+    joint = domain_side.sum(axis=0) ** 2
     if matrix.record is not None:
         joint *= [_joint_share(matrix.record, scale, j) for j in range(len(step))]
     return Gain(
@@ -82,7 +80,7 @@ def expected_gain(matrix: InfluenceMatrix, weights: Array, prior: Array) -> Gain
 
 
 def _joint_share(record: MicrobatchRecord, scale: Array, domain: int) -> float:
-    """Return the variance of a domain's scaled influence summed over tasks, over what it were if all errors agreed."""
+    """Return the variance of a domain's scaled influence summed over tasks, over that of fully agreeing errors."""
     tokens, sums = record.of_domain(domain)
     if len(tokens) < 2:
         return 1.0

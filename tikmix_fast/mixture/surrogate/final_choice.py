@@ -1,4 +1,4 @@
-"""The last word between TiKMiX-D's mixture and TiKMiX-M's: both are labelled once more."""
+"""Choose between TiKMiX-D's mixture and TiKMiX-M's by new labels of both."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def choose_by_labels(
 ) -> MixtureResult:
     """Label TiKMiX-D's and TiKMiX-M's mixtures directly, and return the better one.
 
-    A search picks what its model overrates. Labels of data that the model was not fitted to have no such bias.
+    A search favours mixtures that its model overrates. Labels from data that the model has not seen have no such bias.
 
     Parameters
     ----------
     direct, found : MixtureResult
-        Of `tikmix_d` and `tikmix_m`, over the same domains.
+        Results of `tikmix_d` and `tikmix_m`, over the same domains.
     labels_of : callable (mixtures [2, m]) -> array_like [2, n]
-        What labelled the candidates, on other data: for example ``lambda both: probe(...).labels``.
+        Labels mixtures as the candidates were labelled, but on other data: for example
+        ``lambda both: probe(...).labels``.
     scale : float or array_like [n]
-        What each label is divided by before they are summed, above 0.
+        Divisor of each label before the sum, above 0.
     minimise : bool
-        Whether smaller labels are better, as with losses.
+        Whether smaller labels are better, as for losses.
 
     Returns
     -------
@@ -52,7 +53,7 @@ def choose_by_labels(
 
     Notes
     -----
-    Cost: that of labelling two mixtures.
+    The cost is that of labelling two mixtures.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""A Gaussian process as a surrogate: smooth, and fitted to few runs as well as to many."""
+"""A Gaussian process as a surrogate: smooth, and suited to few runs as well as to many."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Array = NDArray[np.float64]
 
 __all__ = ["GaussianProcess", "negative_log_posterior"]
 
-# A loss falls like a power of the data, steeply at the first percent: the root spreads that out, and is finite at zero.
+# A loss falls like a power of the data, steeply over the first percent. The root stretches that part, and at zero it is
+# finite.
 _POWER = 0.25
 _LEVEL = 10.0  # prior variance of the constant, over that of the labels
 _ITERATIONS = 30
@@ -27,19 +28,19 @@ _WIDTH_MEAN, _WIDTH_STD = -3.0, 3.0
 class GaussianProcess:
     """Mean of a Gaussian process over x = standardised ``weights ** 0.25``.
 
-    Its covariance is that of a constant, of a linear function, and of a rational quadratic with one width per domain,
-    ``signal / (1 + sum_j narrowness_j (x_j - y_j)^2)``, plus noise; the widths and variances maximise the posterior.
-    Far from the data it falls back to the linear function.
+    The covariance is the sum of a constant, a linear part, noise, and a rational quadratic with one width per domain,
+    ``signal / (1 + sum_j narrowness_j (x_j - y_j)^2)``. The widths and variances maximise the posterior. Far from the
+    data the mean approaches the linear function.
 
     Attributes
     ----------
     points : float64 [N, m]
         x at the fitted mixtures.
     center, spread : float64 [m]
-        What x was standardised by.
+        Mean and standard deviation of ``weights ** 0.25`` over the fitted mixtures.
     narrowness : float64 [m]
     dual : float64 [N]
-        Weights of the fitted points, times ``signal`` and in the labels' unit.
+        Weights of the fitted points times ``signal``, in the labels' unit.
     slope : float64 [m]
     intercept : float
     """
@@ -54,7 +55,7 @@ class GaussianProcess:
 
     @classmethod
     def fit(cls, mixtures: Array, labels: Array) -> GaussianProcess:
-        """Fit labels [N] at mixtures [N, m]; some 30 Cholesky factorisations [N, N]."""
+        """Fit labels [N] at mixtures [N, m]; costs some 30 Cholesky factorisations [N, N]."""
         center, spread, points = _standardise(mixtures)
         m = mixtures.shape[1]
         level, scale = float(labels.mean()), float(labels.std())
@@ -62,7 +63,7 @@ class GaussianProcess:
             zero = np.zeros(m)
             return cls(points, center, spread, zero, np.zeros(len(labels)), zero, level)
         target = (labels - level) / scale
-        found = minimize(
+        optimum = minimize(
             negative_log_posterior,
             np.concatenate([np.full(m, _WIDTH_MEAN), [0.0, -4.0, -3.0]]),
             args=(points, target),
@@ -71,7 +72,7 @@ class GaussianProcess:
             bounds=[(-12.0, 6.0)] * m + [(-6.0, 8.0), (-14.0, 1.0), (-12.0, 4.0)],
             options={"maxiter": _ITERATIONS},
         )
-        narrowness, (signal, noise, linear) = np.exp(found.x[:m]), np.exp(found.x[m:])
+        narrowness, (signal, noise, linear) = np.exp(optimum.x[:m]), np.exp(optimum.x[m:])
         kernel = _covariance(points, narrowness, signal, linear)[0]
         dual = cho_solve(cho_factor(kernel + noise * np.eye(len(kernel)), lower=True), target)
         return cls(
@@ -85,7 +86,7 @@ class GaussianProcess:
         )
 
     def predict(self, mixtures: Array) -> Array:
-        """Return predictions [N]; one matrix product and one division per candidate and fitted point."""
+        """Return predictions [N]; costs one matrix product, and one division per candidate and fitted point."""
         x = (mixtures**_POWER - self.center) / self.spread
         root = np.sqrt(self.narrowness)
         ours, theirs = x * root, self.points * root
@@ -99,7 +100,7 @@ class GaussianProcess:
         return np.asarray(predicted)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, without what the fitted mixtures tell."""
+        """Return plain JSON types, without the parts that follow from the fitted mixtures."""
         return {
             "narrowness": self.narrowness.tolist(),
             "dual": self.dual.tolist(),
@@ -109,12 +110,12 @@ class GaussianProcess:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], mixtures: Array) -> GaussianProcess:
-        """Read what `to_dict` wrote, with the mixtures [N, m] that it was fitted to.
+        """Read the output of `to_dict`, with the fitted mixtures [N, m].
 
         Raises
         ------
         ValueError
-            If it does not fit the mixtures, or is not finite.
+            If a shape does not fit the mixtures, or a number is not finite.
         """
         center, spread, points = _standardise(mixtures)
         narrowness, dual, slope = (
@@ -135,8 +136,8 @@ def negative_log_posterior(parameters: Array, points: Array, target: Array) -> t
     Parameters
     ----------
     parameters : float64 [m + 3]
-        Logarithms of the narrownesses, of the variances of the rational quadratic and of the noise, and of the slope's.
-        The narrownesses' prior is normal.
+        Logarithms of the narrownesses, which have a normal prior, and of the variances of the rational quadratic, the
+        noise and the slope.
     points : float64 [N, m]
     target : float64 [N]
     """

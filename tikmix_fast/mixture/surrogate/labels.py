@@ -1,4 +1,4 @@
-"""Labels for mixtures that need no training: from an influence matrix, or from its cached micro-batches."""
+"""Labels for mixtures without training: from an influence matrix, or from its recorded micro-batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tikmix_fast.arguments import require_int
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.mixture.inputs import label, read_matrix, read_mixtures
 
@@ -16,12 +17,12 @@ __all__ = ["linear_labels", "resampled_labels"]
 
 
 def linear_labels(matrix: InfluenceMatrix | Any, mixtures: Any) -> Array:
-    """Return ``S @ w`` for every mixture: what TiKMiX-D assumes. A surrogate of it can add nothing to TiKMiX-D.
+    """Return ``S @ w`` for every mixture, TiKMiX-D's own prediction. A surrogate of it adds nothing to TiKMiX-D.
 
     Parameters
     ----------
     matrix : InfluenceMatrix or array_like [n, m]
-        The influence of a domain never measured (a column of NaN) counts as zero, as in `tikmix_d`.
+        The influence of an unmeasured domain (a column of NaN) counts as zero, as in `tikmix_d`.
     mixtures : array_like [N, m]
 
     Returns
@@ -41,19 +42,19 @@ def linear_labels(matrix: InfluenceMatrix | Any, mixtures: Any) -> Array:
 def resampled_labels(
     matrix: InfluenceMatrix, mixtures: Any, *, microbatches: int | None = None, seed: int = 0
 ) -> Array:
-    """Return the influence of a mixed sample of every mixture, put together from micro-batches already measured.
+    """Return the influence of one mixed sample per mixture, drawn from recorded micro-batches.
 
-    Every mixture draws its micro-batches' domains from its weights and the micro-batches with replacement from
-    ``matrix.record``, so that no gradient is computed. The labels scatter around `linear_labels` as new samples would;
-    they hold no interaction of domains, for that a step has to be taken.
+    The weights of a mixture give the domains of its micro-batches; the micro-batches come with replacement from
+    ``matrix.record``, so no gradient is computed. The labels scatter around `linear_labels` as new samples would. They
+    contain no interaction of domains; only a training step shows that.
 
     Parameters
     ----------
     matrix : InfluenceMatrix
-        With a record, and every domain with weight in some mixture measured.
+        With a record, in which every domain with weight in some mixture is measured.
     mixtures : array_like [N, m]
     microbatches : int, optional
-        Micro-batches in a mixed sample; default as many as the record has blocks in all.
+        Micro-batches in a mixed sample; default the number of blocks in the record.
     seed : int
 
     Returns
@@ -78,8 +79,7 @@ def resampled_labels(
         if not len(blocks[j][0]):
             raise ValueError(f"domain {label(matrix.domains, j)} has weight but was never measured; measure it")
     total = sum(len(tokens) for tokens, _ in blocks) if microbatches is None else microbatches
-    if not isinstance(total, (int, np.integer)) or total < 1:
-        raise ValueError(f"microbatches must be an integer of at least 1; got {total!r}")
+    total = require_int("microbatches", total, 1)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(total, weights)  # [N, m]
     labels = np.zeros((len(weights), len(matrix.tasks)))

@@ -1,4 +1,4 @@
-"""The surrogate of TiKMiX-M: from mixtures to labels, by the kind of model that predicts unseen mixtures best."""
+"""The surrogate of TiKMiX-M: from mixtures to labels, with the kind of model that predicts unseen mixtures best."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from tikmix_fast import files
-from tikmix_fast.mixture.inputs import Names, label, read_mixtures, read_whole
+from tikmix_fast.arguments import require_choice, require_int
+from tikmix_fast.matrix.rank_correlation import rank_correlation
+from tikmix_fast.mixture.inputs import Names, label, read_floats, read_mixtures, read_names
 from tikmix_fast.mixture.surrogate.gaussian_process import GaussianProcess
 from tikmix_fast.mixture.surrogate.ridge import Ridge
 from tikmix_fast.mixture.surrogate.trees import Trees
@@ -22,11 +23,11 @@ from tikmix_fast.mixture.surrogate.trees import Trees
 Array = NDArray[np.float64]
 Kind = Literal["auto", "ridge", "gp", "lightgbm"]
 
-__all__ = ["MixtureModel", "Scores", "rank_correlation"]
+__all__ = ["MixtureModel", "Scores"]
 
 _FORMAT = "tikmix_fast.mixture_model"
 _VERSION = 1
-# From the simplest on: one gives way only to what is better by more than the noise.
+# From the simplest to the most complex. A more complex kind must be better by more than the noise.
 _KINDS = ("ridge", "gp", "lightgbm")
 _SMALLEST = 8
 
@@ -55,14 +56,14 @@ _READ: dict[str, Callable[[Mapping[str, Any], Array], Surrogate]] = {
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Cross-validated quality of one kind of model, every mixture predicted by a model that had not seen it.
+    """Cross-validated quality of one kind of model: each prediction comes from a model that has not seen the mixture.
 
     Attributes
     ----------
     r2 : float64 [n]
-        Share of each label's variance that is explained; NaN for a label that is constant.
+        Explained share of each label's variance; NaN for a constant label.
     spearman : float64 [n]
-        Rank correlation, mean over the folds; NaN for a label that is constant.
+        Rank correlation, mean over the folds; NaN for a constant label.
     error : float64 [n]
         Root mean square error, in the label's unit.
     """
@@ -73,41 +74,41 @@ class Scores:
 
 
 class MixtureModel:
-    """Predict labels of mixtures, such as losses of proxy runs or measured influence, from labelled mixtures.
+    """Predict labels of mixtures, for example losses of proxy runs or measured influence, from labelled mixtures.
 
-    Every label has a model of its own, of one kind:
+    Each label has its own model, of one kind:
 
-    - ``"ridge"``: linear in the weights, with a penalty chosen by leave-one-out error. TiKMiX-D assumes no more.
-    - ``"gp"``: a Gaussian process with a width per domain. Smooth, falls back to a linear function of
-      ``weights ** 0.25`` far from the data; fitting takes seconds a label for some 500 mixtures and grows with N^3.
-    - ``"lightgbm"``: trees with RegMix's settings. Constant where data end.
-    - ``"auto"``: for each label the first of these whose squared error in cross-validation is within one standard
-      error of the best.
+    - ``"ridge"``: linear in the weights, as TiKMiX-D assumes. The leave-one-out error chooses the penalty.
+    - ``"gp"``: a Gaussian process with a width per domain. It is smooth, and far from the data it approaches a linear
+      function of ``weights ** 0.25``. Fitting takes seconds per label for some 500 mixtures and grows with N^3.
+    - ``"lightgbm"``: trees with RegMix's settings, constant outside the data.
+    - ``"auto"``: for each label, the first of these whose cross-validated squared error is within one standard error of
+      the best.
 
     Parameters
     ----------
     kind : {"auto", "ridge", "gp", "lightgbm"}
-        Ridge is always fitted too and its scores are reported beside.
+        `fit` always fits ridge too, and reports its scores.
     folds : int
-        Of the cross-validation, 2 to N. The cost of `fit` is that of fitting ``folds + 1`` times.
+        Folds of the cross-validation, 2 to N. `fit` costs as much as fitting ``folds + 1`` times.
     seed : int
-        Of the folds.
+        Seed of the folds.
 
     Attributes
     ----------
     kinds : tuple of str
         Kind per label, after `fit`.
     scores : dict from kind to Scores
-        Cross-validated.
+        Cross-validated quality.
     mixtures : float64 [N, m]
-        What it was fitted to.
+        The fitted mixtures.
     low, high : float64 [m]
         The smallest box around ``mixtures``.
     spread : float64 [n]
         Standard deviation of each label over ``mixtures``.
     domains, tasks : tuple of str or None
     warnings : tuple of str
-        Also given through `warnings.warn`.
+        The texts that `warnings.warn` got too.
 
     Examples
     --------
@@ -130,11 +131,8 @@ class MixtureModel:
     warnings: tuple[str, ...]
 
     def __init__(self, kind: Kind = "auto", *, folds: int = 5, seed: int = 0) -> None:
-        if kind not in ("auto", *_KINDS):
-            raise ValueError(f'kind must be "auto", "ridge", "gp" or "lightgbm"; got {kind!r}')
-        if not isinstance(folds, (int, np.integer)) or folds < 2:
-            raise ValueError(f"folds must be an integer of at least 2; got {folds!r}")
-        self.kind, self.folds, self.seed = kind, int(folds), read_whole("seed", seed, 0)
+        require_choice("kind", kind, ("auto", *_KINDS))
+        self.kind, self.folds, self.seed = kind, require_int("folds", folds, 2), require_int("seed", seed, 0)
         self._models: tuple[Surrogate, ...] = ()
 
     def fit(
@@ -145,21 +143,21 @@ class MixtureModel:
         domains: Sequence[str] | None = None,
         tasks: Sequence[str] | None = None,
     ) -> MixtureModel:
-        """Cross-validate, choose the kinds, and fit to all mixtures; returns the model itself.
+        """Cross-validate, choose the kinds, fit to all mixtures, and return the model itself.
 
         Parameters
         ----------
         mixtures : array_like [N, m]
-            At least 8. Rows at least 0 that sum to 1 within 0.01 (tables are rounded); scaled to sum to 1.
+            At least 8 rows, at least 0, that sum to 1 within 0.01 (for rounded tables); scaled to sum to 1.
         labels : array_like [N, n] or [N]
-            Finite; the sign is told to `tikmix_m`.
+            Finite. `tikmix_m` takes their sign as an argument.
         domains, tasks : sequence of str, optional
             Names of the columns of ``mixtures`` and of ``labels``.
 
         Raises
         ------
         TypeError, ValueError
-            If an argument is not as described; the model is then as it was.
+            If an argument is not as described; the model then stays as it was.
 
         Warns
         -----
@@ -173,14 +171,14 @@ class MixtureModel:
                 f"mixtures must be at least {max(_SMALLEST, self.folds)} for {self.folds} folds; got {len(points)};"
                 " label more of them"
             )
-        names = _read_names("domains", domains, points.shape[1])
-        rows = _read_names("tasks", tasks, values.shape[1])
+        names = None if domains is None else read_names("domains", domains, points.shape[1])
+        rows = None if tasks is None else read_names("tasks", tasks, values.shape[1])
         tried = _KINDS if self.kind == "auto" else tuple(dict.fromkeys(("ridge", self.kind)))
         folds = np.array_split(np.random.default_rng(self.seed).permutation(len(points)), self.folds)
         unseen = {kind: _predict_unseen(kind, points, values, folds) for kind in tried}
         kinds = (self.kind,) * values.shape[1] if self.kind != "auto" else _choose(unseen, values)
         models = tuple(_FIT[kind](points, values[:, i]) for i, kind in enumerate(kinds))
-        scores = {kind: _score(found, values, folds) for kind, found in unseen.items()}
+        scores = {kind: _score(predicted, values, folds) for kind, predicted in unseen.items()}
 
         self._models, self.kinds, self.scores = models, kinds, scores
         self.mixtures, self.spread = points, values.std(axis=0)
@@ -188,8 +186,8 @@ class MixtureModel:
         self.warnings = ()
         if "lightgbm" in scores and not (scores["lightgbm"].error < scores["ridge"].error).any():
             self.warnings = (
-                "trees predict no label better than a linear model does (cross-validated): there is no interaction of"
-                " domains here that they could learn, and TiKMiX-M adds nothing over TiKMiX-D by them",
+                "trees predict no label better than a linear model does (cross-validated): they find no interaction of"
+                " domains here, so with them TiKMiX-M adds nothing over TiKMiX-D",
             )
         for each in self.warnings:
             warnings.warn(each, stacklevel=2)
@@ -207,7 +205,7 @@ class MixtureModel:
 
     @property
     def error(self) -> Array:
-        """Cross-validated root mean square error [n] of the kinds chosen."""
+        """Cross-validated root mean square error [n] of the chosen kinds."""
         scores = self._fitted().scores
         return np.array([scores[kind].error[i] for i, kind in enumerate(self.kinds)])
 
@@ -223,7 +221,7 @@ class MixtureModel:
         return np.column_stack([model.predict(points) for model in self._models])
 
     def table(self) -> str:
-        """Return the cross-validated scores as text, a line per label; ``*`` marks the kind chosen."""
+        """Return the cross-validated scores as text, a line per label; ``*`` marks the chosen kind."""
         scores = self._fitted().scores
         names = [label(self.tasks, i) for i in range(len(self.kinds))]
         width = max(len("label"), *map(len, names))
@@ -237,7 +235,7 @@ class MixtureModel:
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the model as JSON, atomically; returns the path. `load` gives the same predictions to the last bit."""
+        """Write the model as JSON, atomically, and return the path. After `load`, predictions are equal bit by bit."""
         self._fitted()
         content = {
             "kind": self.kind,
@@ -259,14 +257,14 @@ class MixtureModel:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MixtureModel:
-        """Read a model that `save` wrote. Nothing in the file is run.
+        """Read a model that `save` wrote. No code in the file runs.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is not a mixture model, is of another version, or was changed; the message names it.
+            If the file is not a mixture model, has another version, or was changed; the message names it.
         """
         whole = files.read_json(path, _FORMAT, sealed=True)
         with files.naming(path):
@@ -277,16 +275,17 @@ class MixtureModel:
     @classmethod
     def _from_content(cls, content: Mapping[str, Any]) -> MixtureModel:
         model = cls(content["kind"], folds=content["folds"], seed=content["seed"])
-        # As they were: scaling them once more could move the last bit.
+        # Do not scale them again: that could change the last bit.
         points = np.array(content["mixtures"], dtype=np.float64)
         if not np.allclose(read_mixtures("mixtures", points), points, rtol=0, atol=1e-12):
             raise ValueError("mixtures must sum to 1 in every row")
         kinds = tuple(content["kinds"])
         n = len(kinds)
         if not kinds or len(content["models"]) != n or not set(kinds) <= set(_KINDS) & set(content["scores"]):
-            raise ValueError("kinds, models and scores must fit each other")
-        model.domains = _read_names("domains", content["domains"], points.shape[1])
-        model.tasks = _read_names("tasks", content["tasks"], n)
+            raise ValueError("kinds, models and scores must be of the same labels and kinds")
+        domains, tasks = content["domains"], content["tasks"]
+        model.domains = None if domains is None else read_names("domains", domains, points.shape[1])
+        model.tasks = None if tasks is None else read_names("tasks", tasks, n)
         model.spread = np.array(content["spread"], dtype=np.float64)
         model.scores = {
             kind: Scores(**{name: np.array(numbers, dtype=np.float64) for name, numbers in each.items()})
@@ -305,14 +304,6 @@ class MixtureModel:
         return self
 
 
-def rank_correlation(predicted: Array, truth: Array) -> Array:
-    """Return Spearman's correlation of each column [n]; NaN where one side is constant."""
-    first, second = (rankdata(each, axis=0) for each in (predicted, truth))
-    first, second = first - first.mean(axis=0), second - second.mean(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray((first * second).sum(0) / np.sqrt((first**2).sum(0) * (second**2).sum(0)))
-
-
 def _predict_unseen(kind: str, points: Array, values: Array, folds: list[NDArray[np.intp]]) -> Array:
     predicted = np.empty_like(values)
     for fold in folds:
@@ -323,8 +314,8 @@ def _predict_unseen(kind: str, points: Array, values: Array, folds: list[NDArray
 
 
 def _choose(unseen: Mapping[str, Array], values: Array) -> tuple[str, ...]:
-    """Return for each label the simplest kind that is not worse than the best by more than one standard error."""
-    squares = {kind: (found - values) ** 2 for kind, found in unseen.items()}
+    """Return each label's simplest kind that is worse than the best by at most one standard error."""
+    squares = {kind: (predicted - values) ** 2 for kind, predicted in unseen.items()}
     chosen = []
     for i in range(values.shape[1]):
         best = min(squares, key=lambda kind: float(squares[kind][:, i].mean()))
@@ -338,7 +329,7 @@ def _choose(unseen: Mapping[str, Array], values: Array) -> tuple[str, ...]:
 
 def _score(predicted: Array, values: Array, folds: list[NDArray[np.intp]]) -> Scores:
     squares = ((predicted - values) ** 2).mean(axis=0)
-    ranks = np.array([rank_correlation(predicted[fold], values[fold]) for fold in folds if len(fold) > 1])
+    ranks = np.array([rank_correlation(predicted[fold], values[fold], axis=0) for fold in folds if len(fold) > 1])
     known = ~np.isnan(ranks)
     with np.errstate(divide="ignore", invalid="ignore"):
         return Scores(
@@ -349,10 +340,7 @@ def _score(predicted: Array, values: Array, folds: list[NDArray[np.intp]]) -> Sc
 
 
 def _read_labels(labels: Any, count: int) -> Array:
-    try:
-        values = np.array(labels, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"labels must hold numbers; got {type(labels).__name__}") from None
+    values = read_floats("labels", labels)
     if values.ndim == 1:
         values = values[:, None]
     if values.ndim != 2 or values.shape[0] != count or not values.shape[1]:
@@ -361,15 +349,6 @@ def _read_labels(labels: Any, count: int) -> Array:
         row, column = np.argwhere(~np.isfinite(values))[0]
         raise ValueError(f"labels must be finite; got {values[row, column]} at row {row}, label {column}; drop the row")
     return values
-
-
-def _read_names(name: str, given: Sequence[str] | None, count: int) -> Names:
-    if given is None:
-        return None
-    names = tuple(given)
-    if len(names) != count or len(set(names)) != count or not all(isinstance(each, str) and each for each in names):
-        raise ValueError(f"{name} must be {count} different non-empty strings; got {names!r}")
-    return names
 
 
 def _plain(numbers: Array) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""A linear surrogate: what a mixture does if domains do not interact."""
+"""A linear surrogate, for domains that do not interact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PENALTIES = np.logspace(-10, 2, 49)
 
 @dataclass(frozen=True, eq=False)
 class Ridge:
-    """Ridge regression on the weights, its penalty chosen by leave-one-out error (closed form).
+    """Ridge regression on the weights; the leave-one-out error, in closed form, chooses the penalty.
 
     Attributes
     ----------
@@ -59,12 +59,12 @@ class Ridge:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], mixtures: Array) -> Ridge:
-        """Read what `to_dict` wrote.
+        """Read the output of `to_dict`.
 
         Raises
         ------
         ValueError
-            If it does not fit the mixtures [N, m], or not finite.
+            If the shape does not fit the mixtures [N, m], or a number is not finite.
         """
         ridge = cls(np.array(content["coefficients"], dtype=np.float64), float(content["intercept"]))
         if (

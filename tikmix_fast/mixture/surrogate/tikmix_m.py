@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
-from tikmix_fast.mixture.direct.bounds import join_bounds
-from tikmix_fast.mixture.direct.problem import TOLERANCE, Limit, entropy
-from tikmix_fast.mixture.inputs import label, per_domain, read_number, read_prior
+from tikmix_fast.arguments import require_int
+from tikmix_fast.mixture.direct.bounds import join_bounds, require_within
+from tikmix_fast.mixture.direct.problem import TOLERANCE, Limit, objective_terms
+from tikmix_fast.mixture.inputs import per_domain, read_number, read_objective, read_prior
 from tikmix_fast.mixture.result import MixtureResult
 from tikmix_fast.mixture.surrogate.candidates import dirichlet
 from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
@@ -23,9 +24,9 @@ Array = NDArray[np.float64]
 
 __all__ = ["tikmix_m"]
 
-# Of what may be chosen from in a round, at most this share is averaged: else few candidates would mean no choice.
+# The largest share of a round's eligible candidates that the mean includes; a larger one would not select.
 _LARGEST_SHARE = 0.1
-_STILL = 1e-3
+_STILL = 1e-3  # a step of the centre below this ends the search
 
 
 def tikmix_m(
@@ -50,54 +51,54 @@ def tikmix_m(
 ) -> MixtureResult:
     """Search the mixture with the best predicted labels, from TiKMiX-D's answer on (arXiv 2508.17677, Algorithm 1).
 
-    In every round candidates are drawn from a Dirichlet distribution around the best mixture so far, and the mean of
-    the best of them is where the next round starts. What is minimised is TiKMiX-D's objective with predicted labels
-    in the place of its linear influence::
+    Each round draws candidates from a Dirichlet distribution around a centre; the mean of the best ones is the next
+    centre. The search minimises TiKMiX-D's objective with predicted labels in place of its linear influence::
 
         uniformity * std(P) - influence * sum(P) - diversity * H(w),    P_i = +-label_i(w) / scale_i
 
-    The paper's score is the sum alone, the default here. Then nothing but the data holds the search back from few
-    domains: see ``floor``, ``cap`` and ``diversity``.
+    The paper's score is the sum alone, the default here. With it, only the box of the fitted mixtures keeps the search
+    from concentrating on few domains: see ``floor``, ``cap`` and ``diversity``.
 
     Parameters
     ----------
     model : MixtureModel
         Fitted.
     anchor : MixtureResult, mapping from domain name to weight, or array_like [m]
-        TiKMiX-D's answer, or the mixture in use. The search starts there, and never leaves a domain whose weight is 0.
-        It must lie in the box of the fitted mixtures: beyond, the model knows nothing.
+        TiKMiX-D's answer, or the mixture in use. The search starts there, and a domain with weight 0 stays at 0. It
+        must lie in the box of the fitted mixtures, because the model has no data outside.
     prior : mapping or array_like [m], optional
-        What Pareto compares with; default the anchor.
+        The mixture that Pareto compares with; default the anchor.
     minimise : bool
-        Whether smaller labels are better, as with losses. Influence is better larger.
+        Whether smaller labels are better, as for losses. Larger influence is better.
     scale : array_like [n], optional
-        What each label is divided by, above 0; default its standard deviation over the fitted mixtures. With
+        Divisor of each label, above 0; default its standard deviation over the fitted mixtures. With
         ``labels = S @ w``, ``S.max(axis=1)`` gives TiKMiX-D's objective.
     uniformity, influence, diversity : float
         Weights of the three terms, at least 0, not all 0.
     pareto : bool
-        Prefer candidates for which no task is predicted to fare worse than under ``prior``, where there are any.
+        Prefer candidates, if there are any, for which no task is predicted to fare worse than under ``prior``.
     floor, cap : float, mapping or array_like [m]
-        Least and largest weight of each domain, as in `tikmix_d`; candidates outside are dropped.
+        Least and largest weight of each domain, as in `tikmix_d`; the search drops candidates outside.
     rounds, candidates, top : int
-        T, N and k of the paper, which does not give them. The mean is over the best ``top``, but never over more than
-        a tenth of the candidates that may be chosen from.
+        T, N and k of the paper, which does not state them. The mean is over the best ``top``, but never over more than
+        a tenth of the eligible candidates.
     concentration : (float, float), optional
-        Of the Dirichlet distribution in the first and in the last round, log-spaced between; default 2m and 200m.
-        More rounds up to a larger one end nearer to a corner of Pareto constraints, where a mean of draws stays inside.
+        Concentration of the Dirichlet distribution in the first and in the last round, log-spaced between; default 2m
+        and 200m. A mean of draws stays inside a corner of Pareto constraints; more rounds up to a larger concentration
+        end nearer to it.
     literal_schedule : bool
-        Take the concentrations from large to small, as the paper prints it: it then ends with wide draws. Meant is
-        surely the reverse, from wide draws to narrow ones.
+        Use the concentrations from large to small, as printed in the paper, and so end with wide draws. The paper
+        probably means the reverse, from wide draws to narrow ones.
     seed : int
         Equal arguments give equal answers.
 
     Returns
     -------
     MixtureResult
-        The best of the anchor and of every round's mean, so never predicted worse than the anchor. ``solver`` is
-        ``"search"``, or ``"anchor"`` where the search found nothing better, which ``message`` then says; it also says
-        when what was gained is less than the model's cross-validated error. ``nit`` counts the rounds and ``prior`` is
-        what Pareto was held against.
+        The best of the anchor and of every round's mean, so its prediction is never worse than the anchor's.
+        ``solver`` is ``"search"``, or ``"anchor"`` if the search found nothing better. ``message`` says so, and also
+        says when the gain is below the model's cross-validated error. ``nit`` counts the rounds; ``prior`` is the
+        mixture that Pareto compares with.
 
     Raises
     ------
@@ -127,95 +128,61 @@ def tikmix_m(
         anchor = anchor.weights if domains is None or anchor.domains is None else anchor.as_dict()
     start = read_prior(anchor, domains, m, name="anchor")
     reference = start if prior is None else read_prior(prior, domains, m)
-    uniformity = read_number("uniformity", uniformity)
-    influence = read_number("influence", influence)
-    diversity = read_number("diversity", diversity)
-    if uniformity == influence == diversity == 0:
-        raise ValueError("one of uniformity, influence and diversity must be above 0; got 0 for all")
-    for name, number in (("rounds", rounds), ("candidates", candidates), ("top", top)):
-        if not isinstance(number, (int, np.integer)) or number < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {number!r}")
+    factors = read_objective(uniformity, influence, diversity)
+    rounds, candidates = require_int("rounds", rounds, 1), require_int("candidates", candidates, 1)
+    top = require_int("top", top, 1)
     strengths = _schedule(concentration, rounds, m, literal_schedule)
     units = _read_scale(scale, model)
     floors = [Limit("the fitted box's least weight", low), Limit("floor", per_domain("floor", floor, domains, m, 0.0))]
     caps = [Limit("the fitted box's largest weight", high), Limit("cap", per_domain("cap", cap, domains, m, 1.0))]
     lower, upper = join_bounds(floors, caps, start, np.ones(m, dtype=np.bool_), domains)
-    outside = np.flatnonzero((start < lower - TOLERANCE) | (start > upper + TOLERANCE))
-    if outside.size:
-        j = int(outside[0])
-        raise ValueError(
-            "anchor must lie within the box of the fitted mixtures, the floor and the cap; got"
-            f" {start[j]:g} for domain {label(domains, j)}, outside [{lower[j]:g}, {upper[j]:g}]; label mixtures around"
-            " the anchor, or change the bounds or the anchor"
-        )
+    message = (
+        "anchor must lie within the box of the fitted mixtures, the floor and the cap (label mixtures around the"
+        " anchor, or change the bounds or the anchor)"
+    )
+    require_within(start, lower, upper, domains, message)
 
     signs = (-1.0 if minimise else 1.0) / units
     required = model.predict(reference[None])[0] * signs - TOLERANCE if pareto else np.full(len(units), -np.inf)
-    search = _Search(model, signs, uniformity, influence, diversity, required)
-    rng = np.random.default_rng(seed)
-    center = best = start
-    kept = search.rate(start[None])
-    done = hits = 0
-    for strength in strengths:
-        done += 1
-        drawn = dirichlet(rng, strength * center, int(candidates))
-        drawn = drawn[((drawn >= lower) & (drawn <= upper)).all(axis=1)]
-        if not len(drawn):
-            continue
-        hits += 1
-        rated = search.rate(drawn)
-        allowed = np.flatnonzero(rated.harmless) if rated.harmless.any() else np.arange(len(drawn))
-        count = min(int(top), max(1, int(_LARGEST_SHARE * len(allowed))))
-        chosen = allowed[np.argsort(rated.fun[allowed], kind="stable")[:count]]
-        moved = drawn[chosen].mean(axis=0)
-        moved /= moved.sum()
-        step = float(np.abs(moved - center).sum())
-        center = moved
-        now = search.rate(center[None])
-        if (not now.harmless[0], now.fun[0]) < (not kept.harmless[0], kept.fun[0]):
-            best, kept = center, now
-        if step < _STILL:
-            break
+    search = _Search(model, signs, *factors, required, lower, upper)
+    found = search.run(start, strengths, candidates, top, np.random.default_rng(seed))
+    harmless = bool(found.rated.harmless[0])
 
     warned = []
-    beyond = ((reference < low - TOLERANCE) | (reference > high + TOLERANCE)).any()
-    if pareto and beyond:
+    if pareto and ((reference < low - TOLERANCE) | (reference > high + TOLERANCE)).any():
         warned.append(
-            "prior lies outside the box of the fitted mixtures, where the model knows nothing: what Pareto is held"
-            " against is a guess; label mixtures around the prior too, or set pareto=False"
+            "prior lies outside the box of the fitted mixtures, where the model has no data, so the level that Pareto"
+            " asks for is a guess; label mixtures around the prior too, or set pareto=False"
         )
-    if not hits:
+    if not found.hits:
         warned.append(
             f"none of {candidates} candidates in any round lay within the box of the fitted mixtures; raise"
             " concentration, or fit to mixtures that are spread more widely"
         )
-    if not kept.harmless[0]:
+    if not harmless:
         warned.append("no mixture was found for which every task is predicted to fare as well as under the prior")
     for each in warned:
         warnings.warn(each, stacklevel=2)
 
-    first = search.rate(start[None])
-    predicted = model.predict(np.stack([best, reference]))
-    gains = predicted[0] * search.signs
-    terms = {"uniformity": float(gains.std()), "influence": float(gains.sum()), "diversity": entropy(best)}
-    moved_at_all = best is not start
+    predicted = model.predict(np.stack([found.weights, reference]))
+    terms = objective_terms(predicted[0] * signs, found.weights)
     return MixtureResult(
-        weights=best,
+        weights=found.weights,
         prior=reference,
         domains=domains,
         tasks=model.tasks,
-        success=bool(hits) and bool(kept.harmless[0]),
-        status=0 if hits and kept.harmless[0] else 1,
-        message="; ".join([_verdict(model, search, first, kept, moved_at_all), *warned]),
-        fun=float(kept.fun[0]),
-        nit=done,
+        success=found.hits > 0 and harmless,
+        status=0 if found.hits and harmless else 1,
+        message="; ".join([_verdict(search, start, found), *warned]),
+        fun=float(found.rated.fun[0]),
+        nit=found.rounds,
         terms=terms,
         predicted=predicted[0],
         predicted_prior=predicted[1],
         effective_domains=math.exp(terms["diversity"]),
         active=(),
         kept=(),
-        solver="search" if moved_at_all else "anchor",
+        solver="search" if found.moved else "anchor",
         gap=math.nan,
         warnings=tuple(warned),
     )
@@ -230,8 +197,19 @@ class _Rated:
 
 
 @dataclass(frozen=True, eq=False)
+class _Found:
+    """The best mixture [m] of a search, its rating, and the numbers of all rounds and of rounds with candidates."""
+
+    weights: Array
+    rated: _Rated
+    moved: bool
+    rounds: int
+    hits: int
+
+
+@dataclass(frozen=True, eq=False)
 class _Search:
-    """What is searched for: TiKMiX-D's objective on predicted labels times ``signs`` [n], at least ``required`` [n]."""
+    """TiKMiX-D's objective on predicted labels times ``signs`` [n], which must be at least ``required`` [n]."""
 
     model: MixtureModel
     signs: Array
@@ -239,6 +217,8 @@ class _Search:
     influence: float
     diversity: float
     required: Array
+    lower: Array
+    upper: Array
 
     def rate(self, mixtures: Array) -> _Rated:
         gains = self.model.predict(mixtures) * self.signs
@@ -246,18 +226,46 @@ class _Search:
         fun += self.diversity * xlogy(mixtures, mixtures).sum(axis=1)
         return _Rated(fun, np.asarray((gains >= self.required).all(axis=1)))
 
+    def run(self, start: Array, strengths: Array, candidates: int, top: int, rng: np.random.Generator) -> _Found:
+        center = start
+        best = _Found(start, self.rate(start[None]), False, 0, 0)
+        rounds = hits = 0
+        for strength in strengths:
+            rounds += 1
+            drawn = dirichlet(rng, strength * center, candidates)
+            drawn = drawn[((drawn >= self.lower) & (drawn <= self.upper)).all(axis=1)]
+            if not len(drawn):
+                continue
+            hits += 1
+            before, center = center, self._mean_of_best(drawn, top)
+            rated = self.rate(center[None])
+            if (not rated.harmless[0], rated.fun[0]) < (not best.rated.harmless[0], best.rated.fun[0]):
+                best = _Found(center, rated, True, 0, 0)
+            if np.abs(center - before).sum() < _STILL:
+                break
+        return replace(best, rounds=rounds, hits=hits)
 
-def _verdict(model: MixtureModel, search: _Search, first: _Rated, last: _Rated, moved: bool) -> str:
+    def _mean_of_best(self, drawn: Array, top: int) -> Array:
+        rated = self.rate(drawn)
+        eligible = np.flatnonzero(rated.harmless) if rated.harmless.any() else np.arange(len(drawn))
+        count = min(top, max(1, int(_LARGEST_SHARE * len(eligible))))
+        chosen = eligible[np.argsort(rated.fun[eligible], kind="stable")[:count]]
+        mean = drawn[chosen].mean(axis=0)
+        return np.asarray(mean / mean.sum())
+
+
+def _verdict(search: _Search, start: Array, found: _Found) -> str:
     """Say what TiKMiX-M adds to its anchor."""
-    if not moved:
+    if not found.moved:
         return "TiKMiX-M adds nothing: no mixture it found is predicted to be better than the anchor, which is returned"
+    first = search.rate(start[None])
     if not first.harmless[0]:
         return "the anchor harms a task against the prior, the mixture found does not or is better otherwise"
-    gain = float(first.fun[0] - last.fun[0])
-    error = search.influence * float(np.sqrt(((model.error * search.signs) ** 2).sum()))
+    gain = float(first.fun[0] - found.rated.fun[0])
+    error = search.influence * float(np.sqrt(((search.model.error * search.signs) ** 2).sum()))
     if gain <= error:
         return (
-            f"TiKMiX-M adds nothing that is sure: the objective is predicted to fall by {gain:.3g} from the anchor's,"
+            f"TiKMiX-M adds nothing certain: the objective is predicted to fall by {gain:.3g} from the anchor's,"
             f" within the model's cross-validated error of {error:.3g}"
         )
     return (
@@ -269,11 +277,11 @@ def _verdict(model: MixtureModel, search: _Search, first: _Rated, last: _Rated, 
 def _schedule(given: tuple[float, float] | None, rounds: int, m: int, literal: bool) -> Array:
     ends = (2.0 * m, 200.0 * m) if given is None else tuple(given)
     if len(ends) != 2:
-        raise ValueError(f"concentration must be two numbers, of the first and of the last round; got {given!r}")
+        raise ValueError(f"concentration must be two numbers, for the first and the last round; got {given!r}")
     first, last = (read_number("concentration", end, positive=True) for end in ends)
     if first > last:
         raise ValueError(
-            f"concentration must not fall, from wide draws to narrow ones; got {first:g} to {last:g}; for the paper's"
+            f"concentration must not fall from the first round to the last; got {first:g} to {last:g}; for the paper's"
             " order use literal_schedule=True"
         )
     strengths = np.geomspace(first, last, rounds)
@@ -282,7 +290,7 @@ def _schedule(given: tuple[float, float] | None, rounds: int, m: int, literal: b
 
 def _read_scale(scale: Any, model: MixtureModel) -> Array:
     if scale is None:
-        # A label that never moved tells nothing about mixtures: any unit will do.
+        # A constant label does not depend on the mixture: any unit will do.
         return np.where(model.spread > 0, model.spread, 1.0)
     units = np.array(scale, dtype=np.float64)
     n = len(model.spread)

@@ -1,4 +1,4 @@
-"""Gradient boosted trees as a surrogate, with the settings of RegMix's notebook. The only place that uses LightGBM."""
+"""Gradient boosted trees as a surrogate, with the settings of RegMix's notebook. Only this file uses LightGBM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SETTINGS = {
     "objective": "regression",
     "learning_rate": 0.01,
     "seed": 42,
-    # The same trees whatever the number of threads.
+    # Any number of threads gives the same trees.
     "deterministic": True,
     "force_row_wise": True,
     "verbosity": -1,
@@ -27,8 +27,8 @@ _ROUNDS = 1000
 class Trees:
     """LightGBM: 1000 trees of L2 regression at a learning rate of 0.01, seed 42 (sail-sg/regmix).
 
-    RegMix's notebook also stops early, watching the runs it is then tested on; here all trees are grown. Where data end
-    the prediction stays constant, so that trees cannot tell which way to leave the mixtures they saw.
+    RegMix's notebook also stops early, by the error on the runs it then tests on; here all trees grow. Outside the data
+    the prediction is constant, so trees cannot say in which direction to leave the fitted mixtures.
     """
 
     def __init__(self, booster: Any) -> None:
@@ -51,12 +51,12 @@ class Trees:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], mixtures: Array) -> Trees:
-        """Read what `to_dict` wrote.
+        """Read the output of `to_dict`.
 
         Raises
         ------
         ValueError
-            If it is not a model of the m domains of ``mixtures`` [N, m].
+            If the text is not a model of the m domains of ``mixtures`` [N, m].
         """
         import lightgbm
 

@@ -1,4 +1,4 @@
-"""Whether the order of the domains stays the same from one measurement to the next."""
+"""Whether two measurements put the domains in the same order."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tikmix_fast.matrix.rank_correlation import rank_correlation
+
 Array = NDArray[np.float64]
 
 __all__ = ["RankAgreement", "rank_agreement"]
@@ -18,17 +20,17 @@ _FEWEST = 3
 
 @dataclass(frozen=True)
 class RankAgreement:
-    """How far two measurements agree on the order of the domains, task by task.
+    """How well two measurements agree on the order of the domains, task by task.
 
     Attributes
     ----------
     tasks : tuple of str
-        The tasks that both have measured.
+        The tasks in both measurements.
     spearman, kendall : tuple of float [n]
-        Correlations of ranks over the domains that both have measured, ties counted (tau-b). NaN for fewer than three
-        domains, and where all are equal.
+        Rank correlations over the domains in both measurements, with ties (tau-b). NaN for fewer than three domains,
+        and where all are equal.
     ceiling : tuple of float [n]
-        What Spearman's would be if nothing but noise had changed: the root of the product of both reliabilities (see
+        The expected Spearman correlation if only noise has changed: the root of the product of both reliabilities (see
         `SplitHalf.whole`). NaN where a reliability is unknown.
     """
 
@@ -56,18 +58,18 @@ class RankAgreement:
 def rank_agreement(
     tasks: Sequence[str], before: Array, after: Array, reliability_before: Array, reliability_after: Array
 ) -> RankAgreement:
-    """Compare two measurements [n, m] of the same tasks and domains; NaN where one was not measured.
+    """Compare two measurements [n, m] of the same tasks and domains, with NaN for unmeasured domains.
 
-    The reliabilities [n] are what two measurements of the same thing would correlate by, NaN where unknown.
+    A reliability [n] is the predicted correlation of two measurements of the same truth; NaN where unknown.
     """
-    from scipy.stats import kendalltau, spearmanr
+    from scipy.stats import kendalltau
 
     both = ~(np.isnan(before) | np.isnan(after))
     spearman, kendall = [], []
     for known, old, new in zip(both, before, after, strict=True):
         old, new = old[known], new[known]
         comparable = known.sum() >= _FEWEST and np.ptp(old) > 0 and np.ptp(new) > 0
-        spearman.append(float(spearmanr(old, new).statistic) if comparable else math.nan)
+        spearman.append(float(rank_correlation(old, new)) if comparable else math.nan)
         kendall.append(float(kendalltau(old, new).statistic) if comparable else math.nan)
     ceiling = np.sqrt(np.maximum(reliability_before, 0.0) * np.maximum(reliability_after, 0.0))
     return RankAgreement(tuple(tasks), tuple(spearman), tuple(kendall), tuple(ceiling.tolist()))

@@ -81,7 +81,6 @@ def repeat(rounds, batches, factor, task, domain, repetitions=2000, dimension=6)
     random = np.random.default_rng([rounds, batches])
     g_i, g_j = random.normal(size=(2, repetitions, dimension))
     estimator = Estimator(1, repetitions)
-    estimator._record = None  # it is slow for so many columns, and not looked at
     for _ in range(rounds):
         queries = g_i[:, None] + task * random.normal(size=(repetitions, 2, dimension))
         estimator.forget(factor)
@@ -122,7 +121,6 @@ def test_stderr_of_a_domain_that_pauses(case, task):
     random, repetitions, dimension = np.random.default_rng(7), 4000, 6
     g_i, g_j = random.normal(size=(2, repetitions, dimension))
     estimator = Estimator(1, repetitions)
-    estimator._record = None
     for count in counts:
         queries = g_i[:, None] + task * random.normal(size=(repetitions, 2, dimension))
         estimator.forget(factor)
@@ -232,39 +230,6 @@ def test_state_goes_on_bit_equal(factor):
     matrix = second.matrix("ab", "xyz")
     again = InfluenceMatrix.from_dict(json.loads(json.dumps(matrix.to_dict())))
     assert (again.split_half().half == whole.matrix("ab", "xyz").split_half().half).all()
-
-
-def test_state_from_before_there_was_forgetting():
-    fed = draw_rounds(np.random.default_rng(4), 1, 5)
-    estimator, other = Estimator(2, 3), Estimator(2, 3)
-    run_rounds(estimator, fed, 1.0)
-    state = estimator.state_dict()
-    for name in ("weights", "between", "rounds", "task_rounds"):
-        del state[name]
-    state["task_known"] = [[True] * 3] * 2
-    other.load_state_dict(state)
-    assert (other.matrix("ab", "xyz").stderr == estimator.matrix("ab", "xyz").stderr).all()
-    state["task_known"][1] = [False] * 3
-    other.load_state_dict(state)
-    assert np.isnan(other.matrix("ab", "xyz").stderr[1]).all()
-    assert np.isfinite(other.matrix("ab", "xyz").stderr[0]).all()
-
-
-def test_state_from_before_third_powers_were_kept():
-    fed = draw_rounds(np.random.default_rng(4), 6, 2)
-    estimator, other = Estimator(2, 3), Estimator(2, 3)
-    run_rounds(estimator, fed, 0.9)
-    state = estimator.state_dict()
-    del state["task_rounds"], state["weights"][2], state["rounds"][2]
-    state["task_known"] = [[True] * 3] * 2
-    other.load_state_dict(json.loads(json.dumps(state)))
-    ours, theirs = other.matrix("ab", "xyz"), estimator.matrix("ab", "xyz")
-    assert (ours.values == theirs.values).all()
-    assert (ours.stderr_task == theirs.stderr_task).all()
-    assert ours.stderr == pytest.approx(theirs.stderr, rel=0.05)
-    state["task_known"] = [[True]]
-    with pytest.raises(ValueError, match="2 tasks and 3 domains"):
-        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.9])
