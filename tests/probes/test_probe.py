@@ -223,7 +223,7 @@ def test_repeats_without_other_data_are_told() -> None:
         ),
         ({"mixtures": [[1.5, -0.5]]}, ValueError, "mixtures must be at least 0 .*; got row 0"),
         ({"steps": 0}, ValueError, "steps must be an int of at least 1; got 0"),
-        ({"steps": 2.5}, TypeError, "steps must be an int; got 2.5"),
+        ({"steps": 2.5}, ValueError, "steps must be an int of at least 1; got 2.5"),
         ({"repeats": 0}, ValueError, "repeats must be an int of at least 1"),
         ({"seed": -1}, ValueError, "seed must be an int of at least 0"),
         ({"owners": [1]}, TypeError, "an owner must be a module"),

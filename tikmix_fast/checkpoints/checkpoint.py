@@ -15,6 +15,7 @@ import safetensors
 import torch
 from torch import nn
 
+from tikmix_fast.arguments import require_choice
 from tikmix_fast.data.tokenizing import BYTES, Tokenizer
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ def load_checkpoint(
         If there is no such model, or it is none that can be measured: pickled, quantised, an adapter, incomplete, of
         code that transformers lacks.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    require_choice("dtype", dtype, DTYPES)
     check_files(path)
     given = Path(path)
     random = given.is_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from tikmix_fast.arguments import require_int
 from tikmix_fast.data.permutation import MAX_LENGTH
 from tikmix_fast.data.schedule import BLOCK, check_counts
 from tikmix_fast.data.stream import Block, Change, Origin, Stream
@@ -94,11 +94,11 @@ class MixtureSampler(Sampler[int]):
     ) -> None:
         self._names = tuple(lengths) if isinstance(lengths, Mapping) else None
         self._lengths = _checked_lengths(lengths)
-        self._seed = _whole("seed", seed, 0, (1 << 64) - 1)
-        self._world_size = _whole("world_size", world_size, 1)
-        self._rank = _whole("rank", rank, 0, self._world_size - 1)
-        self._num_samples = None if num_samples is None else _whole("num_samples", num_samples, 0)
-        self._lookback = _whole("lookback", lookback, 0)
+        self._seed = require_int("seed", seed, 0, (1 << 64) - 1)
+        self._world_size = require_int("world_size", world_size, 1)
+        self._rank = require_int("rank", rank, 0, self._world_size - 1)
+        self._num_samples = None if num_samples is None else require_int("num_samples", num_samples, 0)
+        self._lookback = require_int("lookback", lookback, 0)
         self._ready: deque[int] = deque()  # indices to yield next; iterators hold on to this object
         self._filled = 0
         none = np.zeros(len(self._lengths), dtype=np.int64)
@@ -186,7 +186,7 @@ class MixtureSampler(Sampler[int]):
         """
         checked = self._checked_weights(weights)
         earliest = self.drawn
-        place = earliest if at is None else _whole("at", at, 0, _MAX_DRAWS)
+        place = earliest if at is None else require_int("at", at, 0, _MAX_DRAWS)
         if place < earliest:
             raise ValueError(
                 f"at must be a global sample that was not drawn yet; got {place}, but samples before {earliest} are "
@@ -255,13 +255,13 @@ class MixtureSampler(Sampler[int]):
                     f"make the sampler with the {field} it was saved with"
                 )
         try:
-            consumed = _whole("consumed", state["consumed"], 0, _MAX_DRAWS)
+            consumed = require_int("consumed", state["consumed"], 0, _MAX_DRAWS)
             origin = self._loaded_origin(state["origin"])
-            at = _whole("block.at", state["block"]["at"], origin.at, _MAX_DRAWS)
+            at = require_int("block.at", state["block"]["at"], origin.at, _MAX_DRAWS)
             counts = self._checked_counts("block.counts", state["block"]["counts"], at)
             changes = [
                 Change(
-                    _whole("changes.at", change["at"], consumed + 1, _MAX_DRAWS),
+                    require_int("changes.at", change["at"], consumed + 1, _MAX_DRAWS),
                     self._checked_weights(change["weights"]),
                 )
                 for change in state["changes"]
@@ -300,12 +300,12 @@ class MixtureSampler(Sampler[int]):
         self._stream.forget(self.drawn - self._lookback)
 
     def _loaded_origin(self, origin: Mapping[str, Any]) -> Origin:
-        at = _whole("origin.at", origin["at"], 0, _MAX_DRAWS)
+        at = require_int("origin.at", origin["at"], 0, _MAX_DRAWS)
         counts = self._checked_counts("origin.counts", origin["counts"], at)
         return Origin.of(Change(at, self._checked_weights(origin["weights"])), counts)
 
     def _checked_consumed(self, consumed: int) -> int:
-        at = _whole("consumed", consumed, 0)
+        at = require_int("consumed", consumed, 0)
         oldest, drawn = self._stream.blocks[0].at, self.drawn
         if at > drawn:
             raise ValueError(f"consumed must be at most the {drawn} global samples drawn so far; got {at}")
@@ -342,7 +342,7 @@ class MixtureSampler(Sampler[int]):
         return result
 
     def _checked_counts(self, name: str, counts: Any, total: int) -> Ints:
-        values = [_whole(name, count, 0, total) for count in counts]
+        values = [require_int(name, count, 0, total) for count in counts]
         if len(values) != len(self._lengths) or sum(values) != total:
             raise ValueError(f"{name} must be {len(self._lengths)} numbers that sum to {total}; got {counts!r}")
         return np.array(values, dtype=np.int64)
@@ -359,23 +359,9 @@ def _checked_lengths(lengths: Sequence[int] | Mapping[str, int]) -> Ints:
         values = list(lengths.values() if isinstance(lengths, Mapping) else lengths)
     except TypeError:
         raise TypeError(f"lengths must be a sequence or mapping of int; got {lengths!r}") from None
-    result = [_whole("lengths", length, 0, MAX_LENGTH) for length in values]
+    result = [require_int("lengths", length, 0, MAX_LENGTH) for length in values]
     if not 1 <= len(result) <= _MAX_DOMAINS:
         raise ValueError(f"lengths must have 1 to {_MAX_DOMAINS} domains; got {len(result)}")
     if sum(result) > _MAX_DRAWS:
         raise ValueError(f"lengths must sum to at most {_MAX_DRAWS}; got {sum(result)}")
     return np.array(result, dtype=np.int64)
-
-
-def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Check that an argument is a whole number from low to high."""
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int; got {value!r}") from None
-    if number < low or (high is not None and number > high):
-        limit = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {limit}; got {number}")
-    return number

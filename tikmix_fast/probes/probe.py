@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tikmix_fast.mixture.inputs import read_mixtures, read_whole
+from tikmix_fast.arguments import require_int
+from tikmix_fast.mixture.inputs import read_mixtures
 from tikmix_fast.probes.snapshot import Snapshot
 
 Array = NDArray[np.float64]
@@ -132,8 +133,8 @@ def probe(
     ([[2.0], [0.5]], [0.0, 0.0])
     """
     candidates = read_mixtures("mixtures", mixtures)
-    steps, repeats = read_whole("steps", steps, 1), read_whole("repeats", repeats, 1)
-    seed = read_whole("seed", seed, 0)
+    steps, repeats = require_int("steps", steps, 1), require_int("repeats", repeats, 1)
+    seed = require_int("seed", seed, 0)
     snapshot = Snapshot(owners)
     before: list[Array] = []
     runs: list[list[Array]] = []
