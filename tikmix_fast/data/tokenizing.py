@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import ArrayLike, NDArray
 
 from tikmix_fast import files
@@ -131,9 +133,8 @@ def tokenize(
 
     Notes
     -----
-    An interrupted run goes on from at most 2^24 tokens before; the documents before are read again, not tokenized.
-    Processes that want the same tokens wait for the one that began (by ``flock``; not on Windows). Memory: that of
-    `read_text`.
+    An interrupted run loses at most 2^24 tokens: the next call reads the documents before that point again, but does
+    not tokenize them. One process tokenizes; others that want the same tokens wait for it. Memory: that of `read_text`.
 
     Examples
     --------
@@ -150,19 +151,21 @@ def tokenize(
     target = folder / f"tokens-{key}.npy"
     if target.exists():
         return target
-    partial, progress = folder / f".{target.name}.partial", folder / f".{target.name}.progress"
-    with _alone(partial) as file:
-        if target.exists():  # another process was here first
-            partial.unlink()
-            return target
-        try:
-            _write(file, progress, paths, tokenizer, text_column)
-        except ValueError:
-            partial.unlink()  # a mended file has another key, so nobody would go on from here
+    partial, progress, lock = (folder / f".{target.name}.{ending}" for ending in ("partial", "progress", "lock"))
+    with FileLock(lock):
+        if not target.exists():  # else another process wrote it while this one waited
+            try:
+                with partial.open("r+b" if partial.exists() else "w+b") as file:
+                    _write(file, progress, paths, tokenizer, text_column)
+            except ValueError:
+                partial.unlink()  # a mended source has another key, so nobody would go on from here
+                progress.unlink(missing_ok=True)
+                raise
+            os.replace(partial, target)
             progress.unlink(missing_ok=True)
-            raise
-        os.replace(partial, target)
-        progress.unlink(missing_ok=True)
+    # Whoever still waits for this lock, or makes a new one, finds the target. On Windows, a waiting process keeps it.
+    with suppress(OSError):
+        lock.unlink()
     return target
 
 
@@ -175,20 +178,6 @@ def _key(paths: list[Path], tokenizer: Tokenizer, text_column: str) -> str:
         [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     ]
     return blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading and writing, and wait until no other process has it so."""
-    import fcntl
-
-    while True:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # While this one waited, the other may have renamed or removed what both had opened.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                yield file
-                return
 
 
 def _write(file: BinaryIO, progress: Path, paths: list[Path], tokenizer: Tokenizer, text_column: str) -> None:
@@ -242,8 +231,9 @@ def _resume(file: BinaryIO, progress: Path, dtype: np.dtype[np.unsignedinteger])
 
 def _header(dtype: np.dtype[np.unsignedinteger], count: int) -> bytes:
     """Make the header of a .npy of one dimension, 128 bytes whatever the count."""
-    words = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': ({count},), }}"
-    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + words.ljust(117).encode() + b"\n"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
+    return header.getvalue()
 
 
 def _encoded(piece: Piece, tokenizer: Tokenizer) -> NDArray[np.integer]:
