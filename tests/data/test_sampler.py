@@ -364,7 +364,7 @@ def test_bad_weights_leave_the_sampler_as_it_was(weights):
     expected = take(copy.deepcopy(sampler), 50)
     with pytest.raises(ValueError, match="weights must"):
         sampler.set_weights(weights)
-    with pytest.raises(ValueError, match="at must be an int from 0 to .*; got 1.5"):
+    with pytest.raises(ValueError, match=r"at must be an int from 0 to .*; got 1\.5"):
         sampler.set_weights([0.1, 0.9], at=1.5)
     assert take(sampler, 50) == expected
 

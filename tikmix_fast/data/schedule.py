@@ -26,7 +26,12 @@ import numpy as np
 import torch  # noqa: F401  the native module needs the OpenMP runtime that torch brings
 from numpy.typing import NDArray
 
-from tikmix_fast import _cpu
+try:
+    from tikmix_fast import _cpu
+except ImportError as error:
+    from tikmix_fast.ops import available_backends
+
+    raise ImportError(f"MixtureSampler cannot be used: {available_backends()['cpu']}") from error
 
 __all__ = ["BLOCK", "check_counts", "quantize", "schedule_block"]
 
