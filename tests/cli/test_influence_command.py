@@ -24,7 +24,8 @@ from tikmix_fast import InfluenceEngine, InfluenceMatrix
 from tikmix_fast.checkpoints import checkpoint_influence
 from tikmix_fast.checkpoints.adam_files import load_adam, save_adam
 from tikmix_fast.checkpoints.checkpoint import load_checkpoint
-from tikmix_fast.checkpoints.checkpoint_influence import CheckpointInfluence, CheckpointSettings
+from tikmix_fast.checkpoints.checkpoint_influence import CheckpointInfluence
+from tikmix_fast.checkpoints.settings import CheckpointSettings
 from tikmix_fast.cli.app import app
 from tikmix_fast.influence.passes.conservation import ConservationError
 from tikmix_fast.tensor_files import digest, read_tensors, write_tensors
@@ -426,7 +427,7 @@ def test_mistakes_in_names_and_paths_are_told_in_one_line(models: Path, texts: P
         ([*good, *domain, "--task", f"qa={binary}"], "must be UTF-8"),
         ([*good, *domain, "--task", f"qa={broken}"], "broken.jsonl:2"),
         ([*good, *domain, *task, "--length", 100], "length must be at most 64"),
-        ([*good, *domain, *task, "--length", 1], "length must be at least 2"),
+        ([*good, *domain, *task, "--length", 1], "length must be an int of at least 2; got 1"),
         ([*good, *domain, *task, "--rel-error", 0], "rel_error must be above 0"),
         ([*good, *domain, *task, "--device", "tpu9"], "device"),
         ([*good, *domain, *task, "--exclude", "nothing*"], "nothing*"),
