@@ -299,7 +299,7 @@ def test_a_killed_run_ends_with_the_same_matrix(models: Path, texts: Path, tmp_p
     assert not (killed / "influence.json").exists()
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert "going on after 4 micro-batches" in result.stderr
+    assert "continuing after 4 micro-batches" in result.stderr
     assert (killed / "influence.json").read_bytes() == (whole / "influence.json").read_bytes()
     assert not (killed / "resume.safetensors").exists()
 
@@ -352,7 +352,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_matrix(models: Path, text
     assert not list(killed.glob("influence.json"))
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert "going on after" in result.stderr
+    assert "continuing after" in result.stderr
     assert (killed / "influence.json").read_bytes() == (whole / "influence.json").read_bytes()
 
 
@@ -421,7 +421,7 @@ def test_mistakes_in_names_and_paths_are_told_in_one_line(models: Path, texts: P
     for words, message in [
         ([*good, *domain, "--task", "lines"], "task must be NAME=PATH; got 'lines'"),
         ([*good, *domain, *task, "--domain", f"={texts}"], "domain must be NAME=PATH"),
-        ([*good, *domain, *domain, *task], "domain 'words' is given twice"),
+        ([*good, *domain, *domain, *task], "domain must have every name once; got 'words' twice"),
         ([*good, *task, "--domain", "web=no/file.txt"], "domain 'web': no/file.txt: no such file"),
         ([*good, *task, "--domain", f"web={empty}"], "domain 'web'"),
         ([*good, *domain, "--task", f"qa={binary}"], "must be UTF-8"),

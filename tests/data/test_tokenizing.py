@@ -245,8 +245,8 @@ def test_text_that_is_no_unicode_is_named(tmp_path):
     ("options", "message"),
     [
         ({"name": ""}, "name must not be empty"),
-        ({"vocabulary": 0}, "vocabulary must be from 1"),
-        ({"separator": [256]}, "separator must hold tokens below 256"),
+        ({"vocabulary": 0}, "vocabulary must be an int from 1"),
+        ({"separator": [256]}, "separator must contain tokens below 256"),
     ],
 )
 def test_bad_tokenizers(options, message):

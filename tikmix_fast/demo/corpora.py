@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tikmix_fast.arguments import require_int
 from tikmix_fast.demo.sources import DOMAINS, TASKS, MissingError, Section, line_key, stable_hash
 
 __all__ = ["Corpora", "Sequences", "Task", "gather"]
@@ -109,8 +110,7 @@ class Sequences(Dataset[Tensor]):
     """
 
     def __init__(self, text: Bytes, length: int) -> None:
-        if length < 1:
-            raise ValueError(f"length must be positive; got {length}")
+        require_int("length", length, 1)
         if len(text) <= length:
             raise ValueError(f"text must be longer than one sequence of {length} bytes; got {len(text)} bytes")
         count = (len(text) - 1) // length

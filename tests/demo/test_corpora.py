@@ -43,7 +43,7 @@ def test_sequences_refuse_text_that_is_too_short(size: int, length: int) -> None
 
 
 def test_sequences_refuse_an_empty_length() -> None:
-    with pytest.raises(ValueError, match="length must be positive"):
+    with pytest.raises(ValueError, match="length must be an int of at least 1; got 0"):
         Sequences(np.zeros(5, dtype=np.uint8), 0)
 
 
