@@ -1,4 +1,4 @@
-"""Write files so that a crash leaves the old content or the new one, and read them so that damage is seen."""
+"""Write files so that a crash leaves either the old or the new content, and detect damage when reading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     Raises
     ------
     OSError
-        If the folder is missing or not writable; nothing is left behind.
+        If the folder is missing or not writable; no temporary file remains.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a result file gets what the user's umask gives any other file.
+        # mkstemp makes the file private. Give it the permissions that the user's umask gives any other file.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -58,13 +58,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     Raises
     ------
     ValueError
-        If ``value`` holds a float that JSON cannot express; nothing is written.
+        If ``value`` contains a float that JSON cannot express; the file stays as it was.
     """
     return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_sealed_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
-    """Write an object as `write_json` does, with the SHA-256 of the rest under "sha256".
+    """Write an object like `write_json`, with the SHA-256 of its content under "sha256".
 
     Examples
     --------
@@ -75,32 +75,32 @@ def write_sealed_json(path: str | os.PathLike[str], content: Mapping[str, Any]) 
     >>> _ = path.write_text(path.read_text().replace("0.5", "0.6"))
     >>> read_json(path, "mine")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: .../a.json: its checksum differs: it is damaged, or was edited...
+    ValueError: .../a.json: its checksum differs: it is damaged or edited...
     """
     text = json.dumps(content, allow_nan=False)
-    # Of what a reader will see: names of other types than str, and tuples, are only what they are in JSON.
+    # A reader checks the parsed JSON, in which tuples are lists and all keys are strings.
     return write_json(path, {**content, "sha256": _sha256(json.loads(text))})
 
 
 def read_json(path: str | os.PathLike[str], format: str | None = None, *, sealed: bool = False) -> Any:
-    """Read a JSON file; if it is an object with a "format", its "sha256" is checked and left out.
+    """Read a JSON file. If it is an object with a "format", check its "sha256" and remove that entry.
 
     Parameters
     ----------
     path : path
     format : str, optional
-        What the file must hold under "format".
+        Required value of "format".
     sealed : bool
-        Whether there must be a checksum. Not for what people write or edit by hand, such as mixtures: a file without
-        a checksum is read as it is, and whoever edits one that has it takes the line "sha256" out.
+        Whether a checksum is required. Leave it False for files that people write or edit by hand, such as mixtures:
+        to edit a file with a checksum, remove its line "sha256".
 
     Raises
     ------
     OSError
         If the file cannot be read.
     ValueError
-        If it is not JSON (cut short, for one), of another format, or its checksum is missing or differs; the message
-        names the file.
+        If it is not JSON, cut short, of another format, or its checksum is missing or differs; the message names the
+        file.
     """
     with naming(path):
         try:
@@ -110,19 +110,21 @@ def read_json(path: str | os.PathLike[str], format: str | None = None, *, sealed
         except ValueError as error:
             raise ValueError(f"is not JSON, or cut short: {error}") from None
         if format is not None and not (isinstance(content, dict) and content.get("format") == format):
-            found = content.get("format") if isinstance(content, dict) else None
-            raise ValueError(f"is another kind of file: 'format' must be {format!r}; got {found!r}")
+            other = content.get("format") if isinstance(content, dict) else None
+            raise ValueError(f"is another kind of file: 'format' must be {format!r}; got {other!r}")
         seal = content.pop("sha256", None) if isinstance(content, dict) and "format" in content else None
         if seal is None and sealed:
-            raise ValueError("has no checksum: it is damaged, or was not written by tikmix_fast")
+            raise ValueError("has no checksum: it is damaged, or another program wrote it")
         if seal is not None and seal != _sha256(content):
-            raise ValueError("its checksum differs: it is damaged, or was edited (then take its line 'sha256' out)")
+            raise ValueError(
+                "its checksum differs: it is damaged or edited; if you edited it, remove its line 'sha256'"
+            )
         return content
 
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever the content of a damaged file makes a reader raise into a ValueError that names the file."""
+    """Turn errors from the content of a damaged file into a ValueError that names the file."""
     try:
         yield
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""Tensors and a few words about them in one safetensors file, with a checksum."""
+"""Write and read tensors, and JSON about them, in one safetensors file with a checksum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["digest", "read_tensors", "write_tensors"]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names and contents, in hexadecimal.
+    """Return the SHA-256 of names and contents as hexadecimal digits.
 
     Examples
     --------
@@ -38,8 +38,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def write_tensors(path: str | os.PathLike[str], format: str, tensors: Mapping[str, Tensor], about: Any) -> Path:
     """Write tensors, and ``about`` as JSON, to a safetensors file, atomically.
 
-    Tensors that share memory are written as often as they are there. Needs their memory once more on the CPU, and that
-    of the file.
+    Tensors that share memory are written separately. Memory: a copy of the tensors on the CPU, and the size of the
+    file.
 
     Examples
     --------
@@ -50,9 +50,9 @@ def write_tensors(path: str | os.PathLike[str], format: str, tensors: Mapping[st
     ({'a': tensor([0., 0.])}, {'step': 3})
     """
     words = json.dumps(about, allow_nan=False)
-    own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    metadata = {"format": format, "about": words, "sha256": _seal(own, words)}
-    return files.write_bytes(path, safetensors.torch.save(own, metadata))
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    metadata = {"format": format, "about": words, "sha256": _seal(copies, words)}
+    return files.write_bytes(path, safetensors.torch.save(copies, metadata))
 
 
 def read_tensors(
@@ -65,19 +65,18 @@ def read_tensors(
     OSError
         If the file cannot be read.
     ValueError
-        If it is no safetensors file (cut short, for one), of another format, or its checksum differs; the message
-        names it.
+        If it is not a safetensors file, cut short, of another format, or its checksum differs; the message names it.
     """
     with open(path, "rb"):
-        pass  # a file that cannot be opened is told apart from one that cannot be read
+        pass  # raises OSError; below, an OSError means damage
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         raise ValueError(f"{os.fspath(path)}: is damaged, cut short or of another kind: {error}") from None
-    if (found := metadata.get("format")) != format:
-        raise ValueError(f"{os.fspath(path)}: is another kind of file: 'format' must be {format!r}; got {found!r}")
+    if (other := metadata.get("format")) != format:
+        raise ValueError(f"{os.fspath(path)}: is another kind of file: 'format' must be {format!r}; got {other!r}")
     words = metadata.get("about", "")
     if metadata.get("sha256") != _seal(tensors, words):
         raise ValueError(f"{os.fspath(path)}: its checksum differs: it is damaged")

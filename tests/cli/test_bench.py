@@ -78,7 +78,7 @@ def test_a_wrong_result_is_told_and_nothing_is_written(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "gpu"], "suite must be one of ops, choice, engine, mixture, sampler"),
+        (["--suite", "gpu"], "suite must be one of 'ops', 'choice', 'engine', 'mixture', 'sampler'; got 'gpu'"),
         (["--seconds", "0"], "seconds must be positive"),
         (["--size", "huge"], "'huge' is not one of"),
     ],

@@ -24,7 +24,8 @@ from tikmix_fast import InfluenceEngine, InfluenceMatrix
 from tikmix_fast.checkpoints import checkpoint_influence
 from tikmix_fast.checkpoints.adam_files import load_adam, save_adam
 from tikmix_fast.checkpoints.checkpoint import load_checkpoint
-from tikmix_fast.checkpoints.checkpoint_influence import CheckpointInfluence, CheckpointSettings
+from tikmix_fast.checkpoints.checkpoint_influence import CheckpointInfluence
+from tikmix_fast.checkpoints.settings import CheckpointSettings
 from tikmix_fast.cli.app import app
 from tikmix_fast.influence.passes.conservation import ConservationError
 from tikmix_fast.tensor_files import digest, read_tensors, write_tensors
@@ -298,7 +299,7 @@ def test_a_killed_run_ends_with_the_same_matrix(models: Path, texts: Path, tmp_p
     assert not (killed / "influence.json").exists()
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert "going on after 4 micro-batches" in result.stderr
+    assert "continuing after 4 micro-batches" in result.stderr
     assert (killed / "influence.json").read_bytes() == (whole / "influence.json").read_bytes()
     assert not (killed / "resume.safetensors").exists()
 
@@ -351,7 +352,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_matrix(models: Path, text
     assert not list(killed.glob("influence.json"))
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert "going on after" in result.stderr
+    assert "continuing after" in result.stderr
     assert (killed / "influence.json").read_bytes() == (whole / "influence.json").read_bytes()
 
 
@@ -420,13 +421,13 @@ def test_mistakes_in_names_and_paths_are_told_in_one_line(models: Path, texts: P
     for words, message in [
         ([*good, *domain, "--task", "lines"], "task must be NAME=PATH; got 'lines'"),
         ([*good, *domain, *task, "--domain", f"={texts}"], "domain must be NAME=PATH"),
-        ([*good, *domain, *domain, *task], "domain 'words' is given twice"),
+        ([*good, *domain, *domain, *task], "domain must have every name once; got 'words' twice"),
         ([*good, *task, "--domain", "web=no/file.txt"], "domain 'web': no/file.txt: no such file"),
         ([*good, *task, "--domain", f"web={empty}"], "domain 'web'"),
         ([*good, *domain, "--task", f"qa={binary}"], "must be UTF-8"),
         ([*good, *domain, "--task", f"qa={broken}"], "broken.jsonl:2"),
         ([*good, *domain, *task, "--length", 100], "length must be at most 64"),
-        ([*good, *domain, *task, "--length", 1], "length must be at least 2"),
+        ([*good, *domain, *task, "--length", 1], "length must be an int of at least 2; got 1"),
         ([*good, *domain, *task, "--rel-error", 0], "rel_error must be above 0"),
         ([*good, *domain, *task, "--device", "tpu9"], "device"),
         ([*good, *domain, *task, "--exclude", "nothing*"], "nothing*"),

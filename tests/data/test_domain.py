@@ -102,7 +102,7 @@ def test_which_files_belong_to_a_domain(tmp_path):
     assert names(find_files(tmp_path / "[odd]"), tmp_path) == ["[odd]/a.bin"]
     with pytest.raises(ValueError, match=r"text or tokens, not both; got .*a.jsonl.zst and .*a.bin.*'\*.bin'"):
         find_files(tmp_path)
-    with pytest.raises(ValueError, match=r"README.md: must hold files that end in .txt"):
+    with pytest.raises(ValueError, match=r"README.md: must be or contain files that end in .txt"):
         find_files(tmp_path / "README.md")
     for missing in ("none", "*.npy"):
         with pytest.raises(FileNotFoundError, match=r"no such file or folder"):
@@ -119,8 +119,8 @@ def test_bad_domains(tmp_path):
     domain.mkdir()
     (domain / "a.txt").write_text("long enough")
     for inside in (domain, domain / "cache"):
-        with pytest.raises(ValueError, match="cache must not lie in the domain"):
+        with pytest.raises(ValueError, match="cache must lie outside the domain"):
             open_domain(domain, 4, cache=inside)
     (domain / "b.txt").write_text("")
-    with pytest.raises(ValueError, match=r"b.txt: holds no text"):
+    with pytest.raises(ValueError, match=r"b.txt: must contain text"):
         open_domain(domain, 4, cache=tmp_path / "cache")

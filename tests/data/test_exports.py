@@ -45,11 +45,11 @@ def test_decimals_sum_to_one_and_are_the_nearest(weights, digits):
 def test_decimals_that_cannot_tell_a_domain_from_zero_are_refused():
     many = {f"d{j}": 1 / 20 for j in range(20)}
     assert set(decimals(many, 2).values()) == {"0.05"}
-    with pytest.raises(ValueError, match="digits must be more than 1 to tell 20 domains from 0"):
+    with pytest.raises(ValueError, match="digits must be more than 1, so that each of 20 domains can be above 0"):
         decimals(many, 1)
     assert decimals({"tiny": 1e-9, "rest": 1 - 1e-9}, 3) == {"tiny": "0.001", "rest": "0.999"}
     for digits in (0, 16):
-        with pytest.raises(ValueError, match="digits must be from 1 to 15"):
+        with pytest.raises(ValueError, match="digits must be an int from 1 to 15"):
             decimals(many, digits)
 
 
@@ -134,7 +134,7 @@ def test_streams_get_their_proportions():
     found = stream_arguments(WEIGHTS, streams)
     assert found["code"] == {"local": "/data/my code", "split": "train", "proportion": pytest.approx(1 / 3)}
     assert sum(each["proportion"] for each in found.values()) == pytest.approx(1, abs=1e-15)
-    with pytest.raises(ValueError, match=r"streams\['web'\] must leave its share to weights; got repeat"):
+    with pytest.raises(ValueError, match=r"streams\['web'\] must leave the share to weights; got repeat"):
         stream_arguments(WEIGHTS, {**streams, "web": {"local": "/data/web", "repeat": 2}})
     streaming = pytest.importorskip("streaming", reason="mosaicml-streaming is not installed")
     made = [streaming.Stream(**each) for each in found.values()]
@@ -205,7 +205,7 @@ def test_mixtera_can_send_the_algorithm_to_its_server(tmp_path):
 @pytest.mark.usefixtures("mixtera")
 @pytest.mark.parametrize("domains", [[], ["web", "web"]])
 def test_mixtera_needs_domains(domains):
-    with pytest.raises(ValueError, match="domains must be at least one, and each once"):
+    with pytest.raises(ValueError, match="domains must have at least one name, and each once"):
         mixture_file_algorithm("mixture.json", domains)
 
 

@@ -318,10 +318,10 @@ def test_an_endless_sampler_has_no_length():
     ("arguments", "error", "message"),
     [
         (([], []), ValueError, "lengths must have 1 to 65536 domains; got 0"),
-        (([3, -1], [0.5, 0.5]), ValueError, "lengths must be from 0"),
+        (([3, -1], [0.5, 0.5]), ValueError, "lengths must be an int from 0 to"),
         (([2**53] * 1000, [0.001] * 1000), ValueError, "lengths must sum to at most"),
-        (([3, True], [0.5, 0.5]), TypeError, "lengths must be an int; got True"),
-        (([3, 2.0], [0.5, 0.5]), TypeError, "lengths must be an int; got 2.0"),
+        (([3, True], [0.5, 0.5]), ValueError, "lengths must be an int from 0 to .*; got True"),
+        (([3, 2.0], [0.5, 0.5]), ValueError, "lengths must be an int from 0 to .*; got 2.0"),
         ((5, [1.0]), TypeError, "lengths must be a sequence or mapping"),
         (({1: 5}, [1.0]), TypeError, "lengths must have non-empty strings as names"),
         (([3, 4], [0.5, 0.4]), ValueError, "weights must sum to 1; got a sum of 0.9; divide"),
@@ -339,11 +339,11 @@ def test_an_endless_sampler_has_no_length():
         (({"a": 3, "b": 4}, {"a": 1.0}), ValueError, "weights must have the names of lengths"),
         (({"a": 3, "b": 0}, {"a": 0.5, "b": 0.5}), ValueError, "weights must be 0 for domains without items.*'b'"),
         (([0, 3], [0.1, 0.9]), ValueError, "weights must be 0 for domains without items.*domain 0"),
-        (([3], [1.0], -1), ValueError, "seed must be from 0"),
-        (([3], [1.0], 2**64), ValueError, "seed must be from 0"),
-        (([3], [1.0], 0.5), TypeError, "seed must be an int"),
-        (([3], [1.0], 0, 2, 2), ValueError, "rank must be from 0 to 1; got 2"),
-        (([3], [1.0], 0, 0, 0), ValueError, "world_size must be at least 1"),
+        (([3], [1.0], -1), ValueError, "seed must be an int from 0 to"),
+        (([3], [1.0], 2**64), ValueError, "seed must be an int from 0 to"),
+        (([3], [1.0], 0.5), ValueError, "seed must be an int from 0 to .*; got 0.5"),
+        (([3], [1.0], 0, 2, 2), ValueError, "rank must be an int from 0 to 1; got 2"),
+        (([3], [1.0], 0, 0, 0), ValueError, "world_size must be an int of at least 1; got 0"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):
@@ -364,7 +364,7 @@ def test_bad_weights_leave_the_sampler_as_it_was(weights):
     expected = take(copy.deepcopy(sampler), 50)
     with pytest.raises(ValueError, match="weights must"):
         sampler.set_weights(weights)
-    with pytest.raises(TypeError, match="at must be an int"):
+    with pytest.raises(ValueError, match=r"at must be an int from 0 to .*; got 1\.5"):
         sampler.set_weights([0.1, 0.9], at=1.5)
     assert take(sampler, 50) == expected
 
@@ -389,9 +389,9 @@ def put(*path, value):
         (put("domains", value=["a", "b", "c", "d"]), "domains of the state"),
         (lambda state: state.pop("block"), "field is missing or wrong.*block"),
         (put("origin", value=None), "field is missing or wrong"),
-        (put("consumed", value=True), "field is missing or wrong"),
-        (put("consumed", value=-1), "consumed must be from 0"),
-        (put("consumed", value=90_000), "changes.at must be from 90001"),
+        (put("consumed", value=True), "consumed must be an int from 0 to .*; got True"),
+        (put("consumed", value=-1), "consumed must be an int from 0"),
+        (put("consumed", value=90_000), "changes.at must be an int from 90001"),
         (put("consumed", value=50_000), "must start the block of sample 50000"),
         (
             put("block", value={"at": 20_000, "counts": [2750, 15_000, 1000, 1250]}),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -181,3 +183,20 @@ def test_native_heap_draws_as_pythons_own(arrivals):
 def test_more_slots_than_arrivals_are_refused():
     with pytest.raises(ValueError, match="more slots than keys"):
         _earliest_first(np.array([1, 2]), np.array([1, 1]))
+
+
+def test_without_the_native_module_the_sampler_gives_the_reason_that_ops_gives():
+    script = """
+import sys
+sys.modules["tikmix_fast._cpu"] = None  # an import of it fails
+from tikmix_fast import ops
+try:
+    from tikmix_fast import MixtureSampler
+except ImportError as error:
+    print(error)
+    print(ops.available_backends()["cpu"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    message, reason = done.stdout.splitlines()
+    assert message == f"MixtureSampler cannot be used: {reason}"
+    assert "reinstall tikmix_fast" in reason

@@ -84,19 +84,23 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "a.txt: holds no text"),
-        ("a.txt", b"\xef\xbb\xbf", "a.txt: holds no text"),
+        ("a.txt", b"", "a.txt: must contain text"),
+        ("a.txt", b"\xef\xbb\xbf", "a.txt: must contain text"),
         ("a.txt", b"one\ntwo\nthr\xffee\n", "a.txt:3: must be UTF-8"),
         ("a.txt", b"one\ntwo\xe6\x95", "a.txt:2: must be UTF-8"),
         ("a.txt", "one\ntwo".encode("utf-16"), "a.txt:1: must be UTF-8"),
         ("a.txt.gz", b"one", r"a.txt.gz:1: the file is damaged"),
-        ("a.jsonl", b"", "a.jsonl: holds no text"),
-        ("a.jsonl", b"\n \n", "a.jsonl: holds no text"),
-        ("a.jsonl", lines(["", ""]), "a.jsonl: holds no text"),
+        ("a.jsonl", b"", "a.jsonl: must contain text"),
+        ("a.jsonl", b"\n \n", "a.jsonl: must contain text"),
+        ("a.jsonl", lines(["", ""]), "a.jsonl: must contain text"),
         ("a.jsonl", lines(["a"]) + b"\n{'text': 1}\n", "a.jsonl:3: must be one JSON object"),
         ("a.jsonl", lines(["a", "b"])[:-5], "a.jsonl:2: must be one JSON object"),
         ("a.jsonl", lines(["a"]) + b'["text"]\n', "a.jsonl:2: must be one JSON object; got list"),
-        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"a.jsonl:2: must have 'text'; got \['body'\].*text_column"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"body": "b"}\n',
+            r"a.jsonl:2: must have the column 'text'; got \['body'\].*text_column",
+        ),
         ("a.jsonl", b'{"text": null}\n', "a.jsonl:1: 'text' must be a string; got NoneType"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2: must be UTF-8"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: must be one JSON object"),
@@ -139,12 +143,12 @@ def test_bad_parquet_files(tmp_path):
     write_parquet(file, ["a", None])
     with pytest.raises(ValueError, match=r"a.parquet, row 2: 'text' must be a string; got NoneType"):
         list(read_text(file))
-    with pytest.raises(ValueError, match=r"a.parquet: must have 'body'; got \['id', 'text'\]"):
+    with pytest.raises(ValueError, match=r"a.parquet: must have the column 'body'; got \['id', 'text'\]"):
         list(read_text(file, "body"))
     with pytest.raises(ValueError, match="row 1: 'id' must be a string; got int"):
         list(read_text(file, "id"))
     write_parquet(file, [])
-    with pytest.raises(ValueError, match=r"a.parquet: holds no text"):
+    with pytest.raises(ValueError, match=r"a.parquet: must contain text"):
         list(read_text(file))
 
 

@@ -106,7 +106,9 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path, value):
     tokens[57] = value
     data = TokenSequences([save(tmp_path / "a.bin", tokens, "uint16")], 10, dtype="uint16", vocabulary=256)
     assert len(data[4]) == 11
-    with pytest.raises(ValueError, match=rf"a.bin, token 57: must be from 0 to 255; got {value}; .*another dtype"):
+    with pytest.raises(
+        ValueError, match=rf"a.bin, token 57: must be from 0 to 255; got {value}; .*its dtype is not uint16"
+    ):
         data[5]
 
 
@@ -148,23 +150,23 @@ def bad_files(folder):
     [
         ("floats.npy", None, "floats.npy: the dtype must be one of uint8.*; got float32"),
         ("square.npy", None, r"square.npy: must have one dimension; got shape \(3, 3\)"),
-        ("none.npy", None, "none.npy: holds no tokens"),
+        ("none.npy", None, "none.npy: must contain tokens"),
         ("objects.npy", None, "objects.npy: the dtype must be one of .*; got object"),
-        ("cut.npy", None, "cut.npy: 100 tokens of int32 must be there; it is cut short"),
-        ("header.npy", None, "header.npy: is not a .npy file, or damaged"),
-        ("foreign.npy", None, "foreign.npy: is not a .npy file, or damaged"),
-        ("empty.npy", None, "empty.npy: holds no tokens"),
-        ("empty.bin", "uint16", "empty.bin: holds no tokens"),
+        ("cut.npy", None, "cut.npy: must contain 100 tokens of int32; it is cut short"),
+        ("header.npy", None, "header.npy: must be a .npy file; it is damaged or of another kind"),
+        ("foreign.npy", None, "foreign.npy: must be a .npy file; it is damaged or of another kind"),
+        ("empty.npy", None, "empty.npy: must contain tokens"),
+        ("empty.bin", "uint16", "empty.bin: must contain tokens"),
         ("odd.bin", None, "odd.bin: dtype must be stated.*'uint16'.*nanoGPT.*idx"),
-        ("odd.bin", "uint16", "odd.bin: its 3 bytes must be whole tokens of uint16"),
+        ("odd.bin", "uint16", "odd.bin: its size must be a multiple of 2, for uint16; got 3 bytes"),
         ("odd.bin", "float16", "dtype must be one of .*; got float16"),
         ("idx-magic.bin", None, "idx-magic.idx: must be a Megatron index"),
         ("idx-version.bin", None, "idx-version.idx: must be a Megatron index of version 1"),
         ("idx-floats.bin", None, "idx-floats.idx: must be a Megatron index .*integers"),
-        ("idx-sizes.bin", None, "idx-sizes.bin: must hold the 9 tokens of uint16 that idx-sizes.idx tells; got 20"),
-        ("idx-agree.bin", "int32", "idx-agree.bin: holds uint16, but dtype=int32 was given"),
-        ("idx-cut.bin", None, "idx-cut.idx: must hold 2 sequences; it is cut short"),
-        ("idx-header.bin", None, "idx-header.idx: is cut short"),
+        ("idx-sizes.bin", None, "idx-sizes.bin: must contain 9 tokens of uint16, as idx-sizes.idx states; got 20"),
+        ("idx-agree.bin", "int32", "idx-agree.bin: dtype must be that of the file, uint16; got int32"),
+        ("idx-cut.bin", None, "idx-cut.idx: must describe 2 sequences; it is cut short"),
+        ("idx-header.bin", None, "idx-header.idx: must have a header of 34 bytes; it is cut short"),
         ("a.txt", None, "a.txt: must end in one of .npy, .bin"),
     ],
 )
@@ -176,15 +178,15 @@ def test_a_bad_file_is_named(tmp_path, name, dtype, message):
 
 def test_bad_arguments(tmp_path):
     file = save(tmp_path / "a.npy", np.arange(10), "int32")
-    with pytest.raises(ValueError, match="length must be positive"):
+    with pytest.raises(ValueError, match="length must be an int of at least 1"):
         TokenSequences([file], 0)
-    with pytest.raises(ValueError, match="vocabulary must be positive"):
+    with pytest.raises(ValueError, match="vocabulary must be an int of at least 1"):
         TokenSequences([file], 2, vocabulary=0)
     with pytest.raises(ValueError, match="at least one file"):
         TokenSequences([], 2)
-    with pytest.raises(ValueError, match=r"a.npy: must hold more than one sequence of 10 tokens; got 10"):
+    with pytest.raises(ValueError, match=r"a.npy: must contain more than one sequence of 10 tokens; got 10"):
         TokenSequences([file], 10)
-    with pytest.raises(ValueError, match=r"a.npy and the files after it: must hold more"):
+    with pytest.raises(ValueError, match=r"a.npy and the files after it: must contain more"):
         TokenSequences([file, file], 20)
     with pytest.raises(FileNotFoundError, match=re.escape("none.npy")):
         TokenSequences([tmp_path / "none.npy"], 2)
@@ -195,7 +197,7 @@ def test_a_file_that_becomes_shorter_is_an_error_and_not_the_end_of_the_process(
     with (tmp_path / "a.bin").open("r+b") as file:
         file.truncate(100)
     assert data[0].tolist() == list(range(11))
-    with pytest.raises(ValueError, match=r"a.bin: has become shorter than the 5000 tokens"):
+    with pytest.raises(ValueError, match=r"a.bin: must still have 5000 tokens; it became shorter"):
         data[400]
 
 

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from tikmix_fast.data import text_files, tokenizing
 from tikmix_fast.data.tokenizing import BYTES, Tokenizer, tokenize
@@ -197,25 +198,21 @@ def test_a_killed_run_goes_on_and_of_two_processes_one_works(tmp_path):
 
 
 @pytest.mark.parametrize("ends", ["fails", "finishes"])
-def test_who_waited_does_not_go_on_with_a_file_that_is_gone(tmp_path, ends):
+def test_a_process_that_waited_uses_the_tokens_or_makes_them(tmp_path, ends):
     (tmp_path / "a.txt").write_text("ab")
     expected = tokenize([tmp_path / "a.txt"], tmp_path / "cache")
     content = expected.read_bytes()
     expected.unlink()
-    partial = tmp_path / "cache" / f".{expected.name}.partial"
-    found = []
-    with tokenizing._alone(partial):
-        waiting = threading.Thread(target=lambda: found.append(tokenize([tmp_path / "a.txt"], tmp_path / "cache")))
+    results = []
+    with FileLock(tmp_path / "cache" / f".{expected.name}.lock"):
+        waiting = threading.Thread(target=lambda: results.append(tokenize([tmp_path / "a.txt"], tmp_path / "cache")))
         waiting.start()
         time.sleep(0.2)
-        assert not found
-        if ends == "fails":
-            partial.unlink()
-        else:
-            partial.write_bytes(content)
-            partial.rename(expected)
+        assert not results
+        if ends == "finishes":
+            expected.write_bytes(content)
     waiting.join(30)
-    assert found == [expected]
+    assert results == [expected]
     assert expected.read_bytes() == content
     assert hidden(tmp_path / "cache") == []
 
@@ -235,7 +232,7 @@ def test_a_tokenizer_that_goes_wrong_is_named_with_the_document(tmp_path, encode
     wrong = Tokenizer("wrong", lambda text: [] if text == "good" else encode(text), 300)
     with pytest.raises(ValueError, match=message):
         tokenize(sources, tmp_path / "cache", wrong)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
 def test_text_that_is_no_unicode_is_named(tmp_path):
@@ -248,8 +245,8 @@ def test_text_that_is_no_unicode_is_named(tmp_path):
     ("options", "message"),
     [
         ({"name": ""}, "name must not be empty"),
-        ({"vocabulary": 0}, "vocabulary must be from 1"),
-        ({"separator": [256]}, "separator must hold tokens below 256"),
+        ({"vocabulary": 0}, "vocabulary must be an int from 1"),
+        ({"separator": [256]}, "separator must contain tokens below 256"),
     ],
 )
 def test_bad_tokenizers(options, message):

@@ -119,10 +119,12 @@ def test_what_is_measured_right_after_an_interruption_is_the_same(
 def test_the_state_of_another_run_is_refused(settings: DemoSettings, corpora: Corpora, tmp_path) -> None:
     path = tmp_path / "resume.safetensors"
     demonstrate(settings, corpora, state=DemoState(path, settings, corpora))
-    with pytest.raises(ValueError, match=r"resume\.safetensors: is of an interrupted run with other settings: delete"):
+    with pytest.raises(
+        ValueError, match=r"resume\.safetensors: belongs to an interrupted run with other settings: delete"
+    ):
         DemoState(path, replace(settings, seed=1), corpora)
     other = replace(corpora, domains={name: text[:-1] for name, text in corpora.domains.items()})
-    with pytest.raises(ValueError, match=r"resume\.safetensors: is of an interrupted run with other text"):
+    with pytest.raises(ValueError, match=r"resume\.safetensors: belongs to an interrupted run with other text"):
         DemoState(path, settings, other)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"resume\.safetensors: is damaged, cut short .* delete it"):

@@ -41,7 +41,10 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_state() -> None:
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
-    [({"layers": 0}, "layers must be positive"), ({"width": 10, "heads": 4}, "width must be a multiple of heads")],
+    [
+        ({"layers": 0}, "layers must be an int of at least 1; got 0"),
+        ({"width": 10, "heads": 4}, "width must be a multiple of heads"),
+    ],
 )
 def test_settings_that_make_no_model_are_refused(numbers: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

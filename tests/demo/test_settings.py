@@ -28,15 +28,15 @@ def test_settings_survive_their_file_form(settings: DemoSettings) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"stages": 1}, "stages must be at least 2"),
-        ({"steps": 2, "stages": 3}, "steps must be at least the 3 stages"),
-        ({"batch": 0}, "batch must be at least 1"),
+        ({"seed": -1}, "seed must be an int of at least 0"),
+        ({"stages": 1}, "stages must be an int of at least 2"),
+        ({"steps": 2, "stages": 3}, "steps must be at least the number of stages, 3"),
+        ({"batch": 0}, "batch must be an int of at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"diversity": -0.1}, "diversity must not be negative"),
         ({"diversity": float("nan")}, "diversity must not be negative"),
         ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\)"),
-        ({"preconditioner": "newton"}, "preconditioner must be"),
+        ({"preconditioner": "newton"}, "preconditioner must be one of 'adam', 'identity'"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings: DemoSettings, change: dict[str, Any], message: str) -> None:

@@ -176,7 +176,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         if line.startswith("Requires-Dist:") and "extra ==" not in line
     }
     assert needed == {
-        "torch", "numpy", "scipy", "lightgbm", "triton", "typer", "rich", "matplotlib", "safetensors"
+        "torch", "numpy", "scipy", "lightgbm", "triton", "typer", "rich", "matplotlib", "safetensors", "filelock"
     }  # fmt: skip
 
 

@@ -160,5 +160,5 @@ def test_broken_mixtures_are_refused(path, value):
 
 
 def test_an_unknown_schema_is_refused():
-    with pytest.raises(ValueError, match="name must be 'influence_matrix' or 'mixture'; got 'other'"):
+    with pytest.raises(ValueError, match="name must be one of 'influence_matrix', 'mixture'; got 'other'"):
         schema("other")

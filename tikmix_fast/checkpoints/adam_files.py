@@ -1,4 +1,4 @@
-"""Adam's second moments in a safetensors file, by the names of the parameters."""
+"""Save and load Adam's second moments in a safetensors file, by parameter name."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _FORMAT = "tikmix_fast.adam"
 
 
 def save_adam(path: str | os.PathLike[str], optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Write what the preconditioner "adam" needs of an optimizer: v, step, lr, beta2 and eps of every parameter.
+    """Write what the preconditioner "adam" needs: v, step, lr, beta2 and eps of every parameter.
 
     Parameters
     ----------
     path : path
     optimizer : torch.optim.Adam or AdamW
-        With state for every trainable parameter of the model.
+        It must have state for every trainable parameter of the model.
     model : nn.Module
-        Whose parameters it trains.
+        The model that the optimizer trains.
 
     Raises
     ------
     TypeError, ValueError
-        If the optimizer is of another kind or lacks a parameter's state.
+        If the optimizer is of another kind, or lacks the state of a parameter.
 
     Examples
     --------
@@ -61,7 +61,7 @@ def load_adam(path: str | os.PathLike[str]) -> dict[str, Any]:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is no such file or is damaged; the message names it.
+        If `save_adam` did not write it, or it is damaged; the message names the file.
     """
     wrong = f"{os.fspath(path)!r} is no file that tikmix_fast.checkpoints.adam_files.save_adam wrote"
     try:
@@ -69,7 +69,7 @@ def load_adam(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{wrong}: {error}") from None
     if not isinstance(settings, dict) or set(settings) != set(moments):
-        raise ValueError(f"{wrong}: settings and moments are not of the same parameters")
+        raise ValueError(f"{wrong}: settings and moments name different parameters")
     for name, each in settings.items():
         numbers = [each.get(key) for key in ("step", "beta2", "eps", "lr")] if isinstance(each, dict) else [None]
         if not all(isinstance(number, (int, float)) for number in numbers):

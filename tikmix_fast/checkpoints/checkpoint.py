@@ -1,4 +1,4 @@
-"""A transformers checkpoint from a local folder: safetensors and JSON only, no download, none of its code run."""
+"""Load a transformers checkpoint from a local folder: only safetensors and JSON, no download, no code of its own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import safetensors
 import torch
 from torch import nn
 
+from tikmix_fast.arguments import require_choice
 from tikmix_fast.data.tokenizing import BYTES, Tokenizer
 
 if TYPE_CHECKING:
@@ -27,18 +28,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A causal language model in evaluation mode, and what is known of it.
+    """A causal language model in evaluation mode, and its limits.
 
     Attributes
     ----------
     model : nn.Module
         Returns an object with ``logits``.
     vocabulary : int
-        Token ids are below it.
+        Every token id is below it.
     longest : int or None
-        Most positions, where the model has a limit.
+        Largest number of positions; None: no limit.
     random : bool
-        Whether the weights were drawn instead of read.
+        Whether the weights were drawn at random, not read.
     """
 
     model: nn.Module
@@ -60,23 +61,22 @@ def load_checkpoint(
     ----------
     path : path
         A folder with ``config.json`` and ``*.safetensors``, as ``save_pretrained`` writes it; or a JSON file with a
-        configuration: the weights are then random, to try things out.
+        configuration, which gets random weights, for trying things out.
     dtype : str
-        Of the weights; "auto": as saved, or as the configuration says.
+        Dtype of the weights; "auto": as saved, or as the configuration says.
     device : str
     seed : int
-        Of random weights.
+        Seed of random weights.
 
     Raises
     ------
     ModuleNotFoundError
         If transformers is not installed.
     ValueError
-        If there is no such model, or it is none that can be measured: pickled, quantised, an adapter, incomplete, of
-        code that transformers lacks.
+        If there is no such model, or it cannot be measured: it is pickled, quantised, an adapter, incomplete, or its
+        code is not in transformers.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    require_choice("dtype", dtype, DTYPES)
     check_files(path)
     given = Path(path)
     random = given.is_file()
@@ -91,20 +91,20 @@ def load_checkpoint(
             config.use_cache = False
             if random:
                 torch.manual_seed(seed)
-                wanted = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **wanted)
+                options = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
             else:
-                model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                model, report = transformers.AutoModelForCausalLM.from_pretrained(
                     str(given),
                     config=config,
                     dtype=dtype,
                     local_files_only=True,
                     trust_remote_code=False,
                     use_safetensors=True,
-                    ignore_mismatched_sizes=True,  # reported below, by name
+                    ignore_mismatched_sizes=True,  # _check_complete names them
                     output_loading_info=True,
                 )
-                _check_complete(found)
+                _check_complete(report)
         except (
             ValueError,
             TypeError,
@@ -126,14 +126,14 @@ def load_checkpoint(
 
 
 def load_tokenizer(tokenizer: str, model: str | os.PathLike[str]) -> Tokenizer:
-    """Load a tokenizer from ``tokenizer.json``; "bytes" takes the bytes of UTF-8 as ids, "auto" the model's own.
+    """Load a tokenizer from ``tokenizer.json``; "bytes" uses the bytes of UTF-8 as ids, "auto" the model's own file.
 
     The model's end-of-text token, if its ``config.json`` names one, ends every document.
 
     Raises
     ------
     ValueError
-        If there is none, or it cannot be read.
+        If there is no such file, or it cannot be read.
     """
     if tokenizer == BYTES.name:
         return BYTES
@@ -166,7 +166,7 @@ def load_tokenizer(tokenizer: str, model: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _end_of_text(model: Path) -> int | None:
-    """Return the first end-of-text token of a model's configuration."""
+    """Return the first end-of-text token that a model's configuration names."""
     file = model if model.is_file() else model / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -178,36 +178,36 @@ def _end_of_text(model: Path) -> int | None:
 
 
 def check_files(path: str | os.PathLike[str]) -> None:
-    """Check what `load_checkpoint` needs, without loading anything.
+    """Check that the files `load_checkpoint` needs exist, without loading them.
 
     Raises
     ------
     ValueError
-        If a file is missing or of a kind that is not loaded.
+        If a file is missing, or `load_checkpoint` refuses its kind.
     """
     given = Path(path)
-    wanted = "model must be a local folder with config.json and *.safetensors, or a config.json"
+    rule = "model must be a local folder with config.json and *.safetensors, or a config.json"
     if given.is_file():
         if given.suffix != ".json":
-            raise ValueError(f"{wanted}; got the file {str(given)!r}")
+            raise ValueError(f"{rule}; got the file {str(given)!r}")
         return
     if not given.is_dir():
-        raise ValueError(f"{wanted}; there is no {str(given)!r}, and nothing is downloaded")
+        raise ValueError(f"{rule}; there is no {str(given)!r}, and nothing is downloaded")
     if (given / "adapter_config.json").exists():
-        raise ValueError(f"{wanted}; {str(given)!r} is an adapter: merge it into its model and save that")
+        raise ValueError(f"{rule}; {str(given)!r} is an adapter: merge it into its model and save that")
     if not (given / "config.json").is_file():
-        raise ValueError(f"{wanted}; {str(given)!r} has no config.json")
+        raise ValueError(f"{rule}; {str(given)!r} has no config.json")
     if not any(given.glob("*.safetensors")):
         pickled = sorted(each.name for each in given.glob("*.bin"))
         why = (
             f" ({pickled[0]} is a pickle, which is never loaded: save it again with save_pretrained)" if pickled else ""
         )
-        raise ValueError(f"{wanted}; {str(given)!r} has no *.safetensors{why}")
+        raise ValueError(f"{rule}; {str(given)!r} has no *.safetensors{why}")
 
 
-def _check_complete(found: Mapping[str, Any]) -> None:
+def _check_complete(report: Mapping[str, Any]) -> None:
     for key, what in (("missing_keys", "lacks the weights"), ("mismatched_keys", "has another shape of")):
-        names = sorted(each if isinstance(each, str) else each[0] for each in found.get(key) or ())
+        names = sorted(each if isinstance(each, str) else each[0] for each in report.get(key) or ())
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"the checkpoint {what} {', '.join(names[:3])}{more}")
@@ -215,8 +215,8 @@ def _check_complete(found: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[Any]:
-    """Import transformers, offline, and keep it from writing to the terminal while it loads."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read on import; local_files_only says it once more
+    """Import transformers in offline mode, and silence it inside the context."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read on import
     try:
         import transformers
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The command ``tikmix-fast``. What is slow to import is imported by the command that needs it."""
+"""The command ``tikmix-fast``. Each command imports slow packages itself, so ``--help`` stays fast."""
 
 from __future__ import annotations
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tikmix_fast.arguments import require_choice
 from tikmix_fast.cli.folders import make_folder
 from tikmix_fast.cli.mistakes import user_mistakes
+from tikmix_fast.cli.options import AsJson, Threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,22 +23,22 @@ __all__ = ["bench"]
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="ops, choice, engine, mixture or sampler; may be given again. Default: all."),
+        typer.Option(help="ops, choice, engine, mixture or sampler. Once per suite. Default: all."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("tikmix-bench"),
     size: Annotated[
         Literal["quick", "full", "tiny"],
         typer.Option(help="quick (a minute or two), full (the committed results), or tiny (shows that it runs)."),
     ] = "quick",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of every comparison.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Of every comparison, after at least 3 rounds.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, a process per number.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Largest number of rounds per comparison.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Seconds per comparison, after at least 3 rounds.")] = None,
+    threads: Threads = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, in one process per number.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure this machine: kernels against torch's ways, training steps with and without influence, mixture, sampler.
 
-    Every result is compared with float64 before anything is timed, and all methods of a comparison take turns.
+    The command compares every result with float64 before it times anything. All methods of a comparison take turns.
     """
     import dataclasses
 
@@ -58,8 +60,7 @@ def bench(
             settings = dataclasses.replace(settings, seconds=seconds)
         chosen = list(dict.fromkeys(suite or SUITES))
         for name in chosen:
-            if name not in SUITES:
-                raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {name!r}")
+            require_choice("suite", name, SUITES)
         if memory:
             settings = dataclasses.replace(settings, weigh=True)
         if threads:
@@ -82,7 +83,7 @@ def _run(name: str, settings: BenchSettings, out: Path, console: Console) -> dic
     with console.status(name) as status:
         try:
             result = run_suite(name, settings, lambda what: status.update(f"{name}: {what}"))
-        except AssertionError as error:  # what was to be timed computes wrong numbers here
+        except AssertionError as error:  # a method computes wrong numbers on this machine
             typer.echo(f"wrong result: {error}", err=True)
             raise typer.Exit(1) from None
     files.write_json(out / f"{name}.json", result)

@@ -9,6 +9,7 @@ import typer
 
 from tikmix_fast.cli.folders import make_folder
 from tikmix_fast.cli.mistakes import user_mistakes
+from tikmix_fast.cli.options import AsJson
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 _MOST_THREADS = 4
-"""More do not help so small a model, and cost on large machines."""
+"""More threads do not help so small a model, and slow it down on large machines."""
 
 _QUICK: dict[str, Any] = {
     "steps": 60,
@@ -39,60 +40,43 @@ _QUICK: dict[str, Any] = {
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("tikmix-demo"),
-    seed: Annotated[int, typer.Option(help="Of weights and data; both arms share it.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from --seed on.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data; both arms share it.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run, from --seed on.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps per arm.")] = None,
     stages: Annotated[int | None, typer.Option(help="Parts of the training; the mixture changes between them.")] = None,
     diversity: Annotated[float | None, typer.Option(help="Factor of the entropy; smaller moves further.")] = None,
     preconditioner: Annotated[str | None, typer.Option(help="adam or identity.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A short run that shows the way but no gain.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice, at most 4.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A short run: it shows the steps, but no gain.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice, at most 4.")] = None,
     save_every: Annotated[
-        int, typer.Option(min=1, help="Steps between two saves, from which a killed run goes on.")
+        int, typer.Option(min=1, help="Steps between two saves; a killed run continues from the last.")
     ] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a small GPT on a mixture that follows Group Influence, and its twin on a uniform one. Needs no download.
 
-    The text comes from what is installed: Python's own sources and reference, headers, docstrings, licences. Takes some
-    minutes on two cores. Killed, and called again with the same options, it goes on where it was.
+    The text comes from installed packages: Python's own sources and reference, headers, docstrings, licences. The run
+    takes some minutes on two cores. After a kill, the same command continues.
     """
     import dataclasses
-    import os
 
     from rich.console import Console
 
-    from tikmix_fast import files
-
     console = Console(stderr=True)
+    options = {"steps": steps, "stages": stages, "diversity": diversity, "preconditioner": preconditioner}
+    given = {name: value for name, value in options.items() if value is not None}
     with user_mistakes():
-        make_folder(out)
-        # Read when torch loads OpenMP: threads that spin while they wait make so small a model several times slower as
-        # soon as anything else wants the cores.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with console.status("loading torch"):
-            import torch
-
-            from tikmix_fast.demo.corpora import gather
-            from tikmix_fast.demo.settings import DemoSettings
-            from tikmix_fast.demo.state import DemoState
-            from tikmix_fast.report.environment import describe_environment
-        options = {"steps": steps, "stages": stages, "diversity": diversity, "preconditioner": preconditioner}
-        given = {name: value for name, value in options.items() if value is not None}
-        settings = DemoSettings(**{**(_QUICK if quick else {}), "seed": seed, **given})
-        torch.set_num_threads(threads or min(torch.get_num_threads(), _MOST_THREADS))
-        _check_backend()
-        resolved = {**settings.to_dict(), "seeds": seeds, "threads": torch.get_num_threads()}
-        files.write_json(out / "settings.json", resolved)
-        with console.status("gathering text"):
-            corpora = gather(domain_bytes=settings.domain_bytes, task_bytes=settings.task_bytes)
+        settings, corpora = _prepare({**(_QUICK if quick else {}), "seed": seed, **given}, seeds, threads, out, console)
     for name, reason in corpora.missing.items():
         console.print(f"[bold yellow]missing:[/] {name}: {reason}", highlight=False)
+    from tikmix_fast.demo.state import DemoState
+    from tikmix_fast.report.environment import describe_environment
+
     environment = describe_environment()
     results, states = [], []
-    for each in range(seed, seed + seeds):
-        folder = out if seeds == 1 else out / f"seed-{each}"
-        own = dataclasses.replace(settings, seed=each)
+    for number in range(seed, seed + seeds):
+        folder = out if seeds == 1 else out / f"seed-{number}"
+        own = dataclasses.replace(settings, seed=number)
         with user_mistakes():
             folder.mkdir(exist_ok=True)
             states.append(DemoState(folder / "resume.safetensors", own, corpora, save_every))
@@ -109,8 +93,34 @@ def demo(
         _print_tables(results, out)
 
 
+def _prepare(
+    options: dict[str, Any], seeds: int, threads: int | None, out: Path, console: Console
+) -> tuple[DemoSettings, Corpora]:
+    """Check every option, write the settings, and read the text."""
+    import os
+
+    from tikmix_fast import files
+
+    make_folder(out)
+    # OpenMP reads this when torch loads it. Threads that spin while they wait slow so small a model several times down
+    # as soon as another process needs the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with console.status("loading torch"):
+        import torch
+
+        from tikmix_fast.demo.corpora import gather
+        from tikmix_fast.demo.settings import DemoSettings
+    settings = DemoSettings(**options)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), _MOST_THREADS))
+    _check_backend()
+    resolved = {**settings.to_dict(), "seeds": seeds, "threads": torch.get_num_threads()}
+    files.write_json(out / "settings.json", resolved)
+    with console.status("gathering text"):
+        return settings, gather(domain_bytes=settings.domain_bytes, task_bytes=settings.task_bytes)
+
+
 def _check_backend() -> None:
-    """Run the kernel once: a backend that the environment asks for and that cannot run must not show after minutes."""
+    """Run the kernel once, so that a backend that cannot run fails now and not after minutes."""
     import torch
 
     from tikmix_fast import ops
@@ -169,7 +179,7 @@ def _print_tables(results: list[DemoResult], out: Path) -> None:
     }
     console.print(weight_table(mixtures))
     for each in results:
-        times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in each.seconds.items())
+        times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in each.seconds.items())
         console.print(f"seed {each.settings.seed}: {times}")
     folder = out if len(results) == 1 else out / f"seed-{results[0].settings.seed}"
     for line in (

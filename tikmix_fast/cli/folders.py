@@ -8,7 +8,7 @@ __all__ = ["make_folder"]
 
 
 def make_folder(out: Path) -> None:
-    """Make the folder and try to write into it: to learn that it cannot be written must not take minutes."""
+    """Make the folder and write into it, so that a folder that cannot be written to fails now and not after minutes."""
     import tempfile
 
     try:

@@ -1,4 +1,4 @@
-"""Tell the user about a mistake in one line, without a traceback."""
+"""Report a mistake of the user in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["user_mistakes"]
 
 @contextmanager
 def user_mistakes() -> Iterator[None]:
-    """Turn the errors that bad input raises into one line on stderr and exit code 2.
+    """Turn the errors of bad input, and of missing optional packages, into one line on stderr and exit code 2.
 
-    So does an optional package that is missing. To be put around the reading of input and the checks of options only:
-    anywhere else these errors are defects, and their traceback is wanted.
+    Use it only around code that reads input or checks options. Elsewhere the same errors are defects of this package,
+    and their traceback must stay visible.
     """
     try:
         yield

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tikmix_fast.cli.mistakes import user_mistakes
+from tikmix_fast.cli.options import AsJson
 
 if TYPE_CHECKING:
     from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
@@ -15,38 +16,44 @@ if TYPE_CHECKING:
 __all__ = ["mix"]
 
 
+MatrixFile = Annotated[
+    Path, typer.Argument(metavar="S.json", help="An influence matrix, as the demo or InfluenceMatrix.save writes it.")
+]
+Prior = Annotated[
+    str,
+    typer.Option(help="The current mixture: name=weight,name=weight,... or a JSON file {name: weight}, or 'uniform'."),
+]
+Uniformity = Annotated[float, typer.Option(help="Factor of the spread over tasks (alpha).")]
+Influence = Annotated[float, typer.Option(help="Factor of the summed influence (beta).")]
+Diversity = Annotated[float, typer.Option(help="Factor of the entropy (gamma); smaller moves further.")]
+Floor = Annotated[str, typer.Option(help="Smallest weight: a number for all, or name=weight,...")]
+Cap = Annotated[str, typer.Option(help="Largest weight: a number for all, or name=weight,...")]
+MaxKL = Annotated[float | None, typer.Option(help="Largest KL divergence from the prior, in nats.")]
+Smoothing = Annotated[float, typer.Option(help="Share of the prior in the answer, 0 to 1.")]
+Confidence = Annotated[
+    float | None, typer.Option(help="Move only as far as the influence is known, with this confidence, 0 to 1.")
+]
+Pareto = Annotated[bool, typer.Option(help="Predict that no task does worse than under the prior.")]
+Out = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
+
+
 def mix(
-    matrix_file: Annotated[
-        Path,
-        typer.Argument(metavar="S.json", help="An influence matrix, as the demo or InfluenceMatrix.save writes it."),
-    ],
-    prior: Annotated[
-        str,
-        typer.Option(
-            help="The mixture in use now: name=weight,name=weight,... or a JSON file {name: weight}, or 'uniform'."
-        ),
-    ] = "uniform",
-    uniformity: Annotated[float, typer.Option(help="Factor of the spread over tasks (alpha).")] = 1.0,
-    influence: Annotated[float, typer.Option(help="Factor of the summed influence (beta).")] = 1.0,
-    diversity: Annotated[float, typer.Option(help="Factor of the entropy (gamma); smaller moves further.")] = 1.0,
-    floor: Annotated[str, typer.Option(help="Least weight: a number for all, or name=weight,...")] = "0",
-    cap: Annotated[str, typer.Option(help="Largest weight: a number for all, or name=weight,...")] = "1",
-    max_kl: Annotated[float | None, typer.Option(help="Largest KL divergence from the prior, in nats.")] = None,
-    smoothing: Annotated[float, typer.Option(help="Share of the prior in the answer, 0 to 1.")] = 0.0,
-    confidence: Annotated[
-        float | None, typer.Option(help="Move only as far as the influence is known, with this confidence, 0 to 1.")
-    ] = None,
-    pareto: Annotated[bool, typer.Option(help="Predict no task to fare worse than under the prior.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    matrix_file: MatrixFile,
+    prior: Prior = "uniform",
+    uniformity: Uniformity = 1.0,
+    influence: Influence = 1.0,
+    diversity: Diversity = 1.0,
+    floor: Floor = "0",
+    cap: Cap = "1",
+    max_kl: MaxKL = None,
+    smoothing: Smoothing = 0.0,
+    confidence: Confidence = None,
+    pareto: Pareto = True,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Solve for a new mixture from a saved influence matrix, by TiKMiX-D."""
-    import json
-    import warnings
-
-    from tikmix_fast import files
     from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
-    from tikmix_fast.mixture.direct.tikmix_d import tikmix_d
 
     with user_mistakes():
         matrix = InfluenceMatrix.load(matrix_file)
@@ -62,6 +69,17 @@ def mix(
             "confidence": confidence,
             "pareto": pareto,
         }
+    _mix(matrix, matrix_file, options, out, as_json)
+
+
+def _mix(matrix: InfluenceMatrix, matrix_file: Path, options: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    import json
+    import warnings
+
+    from tikmix_fast import files
+    from tikmix_fast.mixture.direct.tikmix_d import tikmix_d
+
+    with user_mistakes():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result holds them
             result = tikmix_d(matrix, **options)
@@ -98,14 +116,14 @@ def _read_prior(given: str, matrix: InfluenceMatrix) -> dict[str, float]:
     if "=" in given:
         return _read_pairs("prior", given)
     try:
-        content = files.read_json(given)  # people write it by hand, too: without a checksum
+        content = files.read_json(given)  # no checksum needed: people write such files by hand
     except FileNotFoundError:
         raise ValueError(f"prior must be 'uniform', name=weight,... or a JSON file; got {given!r}") from None
     except ValueError as error:
         raise ValueError(f"prior: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"prior: {given} must hold one object {{name: weight}}; got {type(content).__name__}")
-    # What this command wrote may be the prior of the next stage.
+    # The output of this command may be the prior of the next stage.
     weights: dict[str, float] = content["weights"] if isinstance(content.get("weights"), dict) else content
     return weights
 

@@ -1,1 +1,1 @@
-"""What a run trains on: corpora of text per domain, and the sampler that mixes them."""
+"""Training data: files of each domain as sequences, the sampler that mixes domains, and exports to other loaders."""

@@ -1,4 +1,4 @@
-"""A domain on disk as a dataset of sequences, whatever its files are."""
+"""Open the files of a domain, text or tokens, as a dataset of sequences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_domain(
     dtype: DTypeLike | None = None,
     vocabulary: int | None = None,
 ) -> TokenSequences:
-    """Open a file, a folder or all files that match a pattern as one dataset.
+    """Open a file, a folder, or all files that match a pattern, as one dataset.
 
     Parameters
     ----------
@@ -33,35 +33,34 @@ def open_domain(
     length : int
         Targets per sequence; an item is int64 [length + 1].
     tokenizer : Tokenizer
-        For text. Tokens are taken as they are.
+        For text only; token files need none.
     text_column : str
-        Of .jsonl and .parquet.
+        Name of the text in .jsonl and .parquet files.
     cache : path
-        For text: the folder in which its tokens are kept, best on a fast disk beside what the run writes; not within
-        the domain.
+        Needed for text: the folder that stores its tokens. Choose a fast disk and a folder outside the domain.
     dtype : integer dtype, optional
-        For .bin files, which do not tell.
+        For .bin files, which do not state it.
     vocabulary : int, optional
-        Tokens the model knows: each must be below; None: only below the tokenizer's own. Looked at when a sequence is
-        read.
+        Size of the model's vocabulary: reading a sequence checks that every token is below it. None: the size of the
+        tokenizer's vocabulary for text; no upper limit for tokens.
 
     Returns
     -------
     TokenSequences
-        For a `ConcatDataset` with a `MixtureSampler` over it.
+        Combine several in a `ConcatDataset` for a `MixtureSampler`.
 
     Raises
     ------
     OSError, ImportError
-        If files cannot be opened, or pyarrow is needed and missing.
+        If a file cannot be opened, or needs pyarrow, which is missing.
     ValueError
-        If there are no such files, one is empty or damaged, or all are shorter than one sequence; the message names
-        the file, and the line or row where there is one.
+        If no file matches, one is empty or damaged, or all together are shorter than one sequence; the message names
+        the file, and the line or row if there is one.
 
     Notes
     -----
-    Text is tokenized once, which takes as long as the tokenizer does, and needs no more memory than its longest
-    document. See `tokenize` and `TokenSequences`.
+    The first call tokenizes text; later calls find the tokens in ``cache``. Memory: that of the longest document. See
+    `tokenize` and `TokenSequences`.
 
     Examples
     --------
@@ -75,11 +74,9 @@ def open_domain(
     if files[0].name.endswith(TOKEN_SUFFIXES):
         return TokenSequences(files, length, dtype=dtype, vocabulary=vocabulary)
     if cache is None:
-        raise ValueError(f"{os.fspath(path)}: cache must be a folder in which the tokens of text are kept; got None")
+        raise ValueError(f"{os.fspath(path)}: cache must be a folder for the tokens of this text; got None")
     if Path(path).is_dir() and Path(path).resolve() in (Path(cache).resolve(), *Path(cache).resolve().parents):
-        raise ValueError(
-            f"{os.fspath(path)}: cache must not lie in the domain, of which it would be a part; got {cache}"
-        )
+        raise ValueError(f"{os.fspath(path)}: cache must lie outside the domain, or become part of it; got {cache}")
     tokens = tokenize(files, cache, tokenizer, text_column)
     try:
         return TokenSequences([tokens], length, vocabulary=tokenizer.vocabulary if vocabulary is None else vocabulary)

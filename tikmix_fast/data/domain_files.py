@@ -1,4 +1,4 @@
-"""Which files a domain on disk consists of."""
+"""Find the files of a domain on disk."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _SUFFIXES = (*TEXT_SUFFIXES, *TOKEN_SUFFIXES)
 
 
 def find_files(path: str | os.PathLike[str]) -> list[Path]:
-    """List the files of a domain, in the order of their paths.
+    """List the files of a domain, sorted by path.
 
     Parameters
     ----------
     path : path
-        A file; a folder, of which all files with a known ending are taken, also those in folders below it, but none
-        that is hidden; or a pattern as `glob.glob` takes it, with ``**``.
+        A file; a folder, which stands for all its files with a known ending, subfolders included and hidden files left
+        out; or a pattern for `glob.glob`, where ``**`` matches subfolders.
 
     Returns
     -------
     list of Path
-        All of text (.txt or .jsonl, plain, .gz or .zst; .parquet) or all of tokens (.npy, .bin).
+        Either all text (.txt or .jsonl, plain, .gz or .zst; .parquet) or all tokens (.npy, .bin).
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file or folder.
+        If there is no such file or folder, and nothing matches.
     ValueError
-        If nothing with a known ending is there, or text and tokens both.
+        If no file has a known ending, or there are both text and tokens.
 
     Examples
     --------
@@ -46,25 +46,25 @@ def find_files(path: str | os.PathLike[str]) -> list[Path]:
     """
     place = Path(path)
     if place.is_dir():
-        found = [
+        candidates = [
             file
             for file in place.rglob("*")
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(place).parts)
         ]
     elif place.exists():
-        found = [place]
+        candidates = [place]
     else:
-        found = [Path(file) for file in glob.glob(os.fspath(path), recursive=True) if Path(file).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{os.fspath(path)}: no such file or folder, and no file that matches it")
-    files = sorted(file for file in found if file.name.endswith(_SUFFIXES))
+        candidates = [Path(file) for file in glob.glob(os.fspath(path), recursive=True) if Path(file).is_file()]
+        if not candidates:
+            raise FileNotFoundError(f"{os.fspath(path)}: no such file or folder, and no file matches the pattern")
+    files = sorted(file for file in candidates if file.name.endswith(_SUFFIXES))
     if not files:
-        raise ValueError(f"{os.fspath(path)}: must hold files that end in {', '.join(_SUFFIXES)}; got none")
+        raise ValueError(f"{os.fspath(path)}: must be or contain files that end in {', '.join(_SUFFIXES)}; got none")
     tokens = [file for file in files if file.name.endswith(TOKEN_SUFFIXES)]
     if tokens and len(tokens) < len(files):
         text = next(file for file in files if not file.name.endswith(TOKEN_SUFFIXES))
         raise ValueError(
-            f"{os.fspath(path)}: must hold text or tokens, not both; got {text} and {tokens[0]}; name one kind by a "
-            f"pattern such as '*{tokens[0].suffix}'"
+            f"{os.fspath(path)}: must contain text or tokens, not both; got {text} and {tokens[0]}; choose one kind "
+            f"by a pattern such as '*{tokens[0].suffix}'"
         )
     return files

@@ -1,4 +1,4 @@
-"""Import a package that only some uses need, and say how to get it where it is missing."""
+"""Import an optional package, or say how to install it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ __all__ = ["optional"]
 
 
 def optional(module: str, purpose: str, install: str = "pip install 'tikmix_fast[data]'") -> Any:
-    """Return a module.
+    """Import and return a module.
 
     Parameters
     ----------
     module : str
-        Its full name.
+        Full name.
     purpose : str
-        What needs it, in words.
+        What needs the module, for the message.
     install : str
         The command that installs it.
 
     Raises
     ------
     ImportError
-        If the package is not installed; the message has all three.
+        If the package is not installed; the message contains all three arguments.
 
     Examples
     --------
@@ -36,5 +36,5 @@ def optional(module: str, purpose: str, install: str = "pip install 'tikmix_fast
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
-            raise  # it is installed, but lacks something itself
+            raise  # the package is installed, but one of its own imports fails
         raise ImportError(f"{purpose} needs the package {package}; install it: {install}") from None

@@ -1,9 +1,8 @@
-"""A torch sampler over several domains whose weights can change mid-run, with no sample lost or repeated."""
+"""A torch sampler over several domains. Weights can change mid-run; no sample is lost or repeated."""
 
 from __future__ import annotations
 
 import math
-import operator
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from tikmix_fast.arguments import require_int
 from tikmix_fast.data.permutation import MAX_LENGTH
 from tikmix_fast.data.schedule import BLOCK, check_counts
 from tikmix_fast.data.stream import Block, Change, Origin, Stream
@@ -28,48 +28,48 @@ _TOLERANCE = 1e-6
 
 
 class MixtureSampler(Sampler[int]):
-    """Draw indices of several concatenated domains in given proportions that can change while training runs.
+    """Draw indices of several concatenated domains in proportions that can change while training runs.
 
-    The draws of all ranks together form one global stream g = 0, 1, 2, ..., a function of ``lengths``, ``seed`` and the
-    history of weights alone; rank r of ``world_size`` draws those with g % world_size == r. In that stream
+    The draws of all ranks form one global stream g = 0, 1, 2, ... It depends only on ``lengths``, ``seed`` and the
+    history of weights. Rank r of ``world_size`` draws the samples with g % world_size == r. In that stream
 
-    - since the last change of weights, the number of draws of each domain differs from weight * draws by less than one
-      at every prefix (proved for 2^36 draws and 2048 domains, where rounding weights to 2^-48 cannot add up to matter);
-    - the order of the domains is shuffled within that limit, so that no rank keeps meeting the same domain;
-    - every domain is shuffled without replacement, anew in each epoch, and goes on where it was when weights change.
+    - the number of draws of each domain since the last change of weights differs from weight * draws by less than one,
+      at every prefix (proved up to 2^36 draws and 2048 domains, where rounding weights to 2^-48 does not matter);
+    - the order of domains is shuffled within that limit, so no rank keeps meeting the same domain;
+    - every domain is shuffled without replacement and anew in each epoch; a change of weights does not restart it.
 
     Parameters
     ----------
     lengths : sequence of int [m], or mapping from domain name to int
         Items per domain. Item i of domain j has the index ``sum(lengths[:j]) + i``, as in a `ConcatDataset`.
     weights : sequence of float [m], or mapping from domain name to float
-        Share of each domain in the draws: nonnegative, sum 1 (within 1e-6; they are divided by their sum). A mapping
-        needs named ``lengths``.
+        Share of each domain in the draws: nonnegative, sum 1 within 1e-6; the sampler divides them by their sum. A
+        mapping needs a mapping of ``lengths``.
     seed : int
         From 0 to 2^64 - 1; the same on all ranks.
     rank, world_size : int
-        This process and how many there are.
+        Number of this process, and number of processes.
     num_samples : int, optional
-        Total number of draws, over all ranks and since g = 0. None: endless, and `len` raises TypeError. If it is no
+        Total number of draws of all ranks, from g = 0 on; None: endless, and `len` raises TypeError. If it is not a
         multiple of ``world_size``, some ranks draw one sample more than others.
     lookback : int
-        How many global draws behind the newest one `state_dict` can still go back to.
+        Number of global draws, counted back from the newest, that `state_dict` can still return to.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described, or a domain without items has a positive weight.
+        If an argument is not as described, or an empty domain has a positive weight.
 
     Notes
     -----
-    A `DataLoader` draws ahead of what the training loop has seen, so state and changes of weights are told in
-    *consumed* global samples, which the loop knows: steps * batch size * world size. A new iterator continues from
-    where the sampler is, and all iterators share that place: what a `DataLoader` had drawn ahead when its loop was left
-    is drawn again only after ``sampler.load_state_dict(sampler.state_dict(consumed))``.
+    A `DataLoader` draws ahead of the training loop. State and changes of weights therefore count *consumed* global
+    samples, which the loop knows: steps * batch size * world size. All iterators share one position, and a new one
+    continues there. A loop that ends early loses the samples that its `DataLoader` drew ahead;
+    ``sampler.load_state_dict(sampler.state_dict(consumed))`` makes the sampler draw them again.
 
-    Draws are planned in blocks of 16384, or up to the next change of weights. Cost: about 0.6 us per global draw on
-    every rank, plus 0.2 us per draw of its own; 10 ms for each change. Memory: one block, and a few numbers per domain
-    for each block within ``lookback``; never a permutation.
+    The sampler plans blocks of 16384 draws, or up to the next change of weights. Cost: about 0.6 us per global draw on
+    every rank, plus 0.2 us per draw of its own; 10 ms per change of weights. Memory: one block, and a few numbers per
+    domain for each block within ``lookback``; no permutation.
 
     Examples
     --------
@@ -94,26 +94,26 @@ class MixtureSampler(Sampler[int]):
     ) -> None:
         self._names = tuple(lengths) if isinstance(lengths, Mapping) else None
         self._lengths = _checked_lengths(lengths)
-        self._seed = _whole("seed", seed, 0, (1 << 64) - 1)
-        self._world_size = _whole("world_size", world_size, 1)
-        self._rank = _whole("rank", rank, 0, self._world_size - 1)
-        self._num_samples = None if num_samples is None else _whole("num_samples", num_samples, 0)
-        self._lookback = _whole("lookback", lookback, 0)
-        self._ready: deque[int] = deque()  # indices to yield next; iterators hold on to this object
+        self._seed = require_int("seed", seed, 0, (1 << 64) - 1)
+        self._world_size = require_int("world_size", world_size, 1)
+        self._rank = require_int("rank", rank, 0, self._world_size - 1)
+        self._num_samples = None if num_samples is None else require_int("num_samples", num_samples, 0)
+        self._lookback = require_int("lookback", lookback, 0)
+        self._ready: deque[int] = deque()  # indices to yield next; iterators keep a reference to this object
         self._filled = 0
         none = np.zeros(len(self._lengths), dtype=np.int64)
         self._continue(0, Block(0, none, Origin.of(Change(0, self._checked_weights(weights)), none)), [])
 
     @property
     def domains(self) -> tuple[str, ...] | None:
-        """Names of the domains, if ``lengths`` gave them."""
+        """Names of the domains, or None if ``lengths`` is a sequence."""
         return self._names
 
     @property
     def drawn(self) -> int:
-        """Number of global samples drawn, all ranks together, if every rank has drawn as many as this one.
+        """Number of global samples drawn by all ranks, if each has drawn as many as this one.
 
-        It is the smallest ``at`` that `set_weights` accepts.
+        This is the smallest ``at`` that `set_weights` accepts.
         """
         here = self._own(self._start, self._filled) - len(self._ready)
         drawn = self._start + here * self._world_size
@@ -121,31 +121,31 @@ class MixtureSampler(Sampler[int]):
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """Weights [m] that hold for global sample `drawn`, the next one."""
+        """Weights [m] of the next global sample, number `drawn`."""
         return self._stream.block_of(self.drawn).origin.weights.copy()
 
     @property
     def counts(self) -> Ints:
-        """How many of the `drawn` global samples came from each domain, int64 [m]."""
+        """Number of the `drawn` global samples from each domain, int64 [m]."""
         return self.counts_at(self.drawn)
 
     @property
     def epochs(self) -> Ints:
-        """How often each domain was completed in the `drawn` global samples, int64 [m]."""
+        """Number of completed epochs of each domain in the `drawn` global samples, int64 [m]."""
         return self.counts // np.maximum(self._lengths, 1)
 
     def counts_at(self, consumed: int) -> Ints:
-        """Return how many of the first ``consumed`` global samples came from each domain, int64 [m].
+        """Count the first ``consumed`` global samples by domain, int64 [m].
 
         Raises
         ------
         ValueError
-            If that many were not drawn yet, or longer than ``lookback`` ago.
+            If ``consumed`` is more than `drawn`, or more than ``lookback`` before it.
         """
         return self._stream.counts_at(self._checked_consumed(consumed))
 
     def __len__(self) -> int:
-        """Return how many draws are left for this rank.
+        """Return the number of draws left for this rank.
 
         Raises
         ------
@@ -157,7 +157,7 @@ class MixtureSampler(Sampler[int]):
         return len(self._ready) + max(0, self._own(self._filled, self._num_samples))
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the indices that this rank draws next, from where the sampler is."""
+        """Yield this rank's next indices, from the sampler's current position on."""
         take = self._ready.popleft
         while True:
             while self._ready:
@@ -167,30 +167,30 @@ class MixtureSampler(Sampler[int]):
             self._fill()
 
     def set_weights(self, weights: Weights, at: int | None = None) -> None:
-        """Change the weights from global sample ``at`` on, also for iterators that are running.
+        """Change the weights from global sample ``at`` on, for running iterators too.
 
-        All ranks must make the same call with the same ``at``. Changes already set for later samples stay; one set for
-        the same sample is replaced. Every domain goes on within its epoch: no sample is lost or repeated.
+        All ranks must make the same call with the same ``at``. It replaces an earlier change for the same sample;
+        changes for later samples stay. Every domain continues within its epoch: no sample is lost or repeated.
 
         Parameters
         ----------
         weights : sequence of float [m], or mapping from domain name to float
         at : int, optional
-            None: `drawn`, the next sample that was not drawn anywhere, provided that all ranks have drawn equally many;
-            a `DataLoader` has then drawn more than the loop consumed.
+            None: `drawn`, which needs equally many draws on all ranks. A `DataLoader` has then drawn more samples than
+            the loop has consumed.
 
         Raises
         ------
         TypeError, ValueError
-            If the weights are not as in the constructor, or ``at`` was drawn already; nothing is changed.
+            If the weights are not as in the constructor, or ``at`` is already drawn; the sampler stays as it was.
         """
         checked = self._checked_weights(weights)
         earliest = self.drawn
-        place = earliest if at is None else _whole("at", at, 0, _MAX_DRAWS)
+        place = earliest if at is None else require_int("at", at, 0, _MAX_DRAWS)
         if place < earliest:
             raise ValueError(
-                f"at must be a global sample that was not drawn yet; got {place}, but samples before {earliest} are "
-                f"drawn already (a DataLoader draws ahead); the smallest possible at is {earliest}, or at=None"
+                f"at must be a global sample that is not drawn yet; got {place}, but a DataLoader draws ahead, and all "
+                f"samples before {earliest} are drawn; the smallest possible at is {earliest}, or at=None"
             )
         self._stream.change(Change(place, checked))
         if place < self._filled:
@@ -199,21 +199,21 @@ class MixtureSampler(Sampler[int]):
             self._filled = place
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
-        """Return the state after ``consumed`` global samples as plain JSON types, even if more were drawn.
+        """Return the state after ``consumed`` global samples as plain JSON types, even if more are drawn.
 
         Parameters
         ----------
         consumed : int, optional
-            Global samples consumed: steps * batch size * world size. None: `drawn`.
+            Number of consumed global samples: steps * batch size * world size. None: `drawn`.
 
         Raises
         ------
         ValueError
-            If that many were not drawn yet, or longer than ``lookback`` ago.
+            If ``consumed`` is more than `drawn`, or more than ``lookback`` before it.
 
         Notes
         -----
-        Size: a few numbers per domain, and as many for each change of weights that is set for a later sample.
+        Size: a few numbers per domain, and as many for each change of weights at a later sample.
         """
         at = self.drawn if consumed is None else self._checked_consumed(consumed)
         block = self._stream.block_of(at)
@@ -234,14 +234,14 @@ class MixtureSampler(Sampler[int]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the consumed samples of a state, also with another rank, world size or number of workers.
+        """Continue after the consumed samples of a state; rank, world size and number of workers may differ.
 
-        Running iterators continue from there too. The weights are those of the state.
+        Running iterators continue from there too. The weights become those of the state.
 
         Raises
         ------
         TypeError, ValueError
-            If the state is of another version, seed or set of domains, or is damaged; the sampler is then unchanged.
+            If the state has another version, seed or set of domains, or is damaged; the sampler stays as it was.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping, as state_dict returns; got {type(state).__name__}")
@@ -251,17 +251,17 @@ class MixtureSampler(Sampler[int]):
         for field, mine in (("seed", self._seed), ("domains", names), ("lengths", self._lengths.tolist())):
             if state.get(field) != mine:
                 raise ValueError(
-                    f"{field} of the state must be that of the sampler, {mine!r}; got {state.get(field)!r}: "
-                    f"make the sampler with the {field} it was saved with"
+                    f"{field} of the state must be that of the sampler, {mine!r}; got {state.get(field)!r}; "
+                    f"make a sampler with the {field} of the state"
                 )
         try:
-            consumed = _whole("consumed", state["consumed"], 0, _MAX_DRAWS)
+            consumed = require_int("consumed", state["consumed"], 0, _MAX_DRAWS)
             origin = self._loaded_origin(state["origin"])
-            at = _whole("block.at", state["block"]["at"], origin.at, _MAX_DRAWS)
+            at = require_int("block.at", state["block"]["at"], origin.at, _MAX_DRAWS)
             counts = self._checked_counts("block.counts", state["block"]["counts"], at)
             changes = [
                 Change(
-                    _whole("changes.at", change["at"], consumed + 1, _MAX_DRAWS),
+                    require_int("changes.at", change["at"], consumed + 1, _MAX_DRAWS),
                     self._checked_weights(change["weights"]),
                 )
                 for change in state["changes"]
@@ -281,7 +281,7 @@ class MixtureSampler(Sampler[int]):
     def _continue(self, consumed: int, block: Block, changes: list[Change]) -> None:
         self._stream = Stream(self._lengths, self._seed, block, changes)
         self._start = consumed  # this rank draws its samples from here on
-        self._filled = consumed  # and has put those before here into `_ready`
+        self._filled = consumed  # samples before this one are in `_ready`, or drawn
         self._ready.clear()
 
     def _own(self, low: int, high: int) -> int:
@@ -289,7 +289,7 @@ class MixtureSampler(Sampler[int]):
         return (high - self._rank - 1) // self._world_size - (low - self._rank - 1) // self._world_size
 
     def _fill(self) -> None:
-        """Put this rank's draws of the current block, as far as it was not drawn, into `_ready`."""
+        """Append the rest of this rank's draws of the current block to `_ready`."""
         end = self._stream.end(self._stream.block_of(self._filled))
         if self._num_samples is not None:
             end = min(end, self._num_samples)
@@ -300,25 +300,23 @@ class MixtureSampler(Sampler[int]):
         self._stream.forget(self.drawn - self._lookback)
 
     def _loaded_origin(self, origin: Mapping[str, Any]) -> Origin:
-        at = _whole("origin.at", origin["at"], 0, _MAX_DRAWS)
+        at = require_int("origin.at", origin["at"], 0, _MAX_DRAWS)
         counts = self._checked_counts("origin.counts", origin["counts"], at)
         return Origin.of(Change(at, self._checked_weights(origin["weights"])), counts)
 
     def _checked_consumed(self, consumed: int) -> int:
-        at = _whole("consumed", consumed, 0)
+        at = require_int("consumed", consumed, 0)
         oldest, drawn = self._stream.blocks[0].at, self.drawn
         if at > drawn:
             raise ValueError(f"consumed must be at most the {drawn} global samples drawn so far; got {at}")
         if at < oldest:
-            raise ValueError(f"consumed must be at least {oldest}; got {at}; make the sampler with a longer lookback")
+            raise ValueError(f"consumed must be at least {oldest}; got {at}; make a sampler with a longer lookback")
         return at
 
     def _checked_weights(self, weights: Weights) -> NDArray[np.float64]:
         if isinstance(weights, Mapping):
             if self._names is None:
-                raise ValueError(
-                    "weights must be a sequence, as lengths has no names; or give lengths as a mapping too"
-                )
+                raise ValueError("weights must be a sequence, as lengths has no names; or make lengths a mapping too")
             if set(weights) != set(self._names):
                 raise ValueError(f"weights must have the names of lengths, {list(self._names)}; got {list(weights)}")
             weights = [weights[name] for name in self._names]
@@ -342,7 +340,7 @@ class MixtureSampler(Sampler[int]):
         return result
 
     def _checked_counts(self, name: str, counts: Any, total: int) -> Ints:
-        values = [_whole(name, count, 0, total) for count in counts]
+        values = [require_int(name, count, 0, total) for count in counts]
         if len(values) != len(self._lengths) or sum(values) != total:
             raise ValueError(f"{name} must be {len(self._lengths)} numbers that sum to {total}; got {counts!r}")
         return np.array(values, dtype=np.int64)
@@ -359,23 +357,9 @@ def _checked_lengths(lengths: Sequence[int] | Mapping[str, int]) -> Ints:
         values = list(lengths.values() if isinstance(lengths, Mapping) else lengths)
     except TypeError:
         raise TypeError(f"lengths must be a sequence or mapping of int; got {lengths!r}") from None
-    result = [_whole("lengths", length, 0, MAX_LENGTH) for length in values]
+    result = [require_int("lengths", length, 0, MAX_LENGTH) for length in values]
     if not 1 <= len(result) <= _MAX_DOMAINS:
         raise ValueError(f"lengths must have 1 to {_MAX_DOMAINS} domains; got {len(result)}")
     if sum(result) > _MAX_DRAWS:
         raise ValueError(f"lengths must sum to at most {_MAX_DRAWS}; got {sum(result)}")
     return np.array(result, dtype=np.int64)
-
-
-def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Check that an argument is a whole number from low to high."""
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int; got {value!r}") from None
-    if number < low or (high is not None and number > high):
-        limit = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {limit}; got {number}")
-    return number

@@ -1,21 +1,22 @@
-"""Which domain each draw comes from: the weights held exactly at every prefix, in a shuffled order.
+"""Choose the domain of each draw: counts follow the weights at every prefix, in a shuffled order.
 
-The draws since the last change of weights are numbered g = 0, 1, 2, ...; c_j(g) counts domain j among the first g. Then
+Let g = 0, 1, 2, ... number the draws since the last change of weights; c_j(g) counts domain j among the first g. Then
 
     |c_j(g) - w_j g| <= 1 - delta      for every domain j and every g,        delta = 1 / max(4096, 2 m),
 
-by turns: the k-th draw of domain j (k = 1, 2, ...) may not come before the first g with w_j (g + 1) >= k - 1 + delta
-(the turn opens) and must come before the first g with w_j g > k - delta (it closes). An order of draws keeps the bound
-if and only if every turn is drawn while it is open.
+because the schedule deals in turns. The k-th draw of domain j (k = 1, 2, ...) is a turn. It opens at the first g with
+w_j (g + 1) >= k - 1 + delta, and closes at the first g with w_j g > k - delta. An order of draws keeps the bound if and
+only if it draws every turn while the turn is open.
 
-Such an order exists: Tijdeman, The chairman assignment problem (1980), proves that the bound 1 - 1 / (2 m - 2) can be
-kept for any weights. Turns are unit jobs with whole release times and deadlines, for which taking the open turn that
-closes first is optimal: it meets all deadlines if anything does. It never idles either: an order that keeps the bound
-has drawn g + 1 turns by g + 1, all open by then, so after g draws one of them is left. The bound rests on nothing else.
+Such an order exists: Tijdeman, The chairman assignment problem (1980), proves that some order keeps the bound
+1 - 1 / (2 m - 2) for any weights. Turns are unit jobs with integer release times and deadlines. For such jobs, drawing
+the open turn that closes first is optimal: it meets all deadlines if any order does. It never idles either: an order
+that keeps the bound has drawn g + 1 turns by g + 1, all open by then, so one of them is left after g draws. The bound
+needs nothing else.
 
-That order alone is nearly periodic: with weights 0.9 and 0.1 rank 9 of 10 would draw hardly anything but the second
-domain. So it is shuffled, by moves that keep every turn inside its opening; the bound is not touched. Weights are whole
-multiples of 2^-48 and all arithmetic is on integers, so every machine gets the same order.
+That order alone is nearly periodic: with weights 0.9 and 0.1, rank 9 of 10 would draw almost only the second domain. So
+a shuffle moves turns, each only where it is open, which preserves the bound. Weights are multiples of 2^-48 and all
+arithmetic is on integers, so every machine gets the same order.
 """
 
 from __future__ import annotations
@@ -26,19 +27,24 @@ import numpy as np
 import torch  # noqa: F401  the native module needs the OpenMP runtime that torch brings
 from numpy.typing import NDArray
 
-from tikmix_fast import _cpu
+try:
+    from tikmix_fast import _cpu
+except ImportError as error:
+    from tikmix_fast.ops import available_backends
+
+    raise ImportError(f"MixtureSampler cannot be used: {available_backends()['cpu']}") from error
 
 __all__ = ["BLOCK", "check_counts", "quantize", "schedule_block"]
 
 Ints = NDArray[np.int64]
 
-#: Draws are planned in blocks of this many; a turn is never shuffled across the edge of a block.
+#: Draws per block; the shuffle never moves a turn across the edge of a block.
 BLOCK = 1 << 14
 
 _SCALE_BITS = 48  # k * 2^48 for k up to BLOCK + 1 must fit in an int64
 _SCALE = 1 << _SCALE_BITS
 
-# Moves of the shuffle, by scale. Coarse to fine: single turns travel far, then neighbours trade places.
+# Moves of the shuffle, from coarse to fine: first single turns travel far, then neighbours swap.
 _LIFT_SPANS = (512, 128, 32, 16, 8)
 _SWAP_STRIDES = (32, 16, 8, 4, *(2, 1) * 6)
 
@@ -62,9 +68,9 @@ def check_counts(shares: Ints, elapsed: int, counts: Ints) -> None:
     """Raise ValueError unless ``counts`` [m] can be those of the first ``elapsed`` draws under ``shares``."""
     floor, phase = _targets(shares, elapsed)
     ahead = counts - floor
-    kept = (ahead >= 0) & (ahead <= 1)
-    kept &= np.abs(np.where(kept, ahead, 0) * _SCALE - phase) <= _SCALE - _margin(len(shares))
-    if not kept.all() or counts.sum() != elapsed:
+    inside = (ahead >= 0) & (ahead <= 1)
+    inside &= np.abs(np.where(inside, ahead, 0) * _SCALE - phase) <= _SCALE - _margin(len(shares))
+    if not inside.all() or counts.sum() != elapsed:
         raise ValueError(f"counts must follow the weights within one draw over {elapsed} draws; got {counts.tolist()}")
 
 
@@ -76,11 +82,11 @@ def schedule_block(shares: Ints, elapsed: int, counts: Ints, seed: int, stream: 
     shares : int64 [m]
         Weights as `quantize` gives them.
     elapsed : int
-        Draws since these weights hold; a multiple of `BLOCK`.
+        Draws since these weights began; a multiple of `BLOCK`.
     counts : int64 [m]
-        How those draws fell on the domains.
+        Number of those draws from each domain.
     seed, stream : int
-        Key of the random bits, both below 2^64; every block of a run needs its own ``stream``.
+        Key of the random bits, both below 2^64. Every block of a run needs its own ``stream``.
 
     Returns
     -------
@@ -103,20 +109,20 @@ def _margin(m: int) -> int:
 
 
 def _targets(shares: Ints, elapsed: int) -> tuple[Ints, Ints]:
-    """Split w_j * elapsed into its whole part and the rest in units of 2^-48; Python integers, as it needs 90 bits."""
+    """Split w_j * elapsed into its whole part and the rest in units of 2^-48; Python integers, as they need 90 bits."""
     products = [share * elapsed for share in shares.tolist()]
     floor = np.array([product >> _SCALE_BITS for product in products], dtype=np.int64)
     return floor, np.array([product & (_SCALE - 1) for product in products], dtype=np.int64)
 
 
 def _turns(shares: Ints, elapsed: int, counts: Ints) -> tuple[Ints, Ints, Ints]:
-    """List all turns that open before the end of the block and were not drawn yet: domain, opens, closes, by domain.
+    """Return domain, opening and closing of every undrawn turn that opens before the end of the block, by domain.
 
-    Times are slots of the block; a turn that opened earlier opens at 0.
+    Times are slots of the block; a turn that opened before the block opens at 0.
     """
     floor, phase = _targets(shares, elapsed)
     margin = _margin(len(shares))
-    first = counts - floor + 1  # turns are numbered from the whole part of the target at the start of the block
+    first = counts - floor + 1  # turn numbers count from the whole part of the target at the start of the block
     last = (phase + shares * BLOCK - margin) // _SCALE + 1
     many = np.where(shares > 0, np.maximum(last - first + 1, 0), 0)
     domain = np.repeat(np.arange(len(shares)), many)
@@ -128,9 +134,9 @@ def _turns(shares: Ints, elapsed: int, counts: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def _earliest_closing_first(opens: Ints, closes: Ints, raw: np.random.Philox) -> NDArray[np.int32]:
-    """Return the turn drawn in each slot [BLOCK]: of the open ones, that which closes first, ties at random."""
+    """Return the turn drawn in each slot [BLOCK]: the open turn that closes first; ties are random."""
     # One integer per turn orders the heap: closing time, 20 random bits, number of the turn. Closing times beyond
-    # two blocks are replaced by their rank, which needs few bits and keeps their order.
+    # two blocks become their rank, which needs few bits and has the same order.
     far = closes > 2 * BLOCK
     urgency = np.where(far, 2 * BLOCK, closes)
     urgency[far] += 1 + np.unique(closes[far], return_inverse=True)[1]
@@ -143,7 +149,7 @@ def _earliest_closing_first(opens: Ints, closes: Ints, raw: np.random.Philox) ->
 
 
 def _earliest_first(arriving: Ints, arrived: Ints) -> Ints:
-    """Return the smallest key that has arrived by each slot and was not drawn before; ``arrived`` counts them."""
+    """Return for each slot the smallest undrawn key that has arrived by then; ``arrived`` counts arrivals."""
     drawn = np.empty(len(arrived), dtype=np.int64)
     _cpu.earliest_first(
         keys=arriving.ctypes.data, arrived=arrived.ctypes.data, slots=len(arrived), drawn=drawn.ctypes.data
@@ -154,7 +160,7 @@ def _earliest_first(arriving: Ints, arrived: Ints) -> Ints:
 def _shuffle(
     order: NDArray[np.int32], opens: NDArray[np.int32], closes: NDArray[np.int32], raw: np.random.Philox
 ) -> None:
-    """Move turns at random, in place, each only where it is open."""
+    """Move turns at random, in place, and only to slots where they are open."""
     for span in _LIFT_SPANS:
         _lift(order, opens, closes, span, raw)
     for stride in _SWAP_STRIDES:
@@ -169,7 +175,7 @@ def _bits(raw: np.random.Philox, n: int) -> NDArray[np.int32]:
 def _swap(
     order: NDArray[np.int32], opens: NDArray[np.int32], closes: NDArray[np.int32], stride: int, raw: np.random.Philox
 ) -> None:
-    """Exchange the turns of slots s and s + stride, each pair with probability 1/2, where both stay open."""
+    """Swap the turns of slots s and s + stride with probability 1/2, if both stay open."""
     start = int(_bits(raw, 1)[0]) % (2 * stride)
     many = (BLOCK - start) // (2 * stride)
     pairs = order[start : start + many * 2 * stride].reshape(many, 2, stride)
@@ -185,21 +191,21 @@ def _swap(
 def _lift(
     order: NDArray[np.int32], opens: NDArray[np.int32], closes: NDArray[np.int32], span: int, raw: np.random.Philox
 ) -> None:
-    """In each segment of ``span`` slots take one turn out and put it back at random; those between move by one slot.
+    """Move one turn of each segment of ``span`` slots to a random slot; the turns between move by one slot.
 
-    It reaches what swaps cannot: a rare domain among turns of a frequent one, each of which can move by one slot only.
+    Swaps cannot move a rare domain among turns of a frequent one, because each of those can move by one slot only.
     """
     start = int(_bits(raw, 1)[0]) % span
     many = (BLOCK - start) // span
     segments = order[start : start + many * span].reshape(many, span)
-    turns = np.ascontiguousarray(segments.T)  # [span, many], so that numpy reduces over segments at full speed
+    turns = np.ascontiguousarray(segments.T)  # [span, many]: numpy reduces fast over the first axis
     base = start + span * np.arange(many, dtype=np.int32)
-    first, end = opens[turns] - base, closes[turns] - base  # open in rows first <= row < end
+    first, end = opens[turns] - base, closes[turns] - base  # a turn is open in rows first <= row < end
     row, segment = np.arange(span, dtype=np.int32)[:, None], np.arange(many)
-    # Turns that are open for long are the ones that can travel: prefer them.
+    # Prefer turns that are open for long, as only those can travel.
     preference = (end - first) * (_bits(raw, many * span) >> 1).reshape(span, many)
     chosen = np.argmax(preference, axis=0).astype(np.int32)
-    # Upwards it passes turns that can go down by one, downwards those that can go up by one, as far as it is open.
+    # On its way up the turn passes turns that can move down by one, and the reverse; it stays where it is open.
     wall_above = np.where((end <= row + 1) & (row < chosen), row, -1).max(axis=0)
     wall_below = np.where((first >= row) & (row > chosen), row, span).min(axis=0)
     low = np.maximum(wall_above + 1, first[chosen, segment])

@@ -1,4 +1,4 @@
-"""The global stream of draws from several shuffled domains under weights that change; knows no ranks."""
+"""The global stream of draws from several shuffled domains whose weights change. It does not depend on ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """Weights [m] that hold from global draw ``at`` on."""
+    """New weights [m] from global draw ``at`` on."""
 
     at: int
     weights: NDArray[np.float64]
@@ -26,25 +26,25 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The draw from which the weights of a block hold; proportions are kept from here on."""
+    """The draw at which the weights of a block began; the stream keeps proportions from here on."""
 
     at: int
-    counts: Ints  # [m] draws of each domain before it
+    counts: Ints  # [m] draws of each domain before ``at``
     weights: NDArray[np.float64]
-    shares: Ints  # the weights as whole multiples of 2^-48
+    shares: Ints  # weights in units of 2^-48
 
     @classmethod
     def of(cls, change: Change, counts: Ints) -> Origin:
-        """Begin anew with the weights of ``change``."""
+        """Start with the weights of ``change``; ``counts`` are the draws of each domain so far."""
         return cls(change.at, counts, change.weights, quantize(change.weights))
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Where the planning of the next draws starts: `BLOCK` of them, or fewer if the weights change within."""
+    """Start of a planned block: `BLOCK` draws, or fewer if the weights change before."""
 
     at: int
-    counts: Ints  # [m] draws of each domain before it
+    counts: Ints  # [m] draws of each domain before ``at``
     origin: Origin
 
 
@@ -58,14 +58,14 @@ class Stream:
     seed : int
         From 0 to 2^64 - 1.
     block : Block
-        From where the stream can be asked for.
+        First block that the stream can still return.
     changes : list of Change
-        Those after the start of ``block``, rising.
+        Changes after the start of ``block``, in rising order.
     """
 
     def __init__(self, lengths: Ints, seed: int, block: Block, changes: list[Change]) -> None:
-        self.changes = changes  # rising; those up to the first block are forgotten
-        self.blocks = [block]  # rising, without gaps
+        self.changes = changes  # in rising order, all after the start of the first block
+        self.blocks = [block]  # in rising order, without gaps
         self._lengths = lengths
         self._seed = seed
         self._offsets = np.cumsum(lengths) - lengths
@@ -74,11 +74,11 @@ class Stream:
         self._planned: tuple[Block, NDArray[np.uint16]] | None = None
 
     def end(self, block: Block) -> int:
-        """Return the draw after the last one of a block."""
+        """Return the number of the draw after a block."""
         return min([block.at + BLOCK, *(change.at for change in self.changes if change.at > block.at)])
 
     def block_of(self, at: int) -> Block:
-        """Return the block of a draw that is not before the first block, planning up to it."""
+        """Return the block of a draw, and add blocks up to it; the draw must not be before the first block."""
         while (end := self.end(self.blocks[-1])) <= at:
             last = self.blocks[-1]
             counts = self._counts(last, end)
@@ -87,27 +87,27 @@ class Stream:
         return next(block for block in reversed(self.blocks) if block.at <= at)
 
     def counts_at(self, at: int) -> Ints:
-        """Return how many draws before ``at`` came from each domain, int64 [m]."""
+        """Count the draws before ``at`` by domain, int64 [m]."""
         return self._counts(self.block_of(at), at)
 
     def indices(self, first: int, end: int, step: int) -> Ints:
-        """Return the indices, int64, of draws first, first + step, ... before ``end``, which must be of one block."""
+        """Return the int64 indices of draws first, first + step, ... before ``end``, all in one block."""
         block = self.block_of(first)
         labels = self._labels(block)
-        # How often each draw's domain was drawn before it: its place among the draws of that domain.
+        # For each draw, the number of earlier draws of its domain: its place among the draws of that domain.
         many = np.bincount(labels, minlength=len(self._lengths))
         place = np.empty(BLOCK, dtype=np.int64)
         by_domain = np.argsort(labels, kind="stable")
         place[by_domain] = np.arange(BLOCK) - np.repeat(np.cumsum(many) - many - block.counts, many)
-        wanted = slice(first - block.at, end - block.at, step)
-        domain = labels[wanted]
+        chosen = slice(first - block.at, end - block.at, step)
+        domain = labels[chosen]
         length = self._lengths[domain].astype(np.uint64)
-        epoch, position = np.divmod(place[wanted].astype(np.uint64), length)
+        epoch, position = np.divmod(place[chosen].astype(np.uint64), length)
         item = permute(position, length, mix(self._keys[domain] + epoch))
         return self._offsets[domain] + item.astype(np.int64)
 
     def change(self, change: Change) -> None:
-        """Change the weights, at a draw that is not before the first block; blocks from there on are planned anew."""
+        """Change the weights at a draw, not before the first block; later blocks are planned again."""
         others = [other for other in self.changes if other.at != change.at]
         self.changes = sorted([*others, change], key=operator.attrgetter("at"))
         first = self.blocks[0]
@@ -116,7 +116,7 @@ class Stream:
             self.blocks = [Block(first.at, first.counts, Origin.of(change, first.counts))]
 
     def forget(self, before: int) -> None:
-        """Drop what is needed only for draws before ``before``."""
+        """Drop blocks and changes that only draws before ``before`` need."""
         oldest = self.block_of(max(before, self.blocks[0].at))
         self.blocks = [block for block in self.blocks if block.at >= oldest.at]
         self.changes = [change for change in self.changes if change.at > oldest.at]
@@ -126,7 +126,7 @@ class Stream:
         return np.asarray(block.counts + drawn)
 
     def _labels(self, block: Block) -> NDArray[np.uint16]:
-        """Return the domain of each draw of a block; those of the last block asked for are kept."""
+        """Return the domain of each draw of a block; cache the plan of the latest block."""
         if self._planned is None or self._planned[0] is not block:
             origin = block.origin
             elapsed, counts = block.at - origin.at, block.counts - origin.counts

@@ -1,4 +1,4 @@
-"""Documents of text files, one after the other, never a whole file at once."""
+"""Read text files document by document, never a whole file at once."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _ROWS = 256
 
 
 class Piece(NamedTuple):
-    """A document, or a part of one that is too long to be read at once.
+    """A document, or a part of one that is too long to read at once.
 
     Attributes
     ----------
     text : str
         Not empty.
     where : str
-        File and line, or file and row; both are counted from 1.
+        File and line, or file and row; both count from 1.
     ends : bool
-        Whether the document ends here.
+        Whether this is the end of the document.
     """
 
     text: str
@@ -41,13 +41,13 @@ class Piece(NamedTuple):
 
 
 def read_text(path: str | os.PathLike[str], text_column: str = "text") -> Iterator[Piece]:
-    """Yield the documents of one file; empty ones are left out.
+    """Yield the documents of one file, except empty ones.
 
     Parameters
     ----------
     path : path
-        .txt: the file is one document, in pieces of about 1 MiB that end with a line. .jsonl: a document per line, an
-        object with ``text_column``. Both may be compressed, .gz or .zst. .parquet: a document per row.
+        .txt: one document, in pieces of about 1 MiB that end at a line end. .jsonl: one document per line, an object
+        with ``text_column``. Both may be compressed, .gz or .zst. .parquet: one document per row.
     text_column : str
 
     Raises
@@ -55,15 +55,15 @@ def read_text(path: str | os.PathLike[str], text_column: str = "text") -> Iterat
     OSError
         If the file cannot be opened.
     ValueError
-        If it is damaged, cut short, not UTF-8, not JSON, lacks the column or holds no text; the message names the file
-        and the line or row.
+        If the file is damaged, cut short, not UTF-8 or not JSON, lacks the column, or contains no text; the message
+        names the file and the line or row.
     ImportError
-        If .zst or .parquet is read without pyarrow.
+        If the file is .zst or .parquet and pyarrow is missing.
 
     Notes
     -----
-    Memory: two pieces of a .txt, one line of a .jsonl, 256 rows and some tens of MB of a .parquet, also of one with a
-    single row group.
+    Memory: two pieces of a .txt; one line of a .jsonl; 256 rows and some tens of MB of a .parquet, even if the file
+    has a single row group.
 
     Examples
     --------
@@ -82,32 +82,32 @@ def read_text(path: str | os.PathLike[str], text_column: str = "text") -> Iterat
         pieces = _objects(place, text_column)
     else:
         pieces = _plain(place)
-    found = False
+    empty = True
     for piece in pieces:
         if piece.text:
-            found = True
+            empty = False
             yield piece
-    if not found:
-        raise ValueError(f"{place}: holds no text; remove it from the domain")
+    if empty:
+        raise ValueError(f"{place}: must contain text; remove it from the domain")
 
 
 def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path))
     if path.suffix == ".zst":
-        # The package zstandard takes a file that was cut short for one that ends there; pyarrow tells.
+        # The package zstandard does not notice that a file was cut short; pyarrow does.
         arrow = optional("pyarrow", "reading .zst files")
         return cast(BinaryIO, io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd")))
     return path.open("rb")
 
 
-def _blocks(path: Path, take: Callable[[BinaryIO], bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield what ``take`` reads until nothing is left, with the number of the line in which it begins."""
+def _blocks(path: Path, read: Callable[[BinaryIO], bytes]) -> Iterator[tuple[int, bytes]]:
+    """Call ``read`` until nothing is left; yield the line number at which each block begins, and the block."""
     line = 1
     with _open(path) as file:
         while True:
             try:
-                block = take(file)
+                block = read(file)
             except (OSError, EOFError, zlib.error) as error:
                 raise ValueError(f"{path}:{line}: the file is damaged or cut short: {error}") from None
             if not block:
@@ -155,10 +155,10 @@ def _rows(path: Path, column: str) -> Iterator[Piece]:
     arrow = optional("pyarrow", "reading .parquet files")
     parquet = optional("pyarrow.parquet", "reading .parquet files")
     with path.open("rb"):
-        pass  # a file that cannot be opened is told apart from one that cannot be read
+        pass  # raises OSError, which pyarrow would also raise for a damaged file
     row = 0
     try:
-        # Otherwise a row group is read as a whole, and files may consist of a single one.
+        # Without these options pyarrow reads whole row groups, and a file may consist of a single one.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK) as file:
             if column not in file.schema_arrow.names:
                 raise KeyError(_lacking(str(path), column, file.schema_arrow.names))
@@ -180,7 +180,7 @@ def _string(value: Any, where: str, column: str) -> str:
 
 
 def _lacking(where: str, column: str, names: list[str]) -> str:
-    return f"{where}: must have {column!r}; got {names}; name the right one by text_column"
+    return f"{where}: must have the column {column!r}; got {names}; set text_column to one of them"
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> ValueError:

@@ -1,4 +1,4 @@
-"""Sequences of token files of any size: what is read is what is asked for."""
+"""Sequences from token files of any size; only the requested tokens are read."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tikmix_fast.arguments import require_int
+
 __all__ = ["TOKEN_SUFFIXES", "TokenFile", "TokenSequences"]
 
 TOKEN_SUFFIXES = (".npy", ".bin")
@@ -27,7 +29,7 @@ _INDEX_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Where the tokens of one file are.
+    """Layout of one token file.
 
     Attributes
     ----------
@@ -36,7 +38,7 @@ class TokenFile:
     start : int
         Bytes before the first token.
     count : int
-        Tokens.
+        Number of tokens.
     """
 
     path: Path
@@ -46,92 +48,93 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> TokenFile:
-        """Look at a file's header and size.
+        """Read a file's header and check its size.
 
         Parameters
         ----------
         path : path
-            .npy: one dimension of integers. .bin: nothing but tokens, as nanoGPT writes them, or the tokens of Megatron
-            with their .idx beside them, of which only the dtype and the number of tokens are used.
+            .npy: one dimension of integers. .bin: only tokens, as nanoGPT writes them; or Megatron's tokens with their
+            .idx beside them, which gives the dtype and the number of tokens.
         dtype : integer dtype, optional
-            Of a .bin without .idx, which does not tell; little-endian. Where the file tells, it must agree.
+            Needed for a .bin without .idx; little-endian. If the file states a dtype, both must agree.
 
         Raises
         ------
         OSError
             If the file cannot be opened.
         ValueError
-            If it is empty, damaged or cut short, not of integers, or of another dtype; the message names the file.
+            If it is empty, damaged or cut short, or has another dtype; the message names the file.
 
         Notes
         -----
-        The format of .idx is that of Megatron-LM, ``megatron/core/datasets/indexed_dataset.py``.
+        Source of the .idx format: Megatron-LM, ``megatron/core/datasets/indexed_dataset.py``.
         """
         place = Path(path)
         if place.suffix not in TOKEN_SUFFIXES:
             raise ValueError(f"{place}: must end in one of {', '.join(TOKEN_SUFFIXES)}")
         size = place.stat().st_size
         if size == 0:
-            raise ValueError(f"{place}: holds no tokens; remove it from the domain")
+            raise ValueError(f"{place}: must contain tokens; remove it from the domain")
         stated = None if dtype is None else _checked(np.dtype(dtype).newbyteorder("<"), "dtype")
         index = place.with_suffix(".idx")
         if place.suffix == ".npy":
-            found = _npy(place)
+            file = _npy(place)
         elif index.exists():
-            found = _indexed(place, index)
+            file = _indexed(place, index)
         elif stated is None:
             raise ValueError(
-                f"{place}: dtype must be stated (--token-dtype), as a .bin does not tell; it is 'uint16' in most files "
-                "of nanoGPT; a Megatron .bin needs its .idx beside it"
+                f"{place}: dtype must be stated (--token-dtype), since a .bin file does not contain it; it is 'uint16' "
+                "in most files of nanoGPT; a Megatron .bin needs its .idx beside it"
             )
         else:
             if size % stated.itemsize:
                 raise ValueError(
-                    f"{place}: its {size} bytes must be whole tokens of {stated}; it is cut short or of another dtype"
+                    f"{place}: its size must be a multiple of {stated.itemsize}, for {stated}; got {size} bytes; it is "
+                    "cut short or has another dtype"
                 )
-            found = cls(place, stated, 0, size // stated.itemsize)
-        if stated is not None and found.dtype != stated:
-            raise ValueError(f"{place}: holds {found.dtype}, but dtype={stated} was given; leave dtype out")
-        if found.count == 0:
-            raise ValueError(f"{place}: holds no tokens; remove it from the domain")
-        if size < found.start + found.count * found.dtype.itemsize:
-            raise ValueError(f"{place}: {found.count} tokens of {found.dtype} must be there; it is cut short")
-        return found
+            file = cls(place, stated, 0, size // stated.itemsize)
+        if stated is not None and file.dtype != stated:
+            raise ValueError(f"{place}: dtype must be that of the file, {file.dtype}; got {stated}; leave dtype out")
+        if file.count == 0:
+            raise ValueError(f"{place}: must contain tokens; remove it from the domain")
+        if size < file.start + file.count * file.dtype.itemsize:
+            raise ValueError(f"{place}: must contain {file.count} tokens of {file.dtype}; it is cut short")
+        return file
 
     def read(self, first: int, count: int) -> NDArray[np.integer]:
         """Return tokens first, ..., first + count - 1."""
         offset = self.start + first * self.dtype.itemsize
         tokens = np.fromfile(self.path, self.dtype, count, offset=offset)
         if len(tokens) != count:
-            raise ValueError(f"{self.path}: has become shorter than the {self.count} tokens it had")
+            raise ValueError(f"{self.path}: must still have {self.count} tokens; it became shorter")
         return tokens
 
 
 class TokenSequences(Dataset[Tensor]):
-    """Cut the tokens of files, taken as one long text, into sequences; no token is the target of two of them.
+    """Join the tokens of files and cut them into sequences; every token is the target of at most one sequence.
 
     Parameters
     ----------
     files : sequence of TokenFile or path
-        In this order, with no break between them.
+        In this order, without separators between them.
     length : int
         Targets per sequence. An item is int64 [length + 1]: the inputs are ``item[:-1]``, the targets ``item[1:]``.
     dtype : integer dtype, optional
-        Of .bin files that do not tell; see `TokenFile.open`.
+        For .bin files that do not state it; see `TokenFile.open`.
     vocabulary : int, optional
-        Every token must be below; None: only not negative. Looked at when a sequence is read.
+        Reading a sequence checks that every token is from 0 to ``vocabulary`` - 1; None: that it is not negative.
 
     Raises
     ------
     OSError, ValueError
-        If a file cannot be used, or all together are shorter than one sequence. Reading an item: if a token is no token
-        of the vocabulary, or the file has become shorter; the message names file and position.
+        If a file cannot be used, or all together are shorter than one sequence. When an item is read: if a token is
+        outside the vocabulary, or the file became shorter; the message names file and position.
 
     Notes
     -----
-    Memory: some 100 bytes a file, and the item. A sequence is read by its place in the file, some tens of us where it
-    is in the system's cache. A memory map would count every page that was ever sampled as this process's memory, and
-    a file cut short under it would end the process; an open file for each of many shards would meet the limit of them.
+    Memory: some 100 bytes per file, and the item. Reading a sequence takes some tens of us from the system's cache.
+    Files are neither mapped nor kept open: a map would count every page it ever read as this process's memory, and
+    would crash the process if a file were cut short; many open shards would exceed the limit of open files.
 
     Examples
     --------
@@ -151,25 +154,24 @@ class TokenSequences(Dataset[Tensor]):
         dtype: DTypeLike | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        if length < 1:
-            raise ValueError(f"length must be positive; got {length}")
-        if vocabulary is not None and vocabulary < 1:
-            raise ValueError(f"vocabulary must be positive; got {vocabulary}")
+        length = require_int("length", length, 1)
+        if vocabulary is not None:
+            vocabulary = require_int("vocabulary", vocabulary, 1)
         if not files:
-            raise ValueError("files must name at least one file; got none")
+            raise ValueError("files must contain at least one file; got none")
         self.files = [file if isinstance(file, TokenFile) else TokenFile.open(file, dtype) for file in files]
         self.length = length
         self.vocabulary = vocabulary
         self._ends = np.cumsum([file.count for file in self.files], dtype=np.int64)
         if self.tokens <= length:
             raise ValueError(
-                f"{self.files[0].path}{' and the files after it' if len(self.files) > 1 else ''}: must hold more than "
-                f"one sequence of {length} tokens; got {self.tokens}; take a shorter length or leave the domain out"
+                f"{self.files[0].path}{' and the files after it' if len(self.files) > 1 else ''}: must contain more "
+                f"than one sequence of {length} tokens; got {self.tokens}; use a shorter length or leave the domain out"
             )
 
     @property
     def tokens(self) -> int:
-        """Tokens in all files."""
+        """Number of tokens in all files."""
         return int(self._ends[-1])
 
     def __len__(self) -> int:
@@ -200,8 +202,8 @@ class TokenSequences(Dataset[Tensor]):
             place = int(wrong.argmax())
             limit = "not negative" if self.vocabulary is None else f"from 0 to {self.vocabulary - 1}"
             raise ValueError(
-                f"{file.path}, token {first + place}: must be {limit}; got {part[place]}; the file is of another "
-                f"tokenizer, or of another dtype than {file.dtype}"
+                f"{file.path}, token {first + place}: must be {limit}; got {part[place]}; another "
+                f"tokenizer wrote the file, or its dtype is not {file.dtype}"
             )
 
 
@@ -217,9 +219,9 @@ def _npy(path: Path) -> TokenFile:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
-        # numpy parses the header as a Python literal, and mends that of old files by tokenizing.
+        # numpy parses the header as a Python literal, and tokenizes the header of old files: hence so many error types.
         except (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
-            raise ValueError(f"{path}: is not a .npy file, or damaged: {error}") from None
+            raise ValueError(f"{path}: must be a .npy file; it is damaged or of another kind: {error}") from None
         if len(shape) != 1:
             raise ValueError(f"{path}: must have one dimension; got shape {shape}")
         return TokenFile(path, _checked(dtype, f"{path}: the dtype"), file.tell(), shape[0])
@@ -229,12 +231,12 @@ def _indexed(path: Path, index: Path) -> TokenFile:
     with index.open("rb") as file:
         header = file.read(_INDEX_HEADER.size)
         if len(header) < _INDEX_HEADER.size:
-            raise ValueError(f"{index}: is cut short")
+            raise ValueError(f"{index}: must have a header of {_INDEX_HEADER.size} bytes; it is cut short")
         magic, version, code, sequences, _ = _INDEX_HEADER.unpack(header)
         if magic != _INDEX_MAGIC or version != 1 or code not in _INDEX_DTYPES:
-            raise ValueError(f"{index}: must be a Megatron index of version 1 and of integers")
-    if index.stat().st_size < _INDEX_HEADER.size + 12 * sequences:  # an int32 length and an int64 place for each
-        raise ValueError(f"{index}: must hold {sequences} sequences; it is cut short")
+            raise ValueError(f"{index}: must be a Megatron index of version 1 for integers")
+    if index.stat().st_size < _INDEX_HEADER.size + 12 * sequences:  # an int32 length and an int64 offset each
+        raise ValueError(f"{index}: must describe {sequences} sequences; it is cut short")
     count = 0
     if sequences:
         lengths = np.memmap(index, "<i4", "r", _INDEX_HEADER.size, (sequences,))
@@ -242,6 +244,6 @@ def _indexed(path: Path, index: Path) -> TokenFile:
     dtype: np.dtype[np.integer] = np.dtype(_INDEX_DTYPES[code])
     if path.stat().st_size != count * dtype.itemsize:
         raise ValueError(
-            f"{path}: must hold the {count} tokens of {dtype} that {index.name} tells; got {path.stat().st_size} bytes"
+            f"{path}: must contain {count} tokens of {dtype}, as {index.name} states; got {path.stat().st_size} bytes"
         )
     return TokenFile(path, dtype, 0, count)

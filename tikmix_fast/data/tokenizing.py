@@ -1,21 +1,24 @@
-"""Turn text files into one token file, once: what was interrupted goes on where it was."""
+"""Tokenize text files into one token file, once. An interrupted run can be continued."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import ArrayLike, NDArray
 
 from tikmix_fast import files
+from tikmix_fast.arguments import require_int
 from tikmix_fast.data.text_files import Piece, read_text
 
 __all__ = ["BYTES", "Tokenizer", "tokenize"]
@@ -24,7 +27,7 @@ _VERSION = 1
 _PROGRESS = "tikmix_fast.tokenizing"
 _LOG = logging.getLogger("tikmix_fast")
 _CHECKPOINT = 1 << 24
-"""Tokens between two states that a later run can go on from."""
+"""Tokens between two saves; a later run continues from the last one."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,18 @@ class Tokenizer:
     Attributes
     ----------
     name : str
-        Tells it from every other tokenizer: tokens are kept under it.
+        Unique: it is part of the key of the token file.
     encode : callable from str to a sequence of int
-        Without special tokens.
+        Must add no special tokens.
     vocabulary : int
-        Every token is below.
+        Every token is below it.
     separator : sequence of int
-        Tokens put after every document.
+        Tokens after every document.
 
     Raises
     ------
     ValueError
-        If the vocabulary is empty or larger than 2^32, or lacks a token of the separator.
+        If the name is empty, the vocabulary is not from 1 to 2^32, or a token of the separator is outside it.
 
     Examples
     --------
@@ -61,22 +64,21 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("name must not be empty: tokens are kept under it")
-        if not 1 <= self.vocabulary <= 1 << 32:
-            raise ValueError(f"vocabulary must be from 1 to 2^32; got {self.vocabulary}")
+            raise ValueError("name must not be empty: it is part of the key of the token file")
+        require_int("vocabulary", self.vocabulary, 1, 1 << 32)
         if not all(0 <= token < self.vocabulary for token in self.separator):
-            raise ValueError(f"separator must hold tokens below {self.vocabulary}; got {list(self.separator)}")
+            raise ValueError(f"separator must contain tokens below {self.vocabulary}; got {list(self.separator)}")
 
     @classmethod
     def from_transformers(cls, tokenizer: Any) -> Tokenizer:
-        """Take a tokenizer of the package transformers; its end-of-text token, if it has one, ends every document."""
+        """Wrap a tokenizer of transformers; its end-of-text token, if it has one, follows every document."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         content = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
         digest = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         end = tokenizer.eos_token_id
 
         def encode(text: str) -> list[int]:
-            # verbose=False: a document may be longer than the model's context, it is cut later.
+            # verbose=False: a document may be longer than the model's context; sequences are cut later.
             ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return ids
 
@@ -84,7 +86,7 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """The smallest that holds every token."""
+        """Smallest unsigned dtype for every token."""
         return np.dtype(next(name for name, size in _SIZES.items() if self.vocabulary <= size))
 
 
@@ -96,7 +98,7 @@ def _bytes(text: str) -> NDArray[np.uint8]:
 
 
 BYTES = Tokenizer("bytes", _bytes, 256, separator=b"\n\n")
-"""UTF-8; an empty line after every document, as between the sections of `tikmix_fast.demo.corpora`."""
+"""The bytes of UTF-8; an empty line after every document, as in the texts of `tikmix_fast.demo.corpora`."""
 
 
 def tokenize(
@@ -105,35 +107,33 @@ def tokenize(
     tokenizer: Tokenizer = BYTES,
     text_column: str = "text",
 ) -> Path:
-    """Write the tokens of text files into one .npy in ``cache``, or find them there.
+    """Write the tokens of text files into one .npy in ``cache``, unless it exists already.
 
     Parameters
     ----------
     sources : iterable of path
-        As `read_text` takes them; their order is that of the tokens.
+        Files for `read_text`, in the order of the tokens.
     cache : path
-        A folder; made if missing. The name of the file tells the sources' paths, sizes and times of change, the
-        tokenizer and the column, so that what no longer fits is not found.
+        A folder, made if missing. The name of the .npy depends on the sources' paths, sizes and modification times, the
+        tokenizer and the column, so a changed source gets a new file.
     tokenizer : Tokenizer
     text_column : str
 
     Returns
     -------
     Path
-        The .npy, one dimension, of the smallest unsigned dtype that holds the vocabulary. It appears when it is
-        complete.
+        The .npy, one dimension, with the dtype of `Tokenizer.dtype`. It appears when it is complete.
 
     Raises
     ------
     OSError, ImportError, ValueError
-        As `read_text`, or where the tokenizer fails or gives a token beyond its vocabulary; the message names the file
+        As `read_text`, or if the tokenizer fails or returns a token beyond its vocabulary; the message names the file
         and the line or row.
 
     Notes
     -----
-    An interrupted run goes on from at most 2^24 tokens before; the documents before are read again, not tokenized.
-    Processes that want the same tokens wait for the one that began (by ``flock``; not on Windows). Memory: that of
-    `read_text`.
+    An interrupted run loses at most 2^24 tokens: the next call reads the documents before that point again, but does
+    not tokenize them. One process tokenizes; others that want the same tokens wait for it. Memory: that of `read_text`.
 
     Examples
     --------
@@ -150,19 +150,21 @@ def tokenize(
     target = folder / f"tokens-{key}.npy"
     if target.exists():
         return target
-    partial, progress = folder / f".{target.name}.partial", folder / f".{target.name}.progress"
-    with _alone(partial) as file:
-        if target.exists():  # another process was here first
-            partial.unlink()
-            return target
-        try:
-            _write(file, progress, paths, tokenizer, text_column)
-        except ValueError:
-            partial.unlink()  # a mended file has another key, so nobody would go on from here
+    partial, progress, lock = (folder / f".{target.name}.{ending}" for ending in ("partial", "progress", "lock"))
+    with FileLock(lock):
+        if not target.exists():  # else another process wrote it while this one waited
+            try:
+                with partial.open("r+b" if partial.exists() else "w+b") as file:
+                    _write(file, progress, paths, tokenizer, text_column)
+            except ValueError:
+                partial.unlink()  # a mended source has another key, so nobody would go on from here
+                progress.unlink(missing_ok=True)
+                raise
+            os.replace(partial, target)
             progress.unlink(missing_ok=True)
-            raise
-        os.replace(partial, target)
-        progress.unlink(missing_ok=True)
+    # Whoever still waits for this lock, or makes a new one, finds the target. On Windows, a waiting process keeps it.
+    with suppress(OSError):
+        lock.unlink()
     return target
 
 
@@ -175,20 +177,6 @@ def _key(paths: list[Path], tokenizer: Tokenizer, text_column: str) -> str:
         [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     ]
     return blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading and writing, and wait until no other process has it so."""
-    import fcntl
-
-    while True:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # While this one waited, the other may have renamed or removed what both had opened.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                yield file
-                return
 
 
 def _write(file: BinaryIO, progress: Path, paths: list[Path], tokenizer: Tokenizer, text_column: str) -> None:
@@ -219,14 +207,14 @@ def _write(file: BinaryIO, progress: Path, paths: list[Path], tokenizer: Tokeniz
 
 
 def _resume(file: BinaryIO, progress: Path, dtype: np.dtype[np.unsignedinteger]) -> dict[str, int]:
-    """Cut the file to what is known to be complete, and return how much of the sources that is."""
+    """Cut the file to the last save, and return how much of the sources it covers."""
     header = _header(dtype, 0)
     done = {"files": 0, "pieces": 0, "tokens": 0}
     if progress.exists():
         try:
             saved = files.read_json(progress, _PROGRESS, sealed=True)
         except ValueError as error:
-            _LOG.warning("the sources are tokenised from the beginning: %s", error)
+            _LOG.warning("the sources are tokenized from the beginning: %s", error)
             saved = {"format": _PROGRESS, **done}
         del saved["format"]
         if len(header) + saved["tokens"] * dtype.itemsize <= file.seek(0, os.SEEK_END):
@@ -241,9 +229,10 @@ def _resume(file: BinaryIO, progress: Path, dtype: np.dtype[np.unsignedinteger])
 
 
 def _header(dtype: np.dtype[np.unsignedinteger], count: int) -> bytes:
-    """Make the header of a .npy of one dimension, 128 bytes whatever the count."""
-    words = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': ({count},), }}"
-    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + words.ljust(117).encode() + b"\n"
+    """Return the header of a .npy of one dimension: 128 bytes for every count."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
+    return header.getvalue()
 
 
 def _encoded(piece: Piece, tokenizer: Tokenizer) -> NDArray[np.integer]:

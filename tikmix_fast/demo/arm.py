@@ -1,4 +1,4 @@
-"""One model in training on one mixture."""
+"""One training run of the demonstration: a model, its optimizer and its sampler."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["Arm"]
 
 
 class Arm:
-    """A model, its optimizer and its sampler, all started from one seed.
+    """A model, its optimizer and its sampler, all from one seed.
 
     Parameters
     ----------
     settings : DemoSettings
     domains : dict of str to Sequences
-        What is trained on; it begins with equal weights.
+        Training data; the sampler starts with equal weights.
 
     Attributes
     ----------
     step : int
-        Optimizer steps done.
+        Number of optimizer steps so far.
     """
 
     def __init__(self, settings: DemoSettings, domains: Mapping[str, Sequences]) -> None:
@@ -45,35 +45,35 @@ class Arm:
         self.sampler = self._make_sampler()
 
     def branch(self) -> Arm:
-        """Return a second arm that goes on from here by itself, with the same data until weights are set."""
+        """Return an independent copy of this arm. Both draw the same data until one gets new weights."""
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model)
         twin.optimizer = twin._make_optimizer()
-        # Loading alone would share the moments, as tensors of the right type are taken as they are.
+        # Without deepcopy both optimizers would share the moments: load_state_dict does not copy tensors.
         twin.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         twin.sampler = self._make_sampler()
         twin.sampler.load_state_dict(self.sampler.state_dict())
         return twin
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the parameters and the optimizer's state, by name; they are not copied."""
-        found: dict[str, Tensor] = {}
+        """Return the parameters and the optimizer's state by name, without copies."""
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            found[f"parameter/{name}"] = parameter
-            found |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
-        return found
+            tensors[f"parameter/{name}"] = parameter
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        return tensors
 
     def counters(self) -> dict[str, Any]:
         """Return the rest of the state as plain JSON types."""
-        # The rate is that of the last step, which a measurement before the next one takes for its unit.
+        # The learning rate of the last step: a measurement before the next step uses it as its unit.
         return {"step": self.step, "rate": self.optimizer.param_groups[0]["lr"], "sampler": self.sampler.state_dict()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Go on from what `tensors` and `counters` returned."""
+        """Continue from what `tensors` and `counters` returned."""
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[f"parameter/{name}"])
-            # In memory of their own, aligned as torch aligns it: kernels may round by that.
+            # Clones have torch's own alignment, on which the rounding of kernels may depend.
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
             }
@@ -84,12 +84,12 @@ class Arm:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The mixture in use, by domain."""
+        """The current mixture, by domain."""
         return dict(zip(self._lengths, self.sampler.weights.tolist(), strict=True))
 
     @property
     def drawn(self) -> dict[str, int]:
-        """Sequences trained on, by domain."""
+        """Number of training sequences so far, by domain."""
         return dict(zip(self._lengths, self.sampler.counts.tolist(), strict=True))
 
     def train_step(self) -> None:
@@ -104,7 +104,7 @@ class Arm:
         self.step += 1
 
     def learning_rate(self) -> float:
-        """Return the rate of the next step: a linear rise, then a cosine to a tenth of the peak."""
+        """Return the learning rate of the next step: a linear rise, then a cosine down to a tenth of the peak."""
         settings = self.settings
         if self.step < settings.warm_up:
             return settings.learning_rate * (self.step + 1) / settings.warm_up

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from tikmix_fast.tensor_files import digest
 __all__ = ["Progress", "demonstrate", "task_losses", "work"]
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done, and how much of `work` was done since the last call."""
+"""Called with the name of the current stage and the share of `work` done since the last call."""
 
 _EVALUATION_COST = 1 / 3
-"""Of one sequence, forward only, in sequences trained on."""
+"""Cost of evaluating one sequence, forward only, in units of training on one."""
 
 _EVALUATION_ROWS = 32
 
@@ -40,9 +41,9 @@ def demonstrate(
 ) -> DemoResult:
     """Train both arms of one seed.
 
-    The first stage is uniform, and shared. From then on the first arm measures the influence of every domain on the
-    steered tasks at each stage boundary and goes on with the mixture that TiKMiX-D makes of it; the second arm goes on
-    with the uniform one. Both see the same number of tokens.
+    Both arms share the first stage, with a uniform mixture. At each later stage boundary the first arm measures the
+    influence of every domain on the steered tasks, and continues with the mixture that TiKMiX-D makes of it. The
+    second arm keeps the uniform mixture. Both arms see the same number of tokens.
 
     Parameters
     ----------
@@ -50,91 +51,87 @@ def demonstrate(
     corpora : Corpora
     progress : callable, optional
     state : DemoState, optional
-        Where to keep how far it is. Killed at any moment, and called again with a state of the same file, it goes on
-        from there, and ends with the same parameters, losses and mixtures, bit for bit where torch computes the same
-        bits again (the same machine and number of threads).
+        Keeps the progress in a file. After a kill at any moment, a call with a state of the same file continues from
+        the last save. It ends with the same parameters, losses and mixtures, bit for bit where torch reproduces its
+        bits (same machine and number of threads).
 
     Raises
     ------
     FloatingPointError
-        If a loss is no longer finite.
+        If a loss is not finite.
     """
-    length = settings.model.length
-    domains = {name: Sequences(text, length) for name, text in corpora.domains.items()}
-    steered = {name: Sequences(corpora.tasks[name].measure, length) for name in corpora.steered}
-    reported = {name: Sequences(task.report, length) for name, task in corpora.tasks.items()}
-    random = np.random.default_rng([settings.seed, 1])
-    clock = _Clock()
-    done = 0.0
+    run = _Run(settings, corpora, progress, state)
+    run.train_followed()
+    run.train_uniform()
+    return run.result()
 
-    arm = Arm(settings, domains)
-    followed, uniform = ArmResult(weights=[(0, arm.weights)]), ArmResult()
-    boundaries: list[Boundary] = []
-    arms = {"tikmix": arm}
 
-    def advance(what: str, amount: float) -> None:
-        nonlocal done
-        done += amount
-        progress(what, amount)
+class _Run:
+    """One call of `demonstrate`: everything that its state file keeps."""
 
-    if state is not None and state.progress is not None:
-        state.restore("tikmix", arm)
-        twin = Arm(settings, domains)
-        if state.restore("uniform", twin):
-            arms["uniform"] = twin
-        saved = state.progress
-        followed, uniform = (ArmResult.from_dict(saved[name]) for name in ("followed", "uniform"))
-        boundaries = [Boundary.from_dict(each) for each in saved["boundaries"]]
-        random.bit_generator.state = saved["random"]
-        clock.seconds.update(saved["seconds"])
-        advance("going on", saved["done"])
+    def __init__(self, settings: DemoSettings, corpora: Corpora, progress: Progress, state: DemoState | None) -> None:
+        length = settings.model.length
+        self.settings, self.corpora, self.progress, self.state = settings, corpora, progress, state
+        self.domains = {name: Sequences(text, length) for name, text in corpora.domains.items()}
+        self.steered = {name: Sequences(corpora.tasks[name].measure, length) for name in corpora.steered}
+        self.reported = {name: Sequences(task.report, length) for name, task in corpora.tasks.items()}
+        self.measured_rows = rows_measured(settings, len(self.domains), len(self.steered))
+        self.random = np.random.default_rng([settings.seed, 1])
+        self.clock = _Clock()
+        self.done = 0.0
+        self.arms = {"tikmix": Arm(settings, self.domains)}
+        self.results = {"tikmix": ArmResult(weights=[(0, self.arms["tikmix"].weights)]), "uniform": ArmResult()}
+        self.boundaries: list[Boundary] = []
+        if state is not None and state.progress is not None:
+            self._continue(state, state.progress)
 
-    def save() -> None:
-        if state is not None:
-            content = {
-                "followed": followed.to_dict(),
-                "uniform": uniform.to_dict(),
-                "boundaries": [each.to_dict() for each in boundaries],
-                "random": random.bit_generator.state,
-                "seconds": dict(clock.seconds),
-                "done": done,
-            }
-            state.write(arms, content)
+    def train_followed(self) -> None:
+        """Train the first arm: measure and move the mixture at every boundary."""
+        settings, arm, result = self.settings, self.arms["tikmix"], self.results["tikmix"]
+        self._train("tikmix", settings.boundaries[0], "both arms")
+        if "uniform" not in self.arms:
+            self.arms["uniform"] = arm.branch()
+            self.results["uniform"] = ArmResult(losses=list(result.losses), weights=list(result.weights))
+        known = {boundary.step for boundary in self.boundaries}  # from before an interruption
+        for start, end in zip(settings.boundaries, (*settings.boundaries[1:], settings.steps), strict=True):
+            if start not in known:
+                self._move(start)
+                self._save()
+            self._train("tikmix", end, "TiKMiX-D")
+        self._finish("tikmix")
 
-    def train_to(arm: Arm, until: int, result: ArmResult, what: str) -> None:
-        while arm.step < until:
-            with clock.measure("training"):
-                arm.train_step()
-            advance(what, settings.batch)
-            if arm.step in settings.evaluations:
-                with clock.measure("evaluating"):
-                    losses = task_losses(arm.model, reported, settings.curve_rows)
-                result.losses.append((arm.step, losses))
-                advance(what, _EVALUATION_COST * len(reported) * settings.curve_rows)
-            if state is not None and arm.step % state.every == 0:
-                save()
-        result.drawn = arm.drawn
+    def train_uniform(self) -> None:
+        """Train the second arm, whose mixture stays uniform."""
+        self._train("uniform", self.settings.steps, "uniform")
+        self._finish("uniform")
 
-    def finish(arm: Arm, result: ArmResult) -> None:
-        if not result.final:
-            with clock.measure("evaluating"):
-                result.final = task_losses(arm.model, reported)
-            result.parameters = digest(dict(arm.model.named_parameters()))
-            save()
+    def result(self) -> DemoResult:
+        corpora, settings = self.corpora, self.settings
+        return DemoResult(
+            settings=settings,
+            tikmix=self.results["tikmix"],
+            uniform=self.results["uniform"],
+            boundaries=self.boundaries,
+            steered=corpora.steered,
+            held_out=corpora.held_out,
+            sources=corpora.sources,
+            text_bytes={name: len(text) for name, text in corpora.domains.items()},
+            missing=corpora.missing,
+            seconds=dict(self.clock.seconds),
+            rows={
+                "trained per arm": settings.steps * settings.batch,
+                "measured": len(self.boundaries) * self.measured_rows,
+            },
+        )
 
-    train_to(arm, settings.boundaries[0], followed, "both arms")
-    if "uniform" not in arms:
-        arms["uniform"] = arm.branch()
-        uniform = ArmResult(losses=list(followed.losses), weights=list(followed.weights))
-    for start, end in zip(settings.boundaries, (*settings.boundaries[1:], settings.steps), strict=True):
-        if any(each.step == start for each in boundaries):
-            train_to(arm, end, followed, "TiKMiX-D")
-            continue  # before an interruption
-        with clock.measure("measuring"):
-            matrix = measure(arm.model, arm.optimizer, domains, steered, settings, random)
-        advance("TiKMiX-D", rows_measured(settings, len(domains), len(steered)))
-        with clock.measure("solving"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the result holds them
+    def _move(self, step: int) -> None:
+        """Measure, and give the first arm the mixture that TiKMiX-D makes of the matrix."""
+        settings, arm = self.settings, self.arms["tikmix"]
+        with self.clock.measure("measuring"):
+            matrix = measure(arm.model, arm.optimizer, self.domains, self.steered, settings, self.random)
+        self._advance("TiKMiX-D", self.measured_rows)
+        with self.clock.measure("solving"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the solution holds them
             solution = tikmix_d(
                 matrix,
                 arm.weights,
@@ -146,34 +143,61 @@ def demonstrate(
             )
         arm.sampler.set_weights(solution.as_dict())
         message = "; ".join([solution.message, *solution.warnings])
-        boundaries.append(Boundary(start, matrix, arm.weights, message, solution.success))
-        followed.weights.append((start, arm.weights))
-        save()
-        train_to(arm, end, followed, "TiKMiX-D")
-    finish(arm, followed)
-    train_to(arms["uniform"], settings.steps, uniform, "uniform")
-    finish(arms["uniform"], uniform)
+        self.boundaries.append(Boundary(step, matrix, arm.weights, message, solution.success))
+        self.results["tikmix"].weights.append((step, arm.weights))
 
-    return DemoResult(
-        settings=settings,
-        tikmix=followed,
-        uniform=uniform,
-        boundaries=boundaries,
-        steered=corpora.steered,
-        held_out=corpora.held_out,
-        sources=corpora.sources,
-        text_bytes={name: len(text) for name, text in corpora.domains.items()},
-        missing=corpora.missing,
-        seconds=dict(clock.seconds),
-        rows={
-            "trained per arm": settings.steps * settings.batch,
-            "measured": len(boundaries) * rows_measured(settings, len(domains), len(steered)),
-        },
-    )
+    def _train(self, name: str, until: int, what: str) -> None:
+        settings, arm, result = self.settings, self.arms[name], self.results[name]
+        while arm.step < until:
+            with self.clock.measure("training"):
+                arm.train_step()
+            self._advance(what, settings.batch)
+            if arm.step in settings.evaluations:
+                with self.clock.measure("evaluating"):
+                    losses = task_losses(arm.model, self.reported, settings.curve_rows)
+                result.losses.append((arm.step, losses))
+                self._advance(what, _EVALUATION_COST * len(self.reported) * settings.curve_rows)
+            if self.state is not None and arm.step % self.state.every == 0:
+                self._save()
+        result.drawn = arm.drawn
+
+    def _finish(self, name: str) -> None:
+        arm, result = self.arms[name], self.results[name]
+        if not result.final:
+            with self.clock.measure("evaluating"):
+                result.final = task_losses(arm.model, self.reported)
+            result.parameters = digest(dict(arm.model.named_parameters()))
+            self._save()
+
+    def _advance(self, what: str, amount: float) -> None:
+        self.done += amount
+        self.progress(what, amount)
+
+    def _save(self) -> None:
+        if self.state is not None:
+            content = {
+                "results": {name: result.to_dict() for name, result in self.results.items()},
+                "boundaries": [boundary.to_dict() for boundary in self.boundaries],
+                "random": self.random.bit_generator.state,
+                "seconds": dict(self.clock.seconds),
+                "done": self.done,
+            }
+            self.state.write(self.arms, content)
+
+    def _continue(self, state: DemoState, saved: Mapping[str, Any]) -> None:
+        state.restore("tikmix", self.arms["tikmix"])
+        twin = Arm(self.settings, self.domains)
+        if state.restore("uniform", twin):
+            self.arms["uniform"] = twin
+        self.results = {name: ArmResult.from_dict(result) for name, result in saved["results"].items()}
+        self.boundaries = [Boundary.from_dict(boundary) for boundary in saved["boundaries"]]
+        self.random.bit_generator.state = saved["random"]
+        self.clock.seconds.update(saved["seconds"])
+        self._advance("going on", saved["done"])
 
 
 def work(settings: DemoSettings, corpora: Corpora) -> float:
-    """Return what `demonstrate` reports to ``progress`` in all: about the cost in sequences trained on."""
+    """Return the total that `demonstrate` reports to ``progress``: about its cost, in sequences trained on."""
     shared = settings.boundaries[0]
     evaluations = sum(1 if step <= shared else 2 for step in settings.evaluations)
     return (
@@ -185,7 +209,7 @@ def work(settings: DemoSettings, corpora: Corpora) -> float:
 
 @torch.no_grad()
 def task_losses(model: GPT, tasks: Mapping[str, Sequences], rows: int | None = None) -> dict[str, float]:
-    """Return the mean cross-entropy in nats per byte of each task, on all of it or ``rows`` sequences spread over it.
+    """Return each task's mean cross-entropy in nats per byte, over all its text or ``rows`` sequences spread over it.
 
     Raises
     ------

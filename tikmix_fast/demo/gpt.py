@@ -1,4 +1,4 @@
-"""A small byte-level GPT, large enough to tell domains apart and small enough for two cores."""
+"""A byte-level GPT: large enough to distinguish domains, small enough for two cores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tikmix_fast.arguments import require_int
 
 __all__ = ["GPT", "GPTSettings"]
 
@@ -22,12 +24,12 @@ class GPTSettings:
     ----------
     layers, heads, width : int
     length : int
-        Most positions in a sequence.
+        Largest number of positions in a sequence.
 
     Raises
     ------
     ValueError
-        If a number is not positive, or ``width`` is not a multiple of ``heads``.
+        If a number is not a positive int, or ``width`` is not a multiple of ``heads``.
     """
 
     layers: int = 3
@@ -37,8 +39,7 @@ class GPTSettings:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "width", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+            require_int(name, getattr(self, name), 1)
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads; got {self.width} and {self.heads}")
 
@@ -73,7 +74,7 @@ class GPT(nn.Module):
     ----------
     settings : GPTSettings
     seed : int
-        Of the initial weights; the global random state is not touched.
+        Seed of the initial weights; the global random state stays as it is.
 
     Examples
     --------
@@ -96,7 +97,7 @@ class GPT(nn.Module):
     def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # Projections into the residual stream start smaller, so that it keeps its scale with depth (GPT-2).
+                # Smaller projections into the residual stream keep its scale independent of depth, as in GPT-2.
                 into_stream = name.endswith(("project.weight", "contract.weight"))
                 scale = 0.02 / math.sqrt(2 * self.settings.layers) if into_stream else 0.02
                 nn.init.normal_(parameter, std=scale)

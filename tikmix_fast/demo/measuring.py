@@ -1,4 +1,4 @@
-"""Measure Group Influence at the weights a model has now."""
+"""Measure Group Influence at the current weights of a model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def measure(
     settings: DemoSettings,
     random: np.random.Generator,
 ) -> InfluenceMatrix:
-    """Measure the influence of every domain on every task on freshly drawn sequences; the model stays as it is.
+    """Measure the influence of every domain on every task on new random sequences. The model stays as it is.
 
-    Every domain gets the same number of tokens, whatever its weight is.
+    Every domain gets the same number of tokens, independent of its weight.
 
     Notes
     -----
-    Costs as much as training on `rows_measured` sequences, and a little more.
+    Cost: a little more than training on `rows_measured` sequences.
     """
     engine = InfluenceEngine(
         model,
@@ -57,11 +57,11 @@ def measure(
 
 
 def rows_measured(settings: DemoSettings, domains: int, tasks: int) -> int:
-    """Return how many sequences one measurement takes forward and backward."""
+    """Return the number of sequences in one measurement."""
     return tasks * settings.task_batches * settings.task_rows + domains * settings.domain_batches * settings.domain_rows
 
 
 def _draw(text: Sequences, batches: int, rows: int, random: np.random.Generator) -> list[Tensor]:
-    # With replacement only where the text is too short to do without.
+    # Draw with replacement only if the text is too short.
     chosen = random.choice(len(text), batches * rows, replace=batches * rows > len(text))
     return [text.all()[torch.from_numpy(part)] for part in np.split(chosen, batches)]

@@ -1,4 +1,4 @@
-"""What a demonstration found, and its file."""
+"""Results of a demonstration, and their file."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ ByName = dict[str, float]
 
 @dataclass
 class ArmResult:
-    """One training run.
+    """Result of one training run.
 
     Attributes
     ----------
     losses : list of (int, dict of str to float)
-        Steps done, and the loss of each task in nats per byte on a part of the reported text.
+        Number of steps, and each task's loss in nats per byte on a part of its ``report`` text.
     final : dict of str to float
-        The loss of each task after the last step, on all of the reported text.
+        Each task's loss after the last step, on its whole ``report`` text.
     weights : list of (int, dict of str to float)
-        The step from which a mixture held, and the mixture.
+        First step of a mixture, and the mixture.
     drawn : dict of str to int
-        Sequences trained on, by domain.
+        Number of training sequences, by domain.
     parameters : str
-        SHA-256 of the parameters after the last step: whether two runs ended alike to the last bit. Empty: not known.
+        SHA-256 of the parameters after the last step; equal for runs that end with the same bits.
     """
 
     losses: list[tuple[int, ByName]] = field(default_factory=list)
@@ -64,7 +64,7 @@ class ArmResult:
             final=content["final"],
             weights=[(each["step"], each["domains"]) for each in content["weights"]],
             drawn=content["drawn"],
-            parameters=content.get("parameters", ""),
+            parameters=content["parameters"],
         )
 
 
@@ -76,11 +76,11 @@ class Boundary:
     ----------
     step : int
     matrix : InfluenceMatrix
-        What was measured there.
+        Measured at this step.
     weights : dict of str to float
-        What TiKMiX-D made of it.
+        Mixture that TiKMiX-D made from it.
     message : str
-        What the solver said.
+        The solver's message.
     success : bool
     """
 
@@ -108,7 +108,7 @@ class Boundary:
 
 @dataclass
 class DemoResult:
-    """Both arms of one seed.
+    """Results of both arms of one seed.
 
     Attributes
     ----------
@@ -118,15 +118,15 @@ class DemoResult:
     steered, held_out : tuple of str
         Names of the tasks.
     sources : dict of str to str
-        Where the text of each domain and task comes from.
+        Origin of the text of each domain and task.
     text_bytes : dict of str to int
         Size of each domain.
     missing : dict of str to str
-        What this installation lacks, and why.
+        Domains and tasks that the installation lacked, each with the reason.
     seconds : dict of str to float
         Wall time by kind of work.
     rows : dict of str to int
-        Sequences that were trained on per arm, and that were measured.
+        Number of training sequences per arm, and of measured sequences.
     environment : dict
         Versions, machine, commit; plain JSON types.
     """
@@ -150,7 +150,7 @@ class DemoResult:
         return tuple(self.text_bytes)
 
     def change(self, tasks: tuple[str, ...]) -> float:
-        """Return by what fraction TiKMiX-D changed the mean loss of ``tasks``; negative is better."""
+        """Return the relative change of the mean loss of ``tasks`` from uniform to TiKMiX-D; negative is better."""
         ours, theirs = (np.mean([arm.final[task] for task in tasks]) for arm in (self.tikmix, self.uniform))
         return float(ours / theirs - 1)
 
@@ -179,7 +179,7 @@ class DemoResult:
         Raises
         ------
         ValueError
-            If the content is not a demonstration's, or lacks a field.
+            If the content is not of a demonstration, or lacks a field.
         """
         if not isinstance(content, Mapping) or content.get("format") != _FORMAT or content.get("version") != _VERSION:
             raise ValueError(f"not the result of a demonstration: 'format' must be {_FORMAT!r}, 'version' {_VERSION}")
@@ -200,7 +200,7 @@ class DemoResult:
             raise ValueError(f"the result of a demonstration lacks the field {error.args[0]!r}") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything as JSON with a checksum, atomically; returns the path."""
+        """Write everything as JSON with a checksum, atomically; return the path."""
         return files.write_sealed_json(path, self.to_dict())
 
     @classmethod
@@ -210,7 +210,7 @@ class DemoResult:
         Raises
         ------
         ValueError
-            If the file is not JSON, not a demonstration's, or damaged; the message names it.
+            If the file is not JSON, not of a demonstration, or damaged; the message names it.
         """
         content = files.read_json(path)
         with files.naming(path):

@@ -1,4 +1,4 @@
-"""Every number of the demonstration in one place."""
+"""Every setting of the demonstration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tikmix_fast.arguments import require_choice, require_int
 from tikmix_fast.demo.gpt import GPTSettings
 
 __all__ = ["DemoSettings"]
@@ -19,36 +20,36 @@ class DemoSettings:
     Attributes
     ----------
     seed : int
-        Of the initial weights, the order of the data and the choice of what is measured. Both arms share it.
+        Seed of the initial weights, the order of the data, and the choice of measured text. Both arms share it.
     steps : int
-        Optimizer steps per arm. The first stage is uniform, so both arms share it and it is trained once.
+        Optimizer steps per arm. Both arms share the first stage, which is uniform and trained once.
     stages : int
-        Equal parts of the training. At each boundary influence is measured and the mixture solved for.
+        Number of equal parts of the training. At each boundary the first arm measures influence and gets a new mixture.
     batch : int
         Sequences per step, of ``model.length`` bytes each.
     learning_rate, weight_decay, clip : float
-        Peak rate of AdamW, its decay, and the largest norm of the gradient.
+        Peak learning rate of AdamW, its weight decay, and the largest norm of the gradient.
     warm_up : int
-        Steps in which the rate rises; then it falls along a cosine to a tenth.
+        Steps in which the learning rate rises; then it falls along a cosine to a tenth.
     preconditioner : "adam" or "identity"
     task_batches, task_rows : int
-        Micro-batches per task that are measured at each boundary, and sequences in each.
+        Micro-batches per task in each measurement, and sequences per micro-batch.
     domain_batches, domain_rows : int
-        Micro-batches that are measured at each boundary, and sequences of every domain in each of them.
+        Micro-batches in each measurement, and sequences of every domain in each of them.
     task_splits : int
-        Splits of the task's batches that its own error is estimated from.
+        Splits of the task's batches, which give its part of the standard error.
     uniformity, influence, diversity : float
-        The factors of the three terms of TiKMiX-D.
+        Factors of the three terms of TiKMiX-D.
     floor : float
-        Least weight of a domain.
+        Smallest weight of a domain.
     smoothing : float
-        Share of the mixture before in the one after, in [0, 1).
+        Share of the old mixture in the new one, in [0, 1).
     evaluate_every : int
         Steps between two points of the loss curves.
     curve_rows : int
-        Sequences per task of a point on the curves; the last one, which is reported, uses all.
+        Sequences per task for a point of the curves; the final losses use all.
     domain_bytes, task_bytes : int
-        Most bytes of text per domain, and per half of a task.
+        Most bytes of text per domain, and for each of a task's ``measure`` and ``report``.
 
     Raises
     ------
@@ -82,11 +83,10 @@ class DemoSettings:
     task_bytes: int = 48_000
 
     def __post_init__(self) -> None:
-        at_least = {"seed": 0, "warm_up": 0, "stages": 2, "task_splits": 2, "task_batches": 2, "domain_batches": 2}
+        least = {"seed": 0, "warm_up": 0, "stages": 2, "task_splits": 2, "task_batches": 2, "domain_batches": 2}
         for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            if each.type == "int" and value < at_least.get(each.name, 1):
-                raise ValueError(f"{each.name} must be at least {at_least.get(each.name, 1)}; got {value}")
+            if each.type == "int":
+                require_int(each.name, getattr(self, each.name), least.get(each.name, 1))
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
@@ -95,10 +95,9 @@ class DemoSettings:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1); got {self.smoothing}")
-        if self.preconditioner not in ("adam", "identity"):
-            raise ValueError(f'preconditioner must be "adam" or "identity"; got {self.preconditioner!r}')
+        require_choice("preconditioner", self.preconditioner, ("adam", "identity"))
         if self.steps < self.stages:
-            raise ValueError(f"steps must be at least the {self.stages} stages; got {self.steps}")
+            raise ValueError(f"steps must be at least the number of stages, {self.stages}; got {self.steps}")
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -107,7 +106,7 @@ class DemoSettings:
 
     @property
     def evaluations(self) -> tuple[int, ...]:
-        """Steps after which losses are taken, the last step included."""
+        """Steps after which the losses are evaluated, including the last step."""
         return (*range(self.evaluate_every, self.steps, self.evaluate_every), self.steps)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The state of a demonstration in a file, to go on from after it was killed."""
+"""The state of a demonstration in a file, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tikmix_fast.arguments import require_int
 from tikmix_fast.demo.arm import Arm
 from tikmix_fast.demo.corpora import Corpora
 from tikmix_fast.demo.settings import DemoSettings
@@ -21,7 +22,7 @@ _FORMAT = "tikmix_fast.demo_state"
 
 
 class DemoState:
-    """A file in which `demonstrate` keeps how far it is; what is there already is read and checked.
+    """A file with the progress of `demonstrate`. The constructor reads and checks an existing file.
 
     Parameters
     ----------
@@ -36,13 +37,11 @@ class DemoState:
     OSError
         If the file cannot be read.
     ValueError
-        If it is damaged, of another kind, or of other settings or text; the message names it.
+        If it is damaged, of another kind, or of a run with other settings or text; the message names it.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: DemoSettings, corpora: Corpora, every: int = 10) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1; got {every}")
-        self.path, self.every = Path(path), every
+        self.path, self.every = Path(path), require_int("every", every, 1)
         self._of = {"settings": json.loads(json.dumps(settings.to_dict())), "text": corpora.digest()}
         self._tensors: dict[str, Tensor] = {}
         self.progress: dict[str, Any] | None = None
@@ -50,14 +49,14 @@ class DemoState:
             self._read()
 
     def _read(self) -> None:
-        advice = "delete it to begin anew, or use another folder"
+        advice = "delete it to start again, or use another folder"
         try:
             self._tensors, content = read_tensors(self.path, _FORMAT)
         except ValueError as error:
             raise ValueError(f"{error}; {advice}") from None
         differ = [name for name, mine in self._of.items() if content["of"].get(name) != mine]
         if differ:
-            raise ValueError(f"{self.path}: is of an interrupted run with other {' and '.join(differ)}: {advice}")
+            raise ValueError(f"{self.path}: belongs to an interrupted run with other {' and '.join(differ)}: {advice}")
         self.progress = content["progress"]
 
     def write(self, arms: Mapping[str, Arm], progress: Mapping[str, Any]) -> None:
@@ -67,7 +66,7 @@ class DemoState:
         write_tensors(self.path, _FORMAT, tensors, {"of": self._of, "progress": {**progress, "arms": counters}})
 
     def restore(self, name: str, arm: Arm) -> bool:
-        """Put an arm where it was; False if the file has none of this name."""
+        """Restore an arm; return False if the file has none of this name."""
         if self.progress is None or name not in self.progress["arms"]:
             return False
         own = {key.removeprefix(f"{name}/"): each for key, each in self._tensors.items() if key.startswith(f"{name}/")}
@@ -75,5 +74,5 @@ class DemoState:
         return True
 
     def delete(self) -> None:
-        """Remove the file: for when the results have been written."""
+        """Delete the file; call this after the results were written."""
         self.path.unlink(missing_ok=True)

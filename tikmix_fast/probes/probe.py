@@ -1,4 +1,4 @@
-"""Label mixtures by what they really do: a few optimizer steps on each, from the same state, undone afterwards."""
+"""Label mixtures by a few real optimizer steps on each, all from the same state, which is restored afterwards."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = ["ProbeLabels", "probe"]
 
 @dataclass(frozen=True, eq=False)
 class ProbeLabels:
-    """What N mixtures did to n tasks.
+    """Effect of N mixtures on n tasks.
 
     Attributes
     ----------
     mixtures : float64 [N, m]
     runs : float64 [R, N, n]
-        The decrease of each task's loss in each repeat; positive is better.
+        Decrease of each task's loss in each of R repeats; positive is better.
     before : float64 [R, n]
-        The losses at the state that all started from.
+        Losses at the common start.
     steps : int
-        Optimizer steps taken on each mixture.
+        Optimizer steps on each mixture.
     """
 
     mixtures: Array
@@ -54,9 +54,10 @@ class ProbeLabels:
 
     @property
     def paired_stderr(self) -> Array:
-        """Standard error of `labels` less their mean over mixtures [N, n]: what tells mixtures apart.
+        """Standard error of the differences between `labels` and their mean over mixtures [N, n].
 
-        All mixtures of a repeat meet the same noise, so it is the smaller one. NaN for a single repeat.
+        Use it to compare mixtures: all mixtures of a repeat share the same noise, which cancels in differences. NaN for
+        a single repeat.
         """
         return _standard_error(self.runs - self.runs.mean(axis=1, keepdims=True))
 
@@ -72,32 +73,32 @@ def probe(
     seed: int = 0,
     prepare: Callable[[Array, int], Any] | None = None,
 ) -> ProbeLabels:
-    """Take real optimizer steps on each of several mixtures, and tell by how much each lowered the tasks' losses.
+    """Take real optimizer steps on each of several mixtures, and return how much each lowers the tasks' losses.
 
-    Every mixture starts from the state in which this is called, with the same random numbers. Afterwards everything is
-    as it was, bit by bit, also if something raised.
+    Every mixture starts from the state at the time of the call, with the same random numbers. Afterwards, even after
+    an exception, that state is restored bit by bit.
 
     Parameters
     ----------
     owners : iterable
-        All that ``train_step`` and ``evaluate`` change, see `Snapshot`: model, optimizer, scheduler, scaler, sampler,
-        averages of the weights. What is left out stays changed, and leaks from one mixture into the next.
+        Everything that ``train_step`` and ``evaluate`` change: model, optimizer, scheduler, scaler, sampler, averages
+        of the weights; see `Snapshot`. State that is not listed stays changed and leaks into the next mixture.
     train_step : callable
-        ``train_step(mixture, step)`` takes one optimizer step on data of the mixture, float64 [m]; step counts from 0.
+        ``train_step(mixture, step)`` takes one optimizer step on data of the mixture, float64 [m]; step starts at 0.
     evaluate : callable
         Returns the tasks' losses [n].
     mixtures : array_like [N, m]
-        Each at least 0, summing to 1 within 0.01; scaled to sum to 1.
+        Weights of at least 0 whose sum is 1 within 0.01; the function scales them to sum 1.
     steps : int
         Optimizer steps on each mixture.
     repeats : int
-        How often all of it is done, each time with other random numbers; two or more give standard errors.
+        Number of repetitions of all steps, each with other random numbers; two or more give standard errors.
     seed : int
-        Of the global random states of Python, numpy and torch, which are set anew before the first step on each
-        mixture, and before each evaluation.
+        Seed of the global random states of Python, numpy and torch. They are set before the first step on each mixture
+        and before each evaluation.
     prepare : callable, optional
-        ``prepare(mixture, repeat)`` is called before the first step on each mixture: to set a sampler's weights, and to
-        make data differ between repeats where it does not come from the global random states.
+        ``prepare(mixture, repeat)`` runs before the first step on each mixture. Use it to set a sampler's weights, and
+        to choose other data in each repeat if the data does not come from the global random states.
 
     Returns
     -------
@@ -106,30 +107,30 @@ def probe(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described, or ``evaluate`` returns no losses [n].
+        If an argument is not as described, or ``evaluate`` does not return losses [n].
     FloatingPointError
         If a loss is not finite.
 
     Warns
     -----
     UserWarning
-        If all repeats gave exactly the same: they then say nothing about the error.
+        If all repeats give exactly the same labels, which then say nothing about the error.
 
     Notes
     -----
-    Cost: N * repeats * steps optimizer steps and (N + 1) * repeats evaluations. A mixture's label does not depend on
-    which others are probed beside it, so a long list may be probed in parts.
+    Cost: N * repeats * steps optimizer steps and (N + 1) * repeats evaluations. The label of a mixture does not depend
+    on the other mixtures, so several calls can share a long list.
 
-    Of the ways to label a mixture this is the only one that holds real interactions between domains. It measures k
-    steps at the current learning rate, as MATES and Aioli do, where Group Influence is the slope at the first.
+    This is the only kind of label that includes real interactions between domains. It measures several steps at the
+    current learning rate, as MATES and Aioli do; Group Influence is the slope at the first step.
 
     Examples
     --------
     >>> weight = torch.zeros(2)
     >>> def train_step(mixture, step):
     ...     weight.add_(torch.from_numpy(mixture).float())
-    >>> found = probe([weight], train_step, lambda: [3 - weight[0]], [[1.0, 0.0], [0.25, 0.75]], steps=2)
-    >>> found.labels.tolist(), weight.tolist()
+    >>> labels = probe([weight], train_step, lambda: [3 - weight[0]], [[1.0, 0.0], [0.25, 0.75]], steps=2)
+    >>> labels.labels.tolist(), weight.tolist()
     ([[2.0], [0.5]], [0.0, 0.0])
     """
     candidates = read_mixtures("mixtures", mixtures)
@@ -140,32 +141,30 @@ def probe(
     runs: list[list[Array]] = []
     try:
         for repeat in range(repeats):
-            of_training, of_evaluation = (
-                int(each) for each in np.random.SeedSequence([seed, repeat]).generate_state(2)
-            )
+            training_seed, evaluation_seed = map(int, np.random.SeedSequence([seed, repeat]).generate_state(2))
             snapshot.restore()
-            start = _losses(evaluate, of_evaluation, "before training", len(before[0]) if before else None)
+            start = _losses(evaluate, evaluation_seed, "before training", len(before[0]) if before else None)
             before.append(start)
             runs.append([])
             for index, mixture in enumerate(candidates):
                 snapshot.restore()
-                _seed_all(of_training)
+                _seed_all(training_seed)
                 if prepare is not None:
                     prepare(mixture.copy(), repeat)
                 for step in range(steps):
                     train_step(mixture.copy(), step)
                 where = f"after {steps} steps on mixture {index}"
-                runs[-1].append(start - _losses(evaluate, of_evaluation, where, len(start)))
+                runs[-1].append(start - _losses(evaluate, evaluation_seed, where, len(start)))
     finally:
         snapshot.restore()
-    found = ProbeLabels(candidates, np.array(runs), np.array(before), steps)
-    if repeats > 1 and (found.runs == found.runs[0]).all():
+    result = ProbeLabels(candidates, np.array(runs), np.array(before), steps)
+    if repeats > 1 and (result.runs == result.runs[0]).all():
         warnings.warn(
             "all repeats gave the same labels: draw data from the global random state, or let prepare(mixture, repeat)"
             " choose other data for each repeat",
             stacklevel=2,
         )
-    return found
+    return result
 
 
 def _losses(evaluate: Callable[[], Any], seed: int, where: str, expected: int | None) -> Array:
@@ -189,5 +188,5 @@ def _standard_error(runs: Array) -> Array:
 
 def _seed_all(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  the global one is what other people's code draws from
+    np.random.seed(seed)  # noqa: NPY002  users' code may draw from the global state
     torch.manual_seed(seed)

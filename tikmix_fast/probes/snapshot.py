@@ -1,4 +1,4 @@
-"""Remember everything that training changes, and bring it back bit by bit."""
+"""Copy everything that training changes, and restore it bit by bit."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ class Snapshot:
     Parameters
     ----------
     owners : iterable
-        What training changes. Each is one of
+        Objects that training changes. Each is one of
 
-        - a module: parameters, buffers (those not in its state dict too), gradients, training mode, what requires
-          gradients, extra state;
-        - an optimizer: state and groups. Its parameters are those of a module, which must be given too;
-        - a tensor, or a dict or list of tensors, such as an average of the weights kept by hand;
+        - a module: parameters, buffers (persistent or not), gradients, training mode, ``requires_grad``, extra state;
+        - an optimizer: state and parameter groups; list the module of its parameters too;
+        - a tensor, or a dict or list of tensors, such as an average of the weights;
         - a `torch.Generator` or a `numpy.random.Generator`;
         - anything with ``state_dict`` and ``load_state_dict``: a scheduler, a GradScaler, a `MixtureSampler`.
 
-        The global random states of Python, numpy, torch and its CUDA devices are always included.
+        A snapshot always includes the global random states of Python, numpy, torch and its CUDA devices.
 
     Raises
     ------
@@ -40,10 +39,9 @@ class Snapshot:
 
     Notes
     -----
-    Memory: a copy of all that, on the devices where it is; for a model under Adam four times its parameters, gradients
-    included. Tensors of modules and optimizers are written in place, so that whatever refers to them stays right.
-    Attributes of modules that are no tensors are not looked at, nor are processes that draw ahead: workers of a
-    `DataLoader` that is running keep what they drew.
+    Memory: a copy of everything, on the same devices; for a model under Adam with gradients four times its parameters.
+    `restore` writes tensors in place, so references to them stay valid. A snapshot does not include other attributes of
+    modules, nor other processes: workers of a running `DataLoader` keep the samples that they drew ahead.
 
     Examples
     --------
@@ -62,7 +60,7 @@ class Snapshot:
         self._backs = [*(_keep_owner(owner) for owner in owners), _keep_random()]
 
     def restore(self) -> None:
-        """Bring everything back; may be called any number of times."""
+        """Restore everything; may be called any number of times."""
         for back in self._backs:
             back()
 
@@ -81,9 +79,9 @@ def _keep_owner(owner: Any) -> Back:
         numbers = copy.deepcopy(owner.bit_generator.state)
         return lambda: setattr(owner.bit_generator, "state", numbers)
     if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
-        kept = copy.deepcopy(owner.state_dict())
-        # It may take the state as its own, and change it.
-        return lambda: owner.load_state_dict(copy.deepcopy(kept))
+        state_dict = copy.deepcopy(owner.state_dict())
+        # A copy for each call: the owner may keep the state and change it.
+        return lambda: owner.load_state_dict(copy.deepcopy(state_dict))
     raise TypeError(
         "an owner must be a module, an optimizer, a tensor, a dict or list of tensors, a random generator, or have"
         f" state_dict and load_state_dict; got {type(owner).__name__}"
@@ -93,7 +91,7 @@ def _keep_owner(owner: Any) -> Back:
 def _keep_module(module: nn.Module) -> Back:
     memo: dict[int, Back] = {}
     modules, parameters = list(module.modules()), list(module.parameters())
-    # Not by load_state_dict: it leaves out buffers that are not persistent, and copies into whatever stands there now.
+    # load_state_dict would skip buffers that are not persistent, and would copy into replaced tensors.
     tables = [_keep(table, memo) for each in modules for table in (each._parameters, each._buffers)]
     gradients = [(each, each.requires_grad, _keep(each.grad, memo)) for each in parameters]
     modes = [(each, each.training) for each in modules]
@@ -115,7 +113,7 @@ def _keep_module(module: nn.Module) -> Back:
 
 
 def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Back:
-    # Not by load_state_dict: it casts moments to the dtype of their parameter.
+    # load_state_dict would cast moments to the dtype of their parameter.
     memo = {id(each): _always(each) for group in optimizer.param_groups for each in group["params"]}
     backs = _keep(optimizer.state, memo), _keep(optimizer.param_groups, memo)
 
@@ -131,7 +129,7 @@ def _always(value: Any) -> Back:
 
 
 def _keep(value: Any, memo: dict[int, Back]) -> Back:
-    """Return what brings a value back as it is now: tensors, dicts and lists in place, all else as a copy."""
+    """Return a function that restores a value: tensors, dicts and lists in place, other values as a copy."""
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, Tensor):
@@ -141,18 +139,18 @@ def _keep(value: Any, memo: dict[int, Back]) -> Back:
     elif isinstance(value, (list, tuple)):
         back = _keep_sequence(value, memo)
     else:
-        kept = copy.deepcopy(value)
-        return lambda: copy.deepcopy(kept)
+        original = copy.deepcopy(value)
+        return lambda: copy.deepcopy(original)
     memo[id(value)] = back
     return back
 
 
 def _keep_tensor(tensor: Tensor) -> Back:
-    kept = tensor.detach().clone()
+    values = tensor.detach().clone()
 
     def back() -> Tensor:
         with torch.no_grad():
-            return tensor.copy_(kept)
+            return tensor.copy_(values)
 
     return back
 
@@ -188,7 +186,7 @@ def _keep_random() -> Back:
 
     def back() -> None:
         random.setstate(python)
-        np.random.set_state(numbers)  # noqa: NPY002  the global one is what other people's code draws from
+        np.random.set_state(numbers)  # noqa: NPY002  users' code may draw from the global state
         torch.set_rng_state(torch_state)
         if devices is not None:
             torch.cuda.set_rng_state_all(devices)

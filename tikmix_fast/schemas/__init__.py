@@ -1,10 +1,12 @@
-"""JSON schemas (draft 2020-12) of the files that this package writes."""
+"""JSON schemas (draft 2020-12) of files that this package writes."""
 
 from __future__ import annotations
 
 import json
 from importlib.resources import files
 from typing import Any, Literal
+
+from tikmix_fast.arguments import require_choice
 
 __all__ = ["schema"]
 
@@ -15,9 +17,9 @@ def schema(name: Literal["influence_matrix", "mixture"]) -> dict[str, Any]:
     Parameters
     ----------
     name : {"influence_matrix", "mixture"}
-        "influence_matrix": what `InfluenceMatrix.save` writes. "mixture": `MixtureResult.to_dict`, and the file of
-        ``tikmix-fast mix --out``. What a schema cannot say, that shapes agree and weights sum to 1, is checked on
-        loading.
+        "influence_matrix": files of `InfluenceMatrix.save`. "mixture": `MixtureResult.to_dict`, and files of
+        ``tikmix-fast mix --out``. A schema cannot state that shapes agree and weights sum to 1; loading a file checks
+        that.
 
     Raises
     ------
@@ -29,7 +31,6 @@ def schema(name: Literal["influence_matrix", "mixture"]) -> dict[str, Any]:
     >>> schema("mixture")["required"][:2]
     ['weights', 'prior']
     """
-    if name not in ("influence_matrix", "mixture"):
-        raise ValueError(f"name must be 'influence_matrix' or 'mixture'; got {name!r}")
+    require_choice("name", name, ("influence_matrix", "mixture"))
     content: dict[str, Any] = json.loads(files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8"))
     return content

@@ -1,1 +1,1 @@
-"""A mixture in the words of the data loaders that people already run. Nothing here imports them."""
+"""Mixtures in the formats of other data loaders. Nothing here imports them, except `mixtera` when it is used."""

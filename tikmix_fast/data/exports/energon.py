@@ -18,18 +18,18 @@ def metadataset(
     Parameters
     ----------
     weights : mapping from str to float
-        Sum 1. Domains of weight 0 are left out.
+        Sum 1. The export leaves out domains of weight 0.
     paths : mapping from str to str
-        Energon dataset of each domain, absolute or relative to the file that the YAML goes into.
+        Energon dataset of each domain, absolute or relative to the YAML file.
     split : str
-        The split that is blended; add others below it.
+        Name of the blended split; add others below it in the file.
     digits : int
-        After the point. The decimals sum to 1; a smaller positive weight is raised to 10^-digits.
+        Digits after the point. The decimals sum to 1; a positive weight becomes at least 10^-digits.
 
     Raises
     ------
     TypeError, ValueError
-        If the weights are no mixture, or ``paths`` does not name their domains.
+        If the weights are not a mixture, or ``paths`` names other domains.
 
     Notes
     -----
@@ -56,26 +56,26 @@ def metadataset(
 def scheduled_metadataset(
     schedule: Mapping[int, Mapping[str, float]], paths: Mapping[str, str], *, split: str = "train", digits: int = 6
 ) -> str:
-    """Return the YAML of a metadataset whose weights change at given batches.
+    """Return the YAML of a metadataset whose weights change at batches.
 
     Parameters
     ----------
     schedule : mapping from int to mapping from str to float
-        The weights that hold from each batch on; the first is batch 0.
+        New weights from each batch on; the first is batch 0.
     paths, split, digits
-        As in `metadataset`. A domain that never has weight is left out.
+        As in `metadataset`. The export leaves out domains that never have a positive weight.
 
     Raises
     ------
     TypeError, ValueError
-        If the weights are no mixtures of the same domains, the schedule does not begin at batch 0, or ``paths`` does
-        not name the domains.
+        If the weights are not mixtures of the same domains, the schedule does not begin at batch 0, or ``paths`` names
+        other domains.
 
     Notes
     -----
-    No release of Energon reads this yet (7.4.1 does not): it is the format of the open pull request
-    https://github.com/NVIDIA/Megatron-Energon/pull/208. With a release, write a `metadataset` per stage. A batch is one
-    that the loader of a rank has yielded, which is a micro-batch where gradients are accumulated.
+    No release of Energon reads this format yet, including 7.4.1. It is that of the open pull request
+    https://github.com/NVIDIA/Megatron-Energon/pull/208. For a release, write one `metadataset` per stage. The batches
+    are those that the loader of a rank yields: micro-batches, if gradients are accumulated.
 
     Examples
     --------
@@ -111,6 +111,6 @@ def scheduled_metadataset(
 def _yaml(split: str, weights: Mapping[str, str]) -> str:
     lines = ["__module__: megatron.energon", "__class__: MetadatasetV2", "splits:", f"  {split}:", "    blend:"]
     for path, weight in weights.items():
-        # A JSON string is a YAML one.
+        # Every JSON string is a YAML string.
         lines += [f"      - weight:{weight}", f"        path: {json.dumps(path)}"]
     return "\n".join(lines) + "\n"

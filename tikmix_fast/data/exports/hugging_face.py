@@ -10,7 +10,7 @@ __all__ = ["interleave_probabilities"]
 
 
 def interleave_probabilities(weights: Mapping[str, float], names: Sequence[str]) -> list[float]:
-    """Return the weights in the order of the datasets given to `datasets.interleave_datasets`.
+    """Return the weights in the order of the arguments of `datasets.interleave_datasets`.
 
     Parameters
     ----------
@@ -22,13 +22,13 @@ def interleave_probabilities(weights: Mapping[str, float], names: Sequence[str])
     Raises
     ------
     TypeError, ValueError
-        If the weights are no mixture, or ``names`` are not theirs.
+        If the weights are not a mixture, or ``names`` are other domains.
 
     Notes
     -----
-    Source: https://huggingface.co/docs/datasets/process#interleave. The library draws each example's dataset at random,
-    so that realised proportions have a multinomial's noise, and by default ends with the first dataset that does:
-    give ``stopping_strategy="all_exhausted"`` for a domain that is to be repeated. `MixtureSampler` has neither.
+    Source: https://huggingface.co/docs/datasets/process#interleave. The library draws the dataset of each example at
+    random, so actual proportions have multinomial noise. By default it stops when the first dataset ends; set
+    ``stopping_strategy="all_exhausted"`` to repeat datasets. `MixtureSampler` has neither problem.
 
     Examples
     --------

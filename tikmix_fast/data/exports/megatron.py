@@ -10,21 +10,21 @@ __all__ = ["blend_list"]
 
 
 def blend_list(weights: Mapping[str, float], prefixes: Mapping[str, str], digits: int = 6) -> list[str]:
-    """Return weight, prefix, weight, prefix, ... as Megatron's ``--data-path`` and NeMo's ``data_prefix`` take it.
+    """Return weight, prefix, weight, prefix, ... for Megatron's ``--data-path`` or NeMo's ``data_prefix``.
 
     Parameters
     ----------
     weights : mapping from str to float
-        Sum 1. Domains of weight 0 are left out, as Megatron refuses them.
+        Sum 1. The export leaves out domains of weight 0, as Megatron refuses them.
     prefixes : mapping from str to str
-        Path of each domain's .bin and .idx, without the ending.
+        Path of each domain's .bin and .idx, without suffix.
     digits : int
-        After the point. The decimals sum to 1; a smaller positive weight is raised to 10^-digits.
+        Digits after the point. The decimals sum to 1; a positive weight becomes at least 10^-digits.
 
     Raises
     ------
     TypeError, ValueError
-        If the weights are no mixture, or ``prefixes`` does not name their domains.
+        If the weights are not a mixture, or ``prefixes`` names other domains.
 
     Notes
     -----

@@ -17,39 +17,39 @@ __all__ = ["mixture_file_algorithm"]
 
 
 def mixture_file_algorithm(path: str | os.PathLike[str], domains: Sequence[str]) -> Any:
-    """Return a `DynamicMixingAlgorithm` for Mixtera's `DynamicMixture`, which takes up what a mixture file says.
+    """Return a `DynamicMixingAlgorithm` for Mixtera's `DynamicMixture` that follows a mixture file.
 
-    Mixtera runs it in its server: the file is how a mixture gets there from where the influence is measured. Write it
-    with ``tikmix-fast mix --out``, or `tikmix_fast.files.write_json` and ``{name: weight}``.
+    Mixtera's server runs the algorithm; the file carries the mixture there from the process that measures influence.
+    Write it with ``tikmix-fast mix --out``, or with `tikmix_fast.files.write_json` and ``{name: weight}``.
 
     Parameters
     ----------
     path : path
-        The file; it may come into being later, until when Mixtera's initial mixture holds.
+        The file. Mixtera's initial mixture stays until it exists.
     domains : sequence of str
-        The domain of each Mixtera key, in the order of their ids, which is that of the sorted keys.
+        The domain of each Mixtera key, in the order of the keys' ids, which is that of the sorted keys.
 
     Raises
     ------
     ImportError
         If Mixtera is not installed.
     ValueError
-        If ``domains`` is empty or repeats a name. When Mixtera asks: if the file holds no mixture of these domains.
+        If ``domains`` is empty or repeats a name. When Mixtera asks: if the file contains no mixture of these domains.
 
     Notes
     -----
     Source: ``mixtera/core/algo/dynamic_mixing/dynamic_mixing.py`` and ``mixtera/core/query/mixture/dynamic_mixture.py``
-    in https://github.com/eth-easl/mixtera. Mixtera asks with every feedback of the training loop, so the file is read
-    as often; the losses that come with the feedback are not used.
+    in https://github.com/eth-easl/mixtera. The algorithm reads the file at every feedback of the training loop; it
+    ignores the losses in the feedback.
     """
     base: Any = optional(
         "mixtera.core.algo.dynamic_mixing.dynamic_mixing", "following a mixture", "see github.com/eth-easl/mixtera"
     ).DynamicMixingAlgorithm
     names = list(domains)
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"domains must be at least one, and each once; got {names}")
+        raise ValueError(f"domains must have at least one name, and each once; got {names}")
 
-    class MixtureFileAlgorithm(base):  # type: ignore[misc]  # built here, as the base may be missing
+    class MixtureFileAlgorithm(base):  # type: ignore[misc]  # defined here, as the base may be missing
         def __init__(self) -> None:
             super().__init__()
             self.path = Path(path)
@@ -69,7 +69,7 @@ def mixture_file_algorithm(path: str | os.PathLike[str], domains: Sequence[str])
 
 
 def read_mixture(path: Path, domains: Sequence[str]) -> dict[str, float] | None:
-    """Read ``{name: weight}``, or the result of a solver with such ``weights``; None if there is no file."""
+    """Read ``{name: weight}``, or a solver's result, which has ``weights``; None if there is no file."""
     try:
         content = files.read_json(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Weights by name, checked, and as decimals that sum to one."""
+"""Check weights by name, and round them to decimals that sum to one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+
+from tikmix_fast.arguments import require_int
 
 __all__ = ["check_names", "checked_weights", "decimals"]
 
@@ -18,7 +20,7 @@ def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
     Raises
     ------
     TypeError, ValueError
-        If ``weights`` is no mapping from names to finite numbers of at least 0 that sum to 1 (within 1e-6).
+        If ``weights`` is not a mapping from names to finite numbers of at least 0 that sum to 1 within 1e-6.
     """
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must map names to numbers; got {type(weights).__name__}; use MixtureResult.as_dict()")
@@ -32,38 +34,37 @@ def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_names(what: str, names: Iterable[str], domains: Iterable[str]) -> None:
-    """Raise ValueError unless ``what``, whose names are ``names``, has each of ``domains`` once."""
+    """Raise ValueError unless ``names``, from the argument ``what``, are ``domains`` in any order."""
     if sorted(names) != sorted(domains):
         raise ValueError(f"{what} must name every domain once, {list(domains)}; got {list(names)}")
 
 
 def decimals(weights: Mapping[str, float], digits: int = 6) -> dict[str, str]:
-    """Round weights to decimals that sum to 1 exactly; no positive weight becomes 0.
+    """Round weights to decimals that sum to exactly 1; no positive weight becomes 0.
 
     Parameters
     ----------
     weights : mapping from str to float
         Sum 1.
     digits : int
-        After the point, 1 to 15.
+        Digits after the point, 1 to 15.
 
     Returns
     -------
     dict of str to str
-        Each within 10^-digits of its weight, except that very small ones are raised to 10^-digits and the largest pay.
+        Each within 10^-digits of its weight, except that very small ones become 10^-digits, at the cost of the largest.
 
     Raises
     ------
     TypeError, ValueError
-        As `checked_weights`, or if ``digits`` is out of range or too few for that many domains.
+        As `checked_weights`, or if ``digits`` is out of range or too small for that many domains.
 
     Examples
     --------
     >>> decimals({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 2)
     {'a': '0.34', 'b': '0.33', 'c': '0.33'}
     """
-    if not 1 <= digits <= 15:
-        raise ValueError(f"digits must be from 1 to 15; got {digits}")
+    require_int("digits", digits, 1, 15)
     shares = checked_weights(weights)
     whole = 10**digits
     exact = np.array(list(shares.values())) * whole
@@ -74,7 +75,7 @@ def decimals(weights: Mapping[str, float], digits: int = 6) -> dict[str, str]:
     for _ in range(-rest):
         units[units.argmax()] -= 1
     if (units[exact > 0] < 1).any():
-        raise ValueError(f"digits must be more than {digits} to tell {len(shares)} domains from 0")
+        raise ValueError(f"digits must be more than {digits}, so that each of {len(shares)} domains can be above 0")
     return {
         name: f"{unit // whole}.{unit % whole:0{digits}}" for name, unit in zip(shares, units.tolist(), strict=True)
     }

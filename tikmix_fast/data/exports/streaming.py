@@ -13,7 +13,7 @@ __all__ = ["stream_arguments"]
 def stream_arguments(
     weights: Mapping[str, float], streams: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return for each domain the keyword arguments of its `streaming.Stream`.
+    """Return the keyword arguments of `streaming.Stream` for each domain.
 
     Parameters
     ----------
@@ -25,13 +25,13 @@ def stream_arguments(
     Raises
     ------
     TypeError, ValueError
-        If the weights are no mixture, ``streams`` does not name their domains, or a stream has a ``proportion``,
-        ``repeat`` or ``choose`` of its own.
+        If the weights are not a mixture, ``streams`` names other domains, or a stream has its own ``proportion``,
+        ``repeat`` or ``choose``.
 
     Notes
     -----
-    Source: https://docs.mosaicml.com/projects/streaming/en/stable/dataset_configuration/mixing_data_sources.html: all
-    streams of a dataset have a ``proportion``, or none has.
+    Either all streams of a dataset have a ``proportion``, or none. Source:
+    https://docs.mosaicml.com/projects/streaming/en/stable/dataset_configuration/mixing_data_sources.html.
 
     Examples
     --------
@@ -42,6 +42,6 @@ def stream_arguments(
     shares = checked_weights(weights)
     check_names("streams", streams, shares)
     for name, arguments in streams.items():
-        if taken := {"proportion", "repeat", "choose"} & set(arguments):
-            raise ValueError(f"streams[{name!r}] must leave its share to weights; got {', '.join(sorted(taken))}")
+        if conflicts := {"proportion", "repeat", "choose"} & set(arguments):
+            raise ValueError(f"streams[{name!r}] must leave the share to weights; got {', '.join(sorted(conflicts))}")
     return {name: {**streams[name], "proportion": share} for name, share in shares.items()}

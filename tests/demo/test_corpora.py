@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tikmix_fast.demo import corpora
+from tikmix_fast.demo import corpora, sources
 from tikmix_fast.demo.corpora import Sequences, gather
 
 SMALL = {"domain_bytes": 60_000, "task_bytes": 16_000, "fewest_bytes": 4_000}
@@ -43,7 +43,7 @@ def test_sequences_refuse_text_that_is_too_short(size: int, length: int) -> None
 
 
 def test_sequences_refuse_an_empty_length() -> None:
-    with pytest.raises(ValueError, match="length must be positive"):
+    with pytest.raises(ValueError, match="length must be an int of at least 1; got 0"):
         Sequences(np.zeros(5, dtype=np.uint8), 0)
 
 
@@ -98,12 +98,12 @@ def test_sums_are_right_and_held_out_ones_are_others(small: corpora.Corpora) -> 
 
 def test_a_missing_source_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> None:
-        raise corpora._MissingError("the package nowhere is not installed")
+        raise sources.MissingError("the package nowhere is not installed")
 
-    few = (corpora._Source("lost", "", absent), corpora._Source("tiny", "", lambda: iter([("a", "b" * 50)])))
-    monkeypatch.setattr(corpora, "_DOMAINS", (*corpora._DOMAINS[-2:], *few))
-    quick = [replace(task, steered=True) for task in corpora._TASKS if task.name in ("sums", "reference")]
-    monkeypatch.setattr(corpora, "_TASKS", (*quick, *few[:1]))
+    few = (sources.Source("lost", "", absent), sources.Source("tiny", "", lambda: iter([("a", "b" * 50)])))
+    monkeypatch.setattr(corpora, "DOMAINS", (*corpora.DOMAINS[-2:], *few))
+    quick = [replace(task, steered=True) for task in corpora.TASKS if task.name in ("sums", "reference")]
+    monkeypatch.setattr(corpora, "TASKS", (*quick, *few[:1]))
     found = gather(**SMALL, fewest=2)
     assert set(found.domains) == {"sums", "noise"}
     assert set(found.tasks) == {"sums", "reference"}
@@ -114,8 +114,8 @@ def test_a_missing_source_is_named_with_its_reason(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_absent_package_is_missing() -> None:
-    with pytest.raises(corpora._MissingError, match="the package no_such_package is not installed"):
-        next(corpora._package_files("no_such_package", "*.py"))
+    with pytest.raises(sources.MissingError, match="the package no_such_package is not installed"):
+        next(sources._package_files("no_such_package", "*.py"))
 
 
 def test_docstrings_are_those_of_the_source(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,4 +126,4 @@ def test_docstrings_are_those_of_the_source(tmp_path, monkeypatch: pytest.Monkey
     (package / "broken.py").write_text("def :")
     (package / "tests" / "skipped.py").write_text(f'"""{text}"""')
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert list(corpora._docstrings("documented")) == [("documented/__init__.py:one", text)]
+    assert list(sources._docstrings("documented")) == [("documented/__init__.py:one", text)]
