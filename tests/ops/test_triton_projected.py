@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tikmix_fast import ops, testing
-from tikmix_fast.ops.backends import projected_rows as projected_kernels
+from tikmix_fast.ops.backends import reference
 from tikmix_fast.ops.common.device_checks import WRONG_OFFSETS, WRONG_ORDER
 from tikmix_fast.ops.common.projected_checks import ProjectedArguments
 from tikmix_fast.ops.common.projection import ProjectionKind, factor_matrix
@@ -118,7 +118,7 @@ def test_values_and_gradients_stay_within_the_error_budget(
     """Twice the error of torch's products, all in float32: the kernel rounds nothing to 16 bits."""
     call = problem(height, width, k_out, k_in, sizes, tasks, kind, dtype)
     gradients = expected_gradients(call)
-    expected = projected_kernels.reference(call)
+    expected = reference.projected_group_influence(call)
     small_input, small_grad = (
         rows.float() @ factor_matrix(factor, dim, torch.float32).T
         for rows, factor, dim in (
@@ -166,7 +166,7 @@ def test_any_layout_is_exact(
         patch.setattr(projected, "multiprocessors", lambda device: multiprocessors)
         values = projected.projected_group_influence(call)
         gradients = gradients_of(call)
-    assert torch.equal(values, projected_kernels.reference(call))
+    assert torch.equal(values, reference.projected_group_influence(call))
     assert torch.equal(gradients.double(), expected_gradients(call))
 
 
@@ -176,7 +176,7 @@ def test_any_number_of_rows_of_the_matrices(k_out: int, k_in: int, kind: str) ->
     if kind == "countsketch":
         k_out, k_in = (max(16, 2 ** (k - 1).bit_length()) for k in (k_out, k_in))
     call = integers(5, 18, k_out, k_in, [4, 0, 7], 9, kind, shuffled=False)
-    assert torch.equal(projected.projected_group_influence(call), projected_kernels.reference(call))
+    assert torch.equal(projected.projected_group_influence(call), reference.projected_group_influence(call))
     assert torch.equal(gradients_of(call).double(), expected_gradients(call))
 
 
@@ -208,7 +208,7 @@ def test_matrices_of_float64_are_refused() -> None:
 @pytest.mark.parametrize("which", ["input", "grad_output", "queries", "output_factor", "input_factor", "offsets"])
 def test_strides_change_nothing(which: str, kind: str) -> None:
     call = integers(18, 21, 16, 32, [20, 5], 3, kind, shuffled=True)
-    expected = projected_kernels.reference(call)
+    expected = reference.projected_group_influence(call)
     tensor = getattr(call, which)
     wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 99, dtype=tensor.dtype)
     wide[..., ::2] = tensor
@@ -227,7 +227,7 @@ def test_strides_beyond_32_bits(which: str) -> None:
     far = 2**30 + 8  # in the third row, further than 32 bits count
     distant = torch.empty(2 * far + 32, dtype=torch.float16).as_strided((3, getattr(call, which).shape[1]), (far, 1))
     distant.copy_(getattr(call, which))
-    expected = projected_kernels.reference(call)
+    expected = reference.projected_group_influence(call)
     assert torch.equal(projected.projected_group_influence(call._replace(**{which: distant})), expected)
 
 
@@ -325,7 +325,7 @@ def test_what_the_host_must_not_read_is_noted(offsets: list[int], row: int | Non
 def test_rows_that_a_kernel_checks_are_taken_where_they_are_right() -> None:
     call = integers(9, 10, 3, 4, [15, 25], 2, "pair", shuffled=True)
     flag = torch.full((1,), WRONG_ORDER, dtype=torch.int32)
-    assert torch.equal(projected.projected_group_influence(call, flag=flag), projected_kernels.reference(call))
+    assert torch.equal(projected.projected_group_influence(call, flag=flag), reference.projected_group_influence(call))
     assert flag.item() == WRONG_ORDER  # of an earlier call, until somebody reads it
 
 

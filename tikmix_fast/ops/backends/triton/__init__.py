@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops.backends.gpu_cost import count_gpu_costs
+from tikmix_fast.ops.common.gpu_cost import count_gpu_costs
 from tikmix_fast.ops.common.checks import Arguments
 from tikmix_fast.ops.common.projected_checks import ProjectedArguments
 
