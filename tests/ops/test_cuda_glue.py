@@ -289,7 +289,9 @@ def test_the_projected_kernel_gets_what_it_reads(
     )
     arguments = ProjectedArguments(input, grad_output, call.offsets, queries, *factors, scale, call.order)
     assert cuda.projected.refusal(arguments) is None
-    torch.testing.assert_close(cuda.projected_group_influence(arguments), reference.projected_group_influence(arguments))
+    torch.testing.assert_close(
+        cuda.projected_group_influence(arguments), reference.projected_group_influence(arguments)
+    )
     units = arguments._replace(queries=torch.eye(k_out * k_in).view(-1, k_out, k_in))
     right = reference.projected_group_influence(units).T.reshape(-1, k_out, k_in)
     torch.testing.assert_close(cuda.projected_domain_gradients(arguments), right.float())

@@ -1,4 +1,4 @@
-"""Pick the backend of a call: the argument, else `use_backend`, else TIKMIX_FAST_BACKEND, else the best that can run."""
+"""Pick the backend of a call: the argument, else `use_backend`, else TIKMIX_FAST_BACKEND, else the best usable one."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def run_group_influence(
     grad_weight: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """Check the arguments of ``group_influence`` and run it in one backend; the schema calls this function."""
+    """Check the arguments of ``group_influence`` and run it in one backend; the schema calls this."""
     arguments = Arguments(input, grad_output, offsets, queries, panels, order, grad_weight)
     check_arguments(arguments)
     check_grad_weight_memory(arguments)
@@ -182,7 +182,7 @@ def run_projected_group_influence(
     order: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """Check the arguments of ``projected_group_influence`` and run it in one backend; the schema calls this function."""
+    """Check the arguments of ``projected_group_influence`` and run it in one backend; the schema calls this."""
     arguments = ProjectedArguments(input, grad_output, offsets, queries, output_factor, input_factor, scale, order)
     check_projected_arguments(arguments)
     with torch.autocast(input.device.type, enabled=False):

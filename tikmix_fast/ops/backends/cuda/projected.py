@@ -19,12 +19,10 @@ _MOST_DIM = 128
 def refusal(arguments: ProjectedArguments) -> str | None:
     """Return why the kernel cannot take these factors, or None."""
     if max(arguments.queries.shape[1:]) > _MOST_DIM:
-        return (
-            f"k_out and k_in are {tuple(arguments.queries.shape[1:])}, and the kernel takes up to {_MOST_DIM}"
-        )
+        return f"k_out and k_in are {tuple(arguments.queries.shape[1:])}, and the kernel takes up to {_MOST_DIM}"
     for name in ("output_factor", "input_factor"):
         dtype = getattr(arguments, name).dtype
-        # Integers are exact in the rows' dtype. Other entries would be rounded, and those that made the queries were not.
+        # Integers are exact in the rows' dtype. Other entries would be rounded here, and were not for the queries.
         if dtype not in (torch.int8, torch.int32, arguments.input.dtype):
             return f"{name} is {dtype}, neither drawn integers nor of the rows' {arguments.input.dtype}"
     return None

@@ -11,8 +11,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops.common.gpu_cost import count_gpu_costs
 from tikmix_fast.ops.common.checks import Arguments
+from tikmix_fast.ops.common.gpu_cost import count_gpu_costs
 from tikmix_fast.ops.common.projected_checks import ProjectedArguments
 
 __all__ = ["group_influence", "projected_domain_gradients", "projected_group_influence", "refusal", "unavailable"]
