@@ -194,7 +194,9 @@ def accumulate_rows(
             other=0.0,
         )
         grad_block = tl.load(
-            rows.grad_output.data + o[:, None] * rows.grad_output.strides[1] + row[None, :] * rows.grad_output.strides[0],
+            rows.grad_output.data
+            + o[:, None] * rows.grad_output.strides[1]
+            + row[None, :] * rows.grad_output.strides[0],
             mask=(o < rows.height)[:, None] & inside[None, :],
             other=0.0,
         )

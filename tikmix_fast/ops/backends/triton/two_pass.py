@@ -152,7 +152,10 @@ def _multiply_panel(
             other=0.0,
         )
         query = tl.load(
-            queries.data + task[None, :] * queries.strides[0] + o * queries.strides[1] + i[:, None] * queries.strides[2],
+            queries.data
+            + task[None, :] * queries.strides[0]
+            + o * queries.strides[1]
+            + i[:, None] * queries.strides[2],
             mask=(i < place.width)[:, None] & (task < tasks)[None, :],
             other=0.0,
         )
