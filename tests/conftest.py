@@ -15,7 +15,7 @@ from tikmix_fast import ops
 from tikmix_fast.demo.corpora import Corpora, Task
 from tikmix_fast.demo.gpt import GPTSettings
 from tikmix_fast.demo.settings import DemoSettings
-from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends import cpu
 
 BACKENDS = ("reference", "cpu", "triton")
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")

@@ -44,9 +44,9 @@ class _Way(NamedTuple):
 
 
 _WAYS = {
-    "cuda fused": _Way("cuda", "tikmix_fast.ops.backends.cuda.cuda", "fused", "tikmix_fast.ops.backends.cuda.cuda"),
+    "cuda fused": _Way("cuda", "tikmix_fast.ops.backends.cuda.exact", "fused", "tikmix_fast.ops.backends.cuda"),
     "cuda fused, mma": _Way(
-        "cuda", "tikmix_fast.ops.backends.cuda.cuda", "fused", "tikmix_fast.ops.backends.cuda.cuda", "mma"
+        "cuda", "tikmix_fast.ops.backends.cuda.exact", "fused", "tikmix_fast.ops.backends.cuda", "mma"
     ),
     "vendor two-pass": _Way(
         None, "tikmix_fast.ops.backends.cuda.grouped_mm", "group_influence", "tikmix_fast.ops.backends.cuda.grouped_mm"

@@ -11,8 +11,9 @@ from torch import Tensor
 from tikmix_fast import ops
 from tikmix_fast.benchmarking.baselines import Layer, exact_methods
 from tikmix_fast.benchmarking.interleaved import interleave
-from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends import cpu
 from tikmix_fast.ops.backends.cpu.cost import count_costs
+from tikmix_fast.ops.backends.cpu.exact import fused, row_wise
 from tikmix_fast.ops.common.checks import Arguments
 from tikmix_fast.testing import domain_gradients, influence_error
 
@@ -62,9 +63,9 @@ def measure_choice(case: tuple[int, int, int, int, int], dtype: str, *, rounds: 
     two_pass = exact_methods()["panels of 128, two passes"].prepare(Layer(input, grad_output, offsets, queries))
     bounds = offsets.tolist()
     ways: dict[str, Callable[[], Tensor | None]] = {
-        "fused": lambda: cpu.fused(arguments, len(bounds) - 1),
+        "fused": lambda: fused(arguments),
         "two_pass": lambda: two_pass().values,
-        "row_wise": lambda: cpu.row_wise(arguments, bounds),
+        "row_wise": lambda: row_wise(arguments, bounds),
     }
     gradients = domain_gradients(input, grad_output, offsets)
     right = torch.einsum("noi,moi->nm", queries.double(), gradients)

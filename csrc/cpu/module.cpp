@@ -10,7 +10,6 @@
 
 #include "earliest_first.h"
 #include "group_influence.h"
-#include "philox.h"
 #include "sketch.h"
 
 namespace py = pybind11;
@@ -54,18 +53,6 @@ void sketch_rows(const std::string& instruction_set, int threads, const std::arr
     problem.output = pointer<float>(output);
     const py::gil_scoped_release release;
     tikmix_fast::sketch_rows(problem, instruction_set.c_str(), threads);
-}
-
-void random_words(uint64_t seed, uint64_t stream, const std::array<int64_t, 3>& place, int64_t words) {
-    const auto low = [](uint64_t number) { return static_cast<uint32_t>(number); };
-    const auto high = [](uint64_t number) { return static_cast<uint32_t>(number >> 32); };
-    int64_t* target = pointer<int64_t>(words);
-    for (int64_t row = place[0]; row < place[0] + place[1]; ++row) {
-        for (int64_t column = 0; column < place[2]; ++column) {
-            const std::array<uint32_t, 4> counter = {low(column), low(row), low(stream), high(stream)};
-            for (const uint32_t word : tikmix_fast::philox4x32(counter, {low(seed), high(seed)})) *target++ = word;
-        }
-    }
 }
 
 Kernel kernel_named(const std::string& name) {
@@ -127,9 +114,6 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("sketch_rows", &sketch_rows, py::kw_only(), py::arg("instruction_set"), py::arg("threads"),
                py::arg("sizes"), py::arg("input"), py::arg("codes"), py::arg("output"),
                "Write the CountSketch [T, k] of the rows, float32; sizes are (T, columns, k), codes int32.");
-    module.def("random_words", &random_words, py::kw_only(), py::arg("seed"), py::arg("stream"), py::arg("place"),
-               py::arg("words"),
-               "Write Philox words [rows, columns, 4] as int64; place is (first row, rows, columns).");
     module.def("instruction_sets", &instruction_sets, "Names of the kernels this processor can run, best first.");
     module.def(
         "packed_layout", &packed_layout, py::kw_only(), py::arg("instruction_set"), py::arg("dtype"),

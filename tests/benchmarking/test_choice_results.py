@@ -27,8 +27,6 @@ def test_the_chosen_way_is_about_the_fastest_that_was_measured() -> None:
         )
         chosen = "row_wise" if counted.row_wise < counted.fused else "fused"
         assert case["seconds"][chosen] <= 1.35 * min(case["seconds"].values()), (case, counted)
-        # Two passes multiply as much as one and write besides.
-        assert counted.two_pass >= counted.fused
         assert case["seconds"]["two_pass"] >= case["seconds"]["fused"], case
 
 

@@ -11,7 +11,7 @@ from tikmix_fast.benchmarking import memory
 from tikmix_fast.benchmarking.baselines import PLAIN, Answer, Layer, Method, exact_methods
 from tikmix_fast.benchmarking.machine import MachineRates, measure_rates
 from tikmix_fast.benchmarking.ops import CASES, Case, check_methods, make_layer, measure_case
-from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends import cpu
 
 RATES = MachineRates({"float32": 1e11, "bfloat16": 2e11}, {}, 1e10)
 

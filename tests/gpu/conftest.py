@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tikmix_fast import ops
 from tikmix_fast.ops.backends import triton
-from tikmix_fast.ops.backends.cuda import cuda
-from tikmix_fast.ops.backends.gpu_cost import GpuCosts
+from tikmix_fast.ops.backends.cuda import exact as cuda
+from tikmix_fast.ops.common.gpu_cost import GpuCosts
 from tikmix_fast.testing import (
     check_budget,
     domain_gradients,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends.cpu import exact, native
 
 PROT_NONE = 0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,11 +67,11 @@ def influence(
     offsets = put(torch.tensor([0, rows // 2, rows // 2, rows]))
     order = put(torch.randperm(rows, generator=generator)) if with_order else None
     values = put(torch.full((tasks, 3), torch.nan, dtype=torch.float64))
-    read = cpu._plain(queries)
+    read = exact.plain_argument(queries)
     if packed:
-        shape, dtype = cpu._panels(instruction_set, queries)
+        shape, dtype = exact.packed_layout(instruction_set, queries)
         panels = put(torch.full(shape, torch.nan, dtype=dtype))
-        cpu._cpu.pack_queries(
+        native.module.pack_queries(
             instruction_set=instruction_set,
             threads=1,
             height=height,
@@ -79,13 +79,13 @@ def influence(
             queries=read,
             panels=panels.data_ptr(),
         )
-        read = cpu._packed(panels)
-    cpu._cpu.group_influence(
+        read = exact.packed_argument(panels)
+    native.module.group_influence(
         instruction_set=instruction_set,
         threads=1,
         sizes=(rows, height, width, 3),
-        input=cpu.matrix_argument(input),
-        grad_output=cpu.matrix_argument(grad_output),
+        input=native.matrix_argument(input),
+        grad_output=native.matrix_argument(grad_output),
         queries=read,
         offsets=offsets.data_ptr(),
         order=0 if order is None else order.data_ptr(),
@@ -109,11 +109,11 @@ def check_sketch(instruction_set: str, put: Callable[..., Tensor], case: tuple[i
     fenced = put(numbers, *row_layouts(rows, columns)[which % 4])
     output = put(torch.full((rows, dim), torch.nan))
     fenced_codes = put(codes)
-    cpu._cpu.sketch_rows(
+    native.module.sketch_rows(
         instruction_set=instruction_set,
         threads=1,
         sizes=(rows, columns, dim),
-        input=cpu.matrix_argument(fenced),
+        input=native.matrix_argument(fenced),
         codes=fenced_codes.data_ptr(),
         output=output.data_ptr(),
     )
@@ -122,23 +122,16 @@ def check_sketch(instruction_set: str, put: Callable[..., Tensor], case: tuple[i
     assert torch.equal(output, torch.zeros(rows, dim).index_add_(1, buckets, numbers.float() * signs))
 
 
-def check_words(_: str, put: Callable[..., Tensor], case: tuple[int, int, int], which: int) -> None:
-    words = put(torch.full((*case[:2], 4), -1))
-    cpu._cpu.random_words(seed=which, stream=1, place=(5, *case[:2]), words=words.data_ptr())
-    assert (words >= 0).all()
-
-
 # What is checked, and sizes: tails of every vector and micro-tile, blocks of a sketch that are full or not.
 CHECKS = (
     (check_influence, ((1, 2, 9, 70), (1, 5, 6, 7, 12, 13, 49), (1, 4, 7, 8, 16, 17, 32, 33, 65))),
     (check_sketch, ((1, 2, 5), (1, 15, 16, 33, 100, 1100, 2048), (16, 32, 64, 1024))),
-    (check_words, ((1, 3), (1, 7), (0,))),
 )
 
 
 def run(instruction_set: str) -> None:
     torch.set_num_threads(1)
-    os.environ[cpu.INSTRUCTION_SET_VARIABLE] = instruction_set
+    os.environ[native.INSTRUCTION_SET_VARIABLE] = instruction_set
     which = 0
     for check, sizes in CHECKS:
         for case, side, _ in itertools.product(itertools.product(*sizes), ("begins", "ends"), DTYPES):

@@ -18,16 +18,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tikmix_fast import ops
-from tikmix_fast.ops.backends import projected_rows as projected_kernels
-from tikmix_fast.ops.backends import reference
-from tikmix_fast.ops.backends.cuda import cuda
-from tikmix_fast.ops.backends.gpu_cost import GpuCosts
+from tikmix_fast.ops import dispatch
+from tikmix_fast.ops.backends import cuda, reference
+from tikmix_fast.ops.backends.cuda import exact, native
 from tikmix_fast.ops.common import device_checks
 from tikmix_fast.ops.common.checks import Arguments
+from tikmix_fast.ops.common.gpu_cost import GpuCosts
 from tikmix_fast.ops.common.projected_checks import ProjectedArguments
-from tikmix_fast.ops.exact import schema
 
-native = pytest.importorskip("tikmix_fast._cuda", reason="the CUDA module is not compiled in")
+compiled = pytest.importorskip("tikmix_fast._cuda", reason="the CUDA module is not compiled in")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the module itself is called; see tests/gpu")
 
 MULTIPROCESSORS, STREAM = 132, 77
@@ -58,16 +57,16 @@ class Module:
     def _note(self, name: str, arguments: dict[str, Any]) -> None:
         self.calls.append(name)
         with pytest.raises(RuntimeError):  # from the runtime: there is no GPU. Of a wrong type, it is a TypeError.
-            getattr(native, name)(**arguments)
+            getattr(compiled, name)(**arguments)
         if name != "plan_projected":
             assert arguments["stream"] == STREAM
 
     def packed_layout(self, *, kernel: str, element: int) -> tuple[int, ...]:
-        return native.packed_layout(kernel=kernel, element=element)
+        return compiled.packed_layout(kernel=kernel, element=element)
 
     def plan(self, **arguments: Any) -> tuple[int, int, int]:
         assert arguments["multiprocessors"] == MULTIPROCESSORS
-        return native.plan(**arguments)
+        return compiled.plan(**arguments)
 
     def pack_queries(self, **arguments: Any) -> None:
         self._note("pack_queries", arguments)
@@ -157,7 +156,7 @@ class Module:
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Module]:
     """The stand-in, on a GPU of this capability whose memory is the host's."""
     stand_in = Module()
-    monkeypatch.setattr(cuda, "_cuda", stand_in)
+    monkeypatch.setattr(native, "module", stand_in)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -166,7 +165,7 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=STREAM))
-    monkeypatch.delenv(cuda.KERNEL_VARIABLE, raising=False)
+    monkeypatch.delenv(exact.KERNEL_VARIABLE, raising=False)
     yield stand_in
     device_checks.raise_on_device_errors()
 
@@ -200,17 +199,17 @@ def test_the_exact_kernel_gets_what_it_reads(
 ) -> None:
     call = make_call(dtype, queries, shuffled=shuffled)
     right = reference.group_influence(call)
-    assert torch.equal(cuda.fused(call), right)
+    assert torch.equal(exact.fused(call), right)
     packed = call._replace(panels=cuda.pack_queries(call.queries))
     module.calls.clear()
-    assert torch.equal(cuda.fused(packed), right)
+    assert torch.equal(exact.fused(packed), right)
     assert module.calls == ["group_influence"], "packed queries were packed again"
 
 
 def test_queries_of_any_strides_are_packed(module: Module) -> None:
     call = make_call(torch.bfloat16, torch.bfloat16)
     for queries in (call.queries.mT.contiguous().mT, call.queries.repeat_interleave(2, dim=2)[..., ::2]):
-        assert torch.equal(cuda.fused(call._replace(queries=queries)), reference.group_influence(call))
+        assert torch.equal(exact.fused(call._replace(queries=queries)), reference.group_influence(call))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -226,7 +225,7 @@ def test_the_total_is_added_where_it_belongs(module: Module, dtype: torch.dtype,
         "transposed": lambda: before.T.contiguous().T,
     }[layout]()
     version = grad_weight._version
-    values = cuda.fused(call._replace(grad_weight=grad_weight))
+    values = exact.fused(call._replace(grad_weight=grad_weight))
     assert torch.equal(values, reference.group_influence(call))
     total = call.grad_output.double().T @ call.input.double()
     assert torch.equal(grad_weight, (before.double() + total).to(dtype))
@@ -238,7 +237,7 @@ def test_workspaces_are_as_large_as_planned(module: Module, rows: int) -> None:
     """The stand-in writes all of them."""
     call = make_call(torch.bfloat16, torch.bfloat16, height=8, width=16, sizes=[rows // 2, rows - rows // 2])
     grad_weight = torch.zeros(8, 16)
-    values = cuda.fused(call._replace(grad_weight=grad_weight))
+    values = exact.fused(call._replace(grad_weight=grad_weight))
     assert torch.equal(values, reference.group_influence(call))
 
 
@@ -246,8 +245,8 @@ def test_workspaces_are_as_large_as_planned(module: Module, rows: int) -> None:
 def test_a_single_row_of_any_stride(module: Module, stride: int) -> None:
     call = make_call(torch.bfloat16, torch.bfloat16, sizes=[1])
     call = call._replace(input=call.input.as_strided(call.input.shape, (stride, 1)))
-    assert cuda._are_aligned(call.input)
-    assert torch.equal(cuda.fused(call), reference.group_influence(call))
+    assert native.are_aligned(call.input)
+    assert torch.equal(exact.fused(call), reference.group_influence(call))
 
 
 @pytest.mark.parametrize("cheapest", ["fused", "two_pass"])
@@ -255,7 +254,7 @@ def test_only_bfloat16_queries_may_meet_rounded_gradients(
     module: Module, monkeypatch: pytest.MonkeyPatch, cheapest: str
 ) -> None:
     costs = GpuCosts(fused=float(cheapest != "fused"), two_pass=float(cheapest == "fused"))
-    monkeypatch.setattr(cuda, "count_gpu_costs", lambda *sizes, **how: costs)
+    monkeypatch.setattr(exact, "count_gpu_costs", lambda *sizes, **how: costs)
     for queries, kernel in ((torch.bfloat16, cheapest == "fused"), (torch.float32, True)):
         module.calls.clear()
         cuda.group_influence(make_call(torch.bfloat16, queries))
@@ -267,7 +266,7 @@ def test_panels_of_another_kernel_or_device_are_not_read(module: Module) -> None
     right = reference.group_influence(call)
     panels = cuda.pack_queries(call.queries)
     for other in (panels[:, :1], panels.float(), panels.to("meta"), panels.flip(0).mT.contiguous().mT):
-        assert torch.equal(cuda.fused(call._replace(panels=other)), right)
+        assert torch.equal(exact.fused(call._replace(panels=other)), right)
 
 
 @pytest.mark.parametrize("kind", ["countsketch", "rademacher", "gaussian", "pair"])
@@ -289,10 +288,12 @@ def test_the_projected_kernel_gets_what_it_reads(
         torch.nn.functional.pad(rows, (0, 4))[:, : rows.shape[1]] for rows in (call.input, call.grad_output)
     )
     arguments = ProjectedArguments(input, grad_output, call.offsets, queries, *factors, scale, call.order)
-    assert cuda._projected_refusal(arguments) is None
-    torch.testing.assert_close(cuda.projected_group_influence(arguments), projected_kernels.reference(arguments))
+    assert cuda.projected.refusal(arguments) is None
+    torch.testing.assert_close(
+        cuda.projected_group_influence(arguments), reference.projected_group_influence(arguments)
+    )
     units = arguments._replace(queries=torch.eye(k_out * k_in).view(-1, k_out, k_in))
-    right = projected_kernels.reference(units).T.reshape(-1, k_out, k_in)
+    right = reference.projected_group_influence(units).T.reshape(-1, k_out, k_in)
     torch.testing.assert_close(cuda.projected_domain_gradients(arguments), right.float())
     assert module.calls.count("write_factor") == 4
 
@@ -303,6 +304,6 @@ def test_packing_is_traced_with_the_shape_that_it_has(module: Module, dtype: tor
     panels = cuda.pack_queries(torch.zeros(3, 136, 24, dtype=dtype))
     with FakeTensorMode():
         queries = torch.empty(3, 136, 24, dtype=dtype, device="cuda")
-        traced = schema._pack_queries_fake(queries)
+        traced = dispatch.empty_panels(queries)
         assert traced.device.type == "cuda"
     assert (traced.shape, traced.dtype) == (panels.shape, panels.dtype)

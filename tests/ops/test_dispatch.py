@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tikmix_fast import ops
 from tikmix_fast.ops import dispatch
-from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends.cpu import native
 
 ARGUMENTS = (torch.ones(2, 1), torch.ones(2, 1), torch.tensor([0, 2]), torch.ones(1, 1, 1))
 
@@ -24,12 +25,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the backends that ran, in order."""
     names: list[str] = []
 
-    def spy(name: str, backend: dispatch._Backend) -> dispatch._Backend:
+    def spy(name: str, backend: dispatch._Backend) -> SimpleNamespace:
         def run(arguments: dispatch.Arguments) -> Tensor:
             names.append(name)
             return torch.zeros(arguments.queries.shape[0], arguments.offsets.shape[0] - 1, dtype=torch.float64)
 
-        return backend._replace(unavailable=lambda: None, group_influence=run)
+        return SimpleNamespace(unavailable=lambda: None, refusal=backend.refusal, group_influence=run)
 
     monkeypatch.setattr(
         dispatch, "_BACKENDS", {name: spy(name, backend) for name, backend in dispatch._BACKENDS.items()}
@@ -88,8 +89,7 @@ def test_unknown_names_are_refused_with_their_source(ran: list[str], monkeypatch
 def test_a_backend_that_cannot_run_says_so_and_lists_the_others(
     ran: list[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    refused = dispatch._BACKENDS[name]._replace(unavailable=lambda: "not on this machine")
-    monkeypatch.setitem(dispatch._BACKENDS, name, refused)
+    monkeypatch.setattr(dispatch._BACKENDS[name], "unavailable", lambda: "not on this machine")
     with (
         pytest.raises(RuntimeError, match=f"the backend '{name}' asked for by use_backend") as caught,
         ops.use_backend(name),
@@ -123,8 +123,8 @@ def test_a_dtype_the_native_kernel_lacks_falls_back_once_aloud(
 def test_a_native_module_that_does_not_load_is_a_reason(
     ran: list[str], info_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_missing", "the native module tikmix_fast._cpu cannot be imported (why)")
-    monkeypatch.setitem(dispatch._BACKENDS, "cpu", dispatch._BACKENDS["cpu"]._replace(unavailable=cpu.unavailable))
+    monkeypatch.setattr(native, "missing", "the native module tikmix_fast._cpu cannot be imported (why)")
+    monkeypatch.setattr(dispatch._BACKENDS["cpu"], "unavailable", native.unavailable)
     assert "(why)" in str(ops.available_backends()["cpu"])
     ops.group_influence(*ARGUMENTS)
     assert ran == ["reference"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tikmix_fast.ops.backends.gpu_cost import count_gpu_costs
+from tikmix_fast.ops.common.gpu_cost import count_gpu_costs
 
 KERNELS = ("triton", "cuda")
 

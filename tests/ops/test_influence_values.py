@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends import cpu
 from tikmix_fast.testing import (
     check_budget,
     domain_gradients,

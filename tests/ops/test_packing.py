@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tikmix_fast import ops
-from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends import cpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

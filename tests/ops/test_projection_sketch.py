@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.ops.backends.cpu.sketch import sketch_rows
+from tikmix_fast.ops.backends.cpu.projected import sketch_rows
 from tikmix_fast.ops.common.projection import factor_matrix
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tikmix_fast import ops, testing
-from tikmix_fast.ops.backends import projected_rows as projected_kernels
+from tikmix_fast.ops.backends import reference
 from tikmix_fast.ops.common.device_checks import WRONG_OFFSETS, WRONG_ORDER
 from tikmix_fast.ops.common.projected_checks import ProjectedArguments
 from tikmix_fast.ops.common.projection import ProjectionKind, factor_matrix
@@ -93,13 +93,6 @@ def integers(
     )
 
 
-def gradients_of(call: ProjectedArguments, **options: object) -> Tensor:
-    input, grad_output, offsets, queries, output_factor, input_factor, scale, order = call
-    return projected.projected_domain_gradients(
-        input, grad_output, offsets, output_factor, input_factor, tuple(queries.shape[1:]), scale, order, **options
-    )
-
-
 def expected_gradients(call: ProjectedArguments) -> Tensor:
     """Every domain's projected gradient, float64 [m, k_out, k_in], from the whole one."""
     input, grad_output, offsets, queries, output_factor, input_factor, scale, order = call
@@ -118,7 +111,7 @@ def test_values_and_gradients_stay_within_the_error_budget(
     """Twice the error of torch's products, all in float32: the kernel rounds nothing to 16 bits."""
     call = problem(height, width, k_out, k_in, sizes, tasks, kind, dtype)
     gradients = expected_gradients(call)
-    expected = projected_kernels.reference(call)
+    expected = reference.projected_group_influence(call)
     small_input, small_grad = (
         rows.float() @ factor_matrix(factor, dim, torch.float32).T
         for rows, factor, dim in (
@@ -135,7 +128,7 @@ def test_values_and_gradients_stay_within_the_error_budget(
         testing.influence_error(call.scale * eager, expected, call.queries, gradients),
         floor,
     )
-    computed = gradients_of(call)
+    computed = projected.projected_domain_gradients(call)
     assert computed.dtype == torch.float32
     for (start, end), value, gradient in zip(
         itertools.pairwise(call.offsets.tolist()), computed, gradients, strict=True
@@ -165,8 +158,8 @@ def test_any_layout_is_exact(
         patch.setattr(projected, "_OF_INTERPRETER", (projected.Blocks(16, 32, 4, 1),))
         patch.setattr(projected, "multiprocessors", lambda device: multiprocessors)
         values = projected.projected_group_influence(call)
-        gradients = gradients_of(call)
-    assert torch.equal(values, projected_kernels.reference(call))
+        gradients = projected.projected_domain_gradients(call)
+    assert torch.equal(values, reference.projected_group_influence(call))
     assert torch.equal(gradients.double(), expected_gradients(call))
 
 
@@ -176,8 +169,8 @@ def test_any_number_of_rows_of_the_matrices(k_out: int, k_in: int, kind: str) ->
     if kind == "countsketch":
         k_out, k_in = (max(16, 2 ** (k - 1).bit_length()) for k in (k_out, k_in))
     call = integers(5, 18, k_out, k_in, [4, 0, 7], 9, kind, shuffled=False)
-    assert torch.equal(projected.projected_group_influence(call), projected_kernels.reference(call))
-    assert torch.equal(gradients_of(call).double(), expected_gradients(call))
+    assert torch.equal(projected.projected_group_influence(call), reference.projected_group_influence(call))
+    assert torch.equal(projected.projected_domain_gradients(call).double(), expected_gradients(call))
 
 
 @pytest.mark.parametrize("input_dtype", [*DTYPES])
@@ -192,7 +185,7 @@ def test_matrices_are_not_rounded_to_what_the_rows_are(input_dtype: torch.dtype,
     for swapped in (call, call._replace(input=rows[0], grad_output=rows[1].to(input_dtype))):
         assert projected.refusal(swapped) is None
         (gradient,) = expected_gradients(swapped)
-        assert testing.gradient_error(gradients_of(swapped)[0], gradient).error < 1e-5
+        assert testing.gradient_error(projected.projected_domain_gradients(swapped)[0], gradient).error < 1e-5
 
 
 def test_matrices_of_float64_are_refused() -> None:
@@ -208,7 +201,7 @@ def test_matrices_of_float64_are_refused() -> None:
 @pytest.mark.parametrize("which", ["input", "grad_output", "queries", "output_factor", "input_factor", "offsets"])
 def test_strides_change_nothing(which: str, kind: str) -> None:
     call = integers(18, 21, 16, 32, [20, 5], 3, kind, shuffled=True)
-    expected = projected_kernels.reference(call)
+    expected = reference.projected_group_influence(call)
     tensor = getattr(call, which)
     wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 99, dtype=tensor.dtype)
     wide[..., ::2] = tensor
@@ -227,7 +220,7 @@ def test_strides_beyond_32_bits(which: str) -> None:
     far = 2**30 + 8  # in the third row, further than 32 bits count
     distant = torch.empty(2 * far + 32, dtype=torch.float16).as_strided((3, getattr(call, which).shape[1]), (far, 1))
     distant.copy_(getattr(call, which))
-    expected = projected_kernels.reference(call)
+    expected = reference.projected_group_influence(call)
     assert torch.equal(projected.projected_group_influence(call._replace(**{which: distant})), expected)
 
 
@@ -241,7 +234,7 @@ def test_what_is_not_finite_stays_in_its_domain(name: str, kind: str, poison: fl
     values = projected.projected_group_influence(call)
     assert not values[:, 1].isfinite().any()
     assert values[:, [0, 2]].isfinite().all()
-    finite = gradients_of(call).isfinite().flatten(1)
+    finite = projected.projected_domain_gradients(call).isfinite().flatten(1)
     assert finite[[0, 2]].all()
     assert not finite[1].all()
 
@@ -257,7 +250,7 @@ def test_two_runs_are_the_same_bits() -> None:
     call = problem(9, 40, 64, 32, [20, 3, 30], 3, "gaussian", torch.bfloat16)
     first, second = (projected.projected_group_influence(call) for _ in range(2))
     assert torch.equal(first, second)
-    assert torch.equal(gradients_of(call), gradients_of(call))
+    assert torch.equal(projected.projected_domain_gradients(call), projected.projected_domain_gradients(call))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -291,7 +284,7 @@ def test_nothing_sums_to_zero(
     values = projected.projected_group_influence(call, flag=flag)
     assert values.shape == (tasks, len(offsets) - 1)
     assert (values == 0).all()
-    torch.testing.assert_close(gradients_of(call, flag=flag), expected_gradients(call).float())
+    torch.testing.assert_close(projected.projected_domain_gradients(call, flag=flag), expected_gradients(call).float())
     assert flag is None or flag.item() == 0
 
 
@@ -314,7 +307,7 @@ def test_what_the_host_must_not_read_is_noted(offsets: list[int], row: int | Non
     call = integers(9, 10, 3, 4, [40], 2, "pair", shuffled=row is not None)._replace(offsets=torch.tensor(offsets))
     if row is not None:
         call.order[17] = row
-    for run in (projected.projected_group_influence, gradients_of):
+    for run in (projected.projected_group_influence, projected.projected_domain_gradients):
         flag = torch.zeros(1, dtype=torch.int32)
         assert run(call, flag=flag).isnan().all()
         assert flag.item() == code
@@ -325,7 +318,7 @@ def test_what_the_host_must_not_read_is_noted(offsets: list[int], row: int | Non
 def test_rows_that_a_kernel_checks_are_taken_where_they_are_right() -> None:
     call = integers(9, 10, 3, 4, [15, 25], 2, "pair", shuffled=True)
     flag = torch.full((1,), WRONG_ORDER, dtype=torch.int32)
-    assert torch.equal(projected.projected_group_influence(call, flag=flag), projected_kernels.reference(call))
+    assert torch.equal(projected.projected_group_influence(call, flag=flag), reference.projected_group_influence(call))
     assert flag.item() == WRONG_ORDER  # of an earlier call, until somebody reads it
 
 
@@ -369,7 +362,7 @@ def test_compiled_for_gpus_the_loops_use_tensor_cores_and_spill_nothing(architec
     done = subprocess.run(command, capture_output=True, text=True, env=plain, check=False)
     assert done.returncode == 0, done.stderr
     for walk, reduction in json.loads(done.stdout.splitlines()[-1]):
-        assert (walk["name"], reduction["name"]) == ("_walk_rows", "_sum_slots")
+        assert (walk["name"], reduction["name"]) == ("walk_rows", "sum_slots")
         loops = walk["wgmma" if architecture == 90 else "mma"]
         assert len(loops) >= 2
         assert all(spills == 0 for _, spills in loops)

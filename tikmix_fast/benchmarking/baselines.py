@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tikmix_fast import ops
-from tikmix_fast.ops.backends.cpu import cpu
+from tikmix_fast.ops.backends import cpu
 
 __all__ = ["PLAIN", "Answer", "Layer", "Method", "exact_methods", "projected_methods"]
 

@@ -1,25 +1,24 @@
-"""Which backend runs a call: the argument, else `use_backend`, else TIKMIX_FAST_BACKEND, else the best one that can."""
+"""Pick the backend of a call: the argument, else `use_backend`, else TIKMIX_FAST_BACKEND, else the best usable one."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops.backends import projected_rows as projected_kernels
-from tikmix_fast.ops.backends import reference, triton
-from tikmix_fast.ops.backends.cpu import cpu
-from tikmix_fast.ops.backends.cuda import cuda
+from tikmix_fast.ops.backends import cpu, cuda, reference, triton
 from tikmix_fast.ops.common.checks import Arguments, check_arguments, check_grad_weight_memory
 from tikmix_fast.ops.common.projected_checks import ProjectedArguments, check_projected_arguments
 
 __all__ = [
     "available_backends",
+    "empty_panels",
+    "pack_queries",
     "run_group_influence",
     "run_projected_domain_gradients",
     "run_projected_group_influence",
@@ -31,44 +30,25 @@ ENVIRONMENT_VARIABLE = "TIKMIX_FAST_BACKEND"
 _log = logging.getLogger("tikmix_fast.ops")
 
 
-class _Backend(NamedTuple):
-    unavailable: Callable[[], str | None]  # why it cannot run on this machine
-    refusal: Callable[[Arguments | ProjectedArguments], str | None]  # why it cannot take this call
-    group_influence: Callable[[Arguments], Tensor]
-    projected_group_influence: Callable[[ProjectedArguments], Tensor]
-    projected_domain_gradients: Callable[[ProjectedArguments], Tensor]
+class _Backend(Protocol):
+    """What the package of every backend offers."""
+
+    def unavailable(self) -> str | None:
+        """Return why it cannot run on this machine, or None."""
+
+    def refusal(self, arguments: Arguments | ProjectedArguments) -> str | None:
+        """Return why it cannot take this call, or None."""
+
+    def group_influence(self, arguments: Arguments) -> Tensor: ...
+    def projected_group_influence(self, arguments: ProjectedArguments) -> Tensor: ...
+    def projected_domain_gradients(self, arguments: ProjectedArguments) -> Tensor: ...
 
 
-_BACKENDS = {
-    "reference": _Backend(
-        reference.unavailable,
-        reference.refusal,
-        reference.group_influence,
-        projected_kernels.reference,
-        projected_kernels.domain_gradients,
-    ),
-    "cpu": _Backend(
-        cpu.unavailable, cpu.refusal, cpu.group_influence, projected_kernels.cpu, projected_kernels.domain_gradients
-    ),
-    "triton": _Backend(
-        triton.unavailable,
-        triton.refusal,
-        triton.group_influence,
-        triton.projected_group_influence,
-        triton.projected_domain_gradients,
-    ),
-    "cuda": _Backend(
-        cuda.unavailable,
-        cuda.refusal,
-        cuda.group_influence,
-        cuda.projected_group_influence,
-        cuda.projected_domain_gradients,
-    ),
-}
-# What the automatic choice tries on each kind of device, best first; the reference takes whatever is left.
+_BACKENDS: Mapping[str, _Backend] = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
+# What the automatic choice tries on each kind of device, best first. The reference takes all other calls.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
-# Process-wide and not a context variable: backward runs in autograd's own threads, which must see the choice.
+# For the process, not a context variable: backward runs in autograd's own threads, which must see the choice.
 _chosen: list[str] = []
 _logged: set[tuple[str, str]] = set()
 
@@ -98,7 +78,7 @@ def _check_name(name: str, source: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the context with one backend, unless a call names another.
 
-    The choice holds for the whole process, so that it reaches the threads in which autograd runs backward.
+    The choice holds for the whole process, because autograd runs backward in threads of its own.
 
     Parameters
     ----------
@@ -108,9 +88,10 @@ def use_backend(name: str) -> Iterator[None]:
     Raises
     ------
     ValueError
-        If there is no backend of this name.
+        If no backend has this name.
     RuntimeError
-        Inside a function that is being compiled: the choice is read when the op runs, so make it around the call.
+        Inside a function that is being compiled. The op reads the choice when it runs, so enter the context around the
+        compiled call.
 
     Examples
     --------
@@ -162,6 +143,16 @@ def _choose(argument: str | None, arguments: Arguments | ProjectedArguments) -> 
     return "reference"
 
 
+def pack_queries(queries: Tensor) -> Tensor:
+    """Copy queries into the order of the native kernel for their device; an empty vector if it does not take them."""
+    return cuda.pack_queries(queries) if queries.is_cuda else cpu.pack_queries(queries)
+
+
+def empty_panels(queries: Tensor) -> Tensor:
+    """Return the uninitialized result of `pack_queries`, for tracing."""
+    return cuda.empty_panels(queries) if queries.is_cuda else cpu.empty_panels(queries)
+
+
 def run_group_influence(
     input: Tensor,
     grad_output: Tensor,
@@ -172,7 +163,7 @@ def run_group_influence(
     grad_weight: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """Check the arguments of ``group_influence`` and run it; this is the kernel that the schema calls."""
+    """Check the arguments of ``group_influence`` and run it in one backend; the schema calls this."""
     arguments = Arguments(input, grad_output, offsets, queries, panels, order, grad_weight)
     check_arguments(arguments)
     check_grad_weight_memory(arguments)
@@ -191,7 +182,7 @@ def run_projected_group_influence(
     order: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """Check the arguments of ``projected_group_influence`` and run it; this is the kernel that the schema calls."""
+    """Check the arguments of ``projected_group_influence`` and run it in one backend; the schema calls this."""
     arguments = ProjectedArguments(input, grad_output, offsets, queries, output_factor, input_factor, scale, order)
     check_projected_arguments(arguments)
     with torch.autocast(input.device.type, enabled=False):
@@ -199,7 +190,7 @@ def run_projected_group_influence(
 
 
 def run_projected_domain_gradients(arguments: ProjectedArguments) -> Tensor:
-    """Check the arguments of ``projected_domain_gradients``, of no query, and run it."""
+    """Check the arguments of ``projected_domain_gradients``, which have no queries, and run it in one backend."""
     check_projected_arguments(arguments)
     with torch.autocast(arguments.input.device.type, enabled=False):
         return _BACKENDS[_choose(None, arguments)].projected_domain_gradients(arguments)

@@ -1,1 +1,1 @@
-"""One folder per backend, complete: what it can take, what it costs, and the call itself."""
+"""One complete folder per backend: whether it can run, which calls it takes, what they cost, and the calls."""

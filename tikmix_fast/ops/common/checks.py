@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "Arguments",
@@ -17,6 +18,7 @@ __all__ = [
     "check_rows",
     "describe",
     "domain_bounds",
+    "refuse_derivatives",
     "require_floating",
     "require_shape",
 ]
@@ -153,6 +155,20 @@ def check_order(order: Tensor | None, rows: int) -> None:
     low, high = (int(bound) for bound in torch.aminmax(order))
     if low < 0 or high >= rows:
         raise ValueError(f"order must be a permutation of 0 ... {rows - 1}; got entries from {low} to {high}")
+
+
+def refuse_derivatives(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise RuntimeError if autograd would differentiate ``op``, which has no derivative, by one of the tensors."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op} has no derivative, but {name} requires grad; call it under torch.no_grad() or pass "
+                f"{name}.detach()"
+            )
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{op} has no derivative, but {name} has a tangent; pass its primal value")
 
 
 def _byte_range(tensor: Tensor) -> tuple[int, int]:

@@ -9,63 +9,71 @@ from hashlib import blake2b
 from statistics import NormalDist
 from typing import Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tikmix_fast.ops.common.philox import random_words
-
-__all__ = ["LayerProjection", "ProjectionKind", "factor_matrix"]
+__all__ = ["LayerProjection", "ProjectionKind", "factor_matrix", "is_sketch_dim"]
 
 ProjectionKind = Literal["countsketch", "rademacher", "gaussian"]
 
-_WORDS = 1 << 64
-# A side's rows are told apart from the other's by this bit of the row number.
-_INPUT_SIDE = 1 << 31
-_SIGNS_PER_PLACE = 128
-_NORMALS_PER_PLACE = 8
+_UINT64 = 1 << 64
+# Rows that share a random generator: making one takes as long as drawing 2000 words.
+_ROWS_PER_GENERATOR = 16
 _NORMAL_BITS = 16
-# The largest entry is 125: an int8, and exact in bfloat16 and float16, so that no backend rounds the matrix.
+# The largest entry is 125. It fits int8 and is exact in bfloat16 and float16, so no backend rounds the matrix.
 _NORMAL_STEPS = 29
 
 
 @cache
-def _normal_table() -> Tensor:
+def _normal_table() -> NDArray[np.int8]:
     """Tabulate the normal distribution: entry i is its quantile at ``(i + 1/2) / 2**16``, in 29ths, rounded.
 
-    No quantile is within 1e-6 of where rounding turns, so every platform's libm gives these integers.
+    Every quantile is more than 1e-6 away from a rounding boundary, so the libm of every platform gives these integers.
     """
     half = 1 << (_NORMAL_BITS - 1)
     quantile = NormalDist().inv_cdf
     upper = [round(_NORMAL_STEPS * quantile(0.5 + (i + 0.5) / (2 * half))) for i in range(half)]
-    return torch.tensor([-entry for entry in reversed(upper)] + upper, dtype=torch.int8, device="cpu")
+    return np.array([-entry for entry in reversed(upper)] + upper, np.int8)
 
 
 @cache
 def _entry_deviation(kind: ProjectionKind) -> float:
     """Return the standard deviation of an entry as it is drawn, before it is scaled."""
-    return math.sqrt(_normal_table().double().square().mean()) if kind == "gaussian" else 1.0
+    return math.sqrt(np.square(_normal_table(), dtype=np.float64).mean()) if kind == "gaussian" else 1.0
 
 
-def _signs(words: Tensor, columns: int) -> Tensor:
-    """Return bits of the words [rows, places, 4], lowest first, as booleans [rows, columns]."""
-    return (words[..., None] >> torch.arange(32, device="cpu") & 1).flatten(1)[:, :columns].bool()
+def _random_words(seed: int, stream: int, side: int, rows: int, count: int) -> NDArray[np.uint64]:
+    """Draw little-endian 64-bit words [rows, count], each a function of seed, stream, side, row and column alone."""
+    key = np.array([seed, stream], np.uint64)
+    groups = []
+    for group in range(-(-rows // _ROWS_PER_GENERATOR)):
+        generator = np.random.Philox(counter=np.array([0, group, side, 0], np.uint64), key=key)
+        groups.append(generator.random_raw(_ROWS_PER_GENERATOR * count).reshape(count, _ROWS_PER_GENERATOR).T)
+    return np.concatenate(groups)[:rows].astype("<u8", order="C", copy=False)
 
 
 def _draw_factor(kind: ProjectionKind, seed: int, stream: int, side: int, dim: int, columns: int) -> Tensor:
-    def words(first_row: int, rows: int, per_place: int, count: int) -> Tensor:
-        return random_words(seed, stream, rows, -(-count // per_place), first_row=side + first_row)
+    def bits(rows: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        words = _random_words(seed, stream, side, rows, -(-columns // 64))
+        return words, np.unpackbits(words.view(np.uint8), axis=1, count=columns, bitorder="little")
 
     if kind == "countsketch":
-        negative = _signs(words(0, 1, _SIGNS_PER_PLACE, columns), columns)[0]
-        masks = words(1, 1, 4, -(-columns // dim)).flatten() & (dim - 1)
-        column = torch.arange(columns, device="cpu")
+        words, negative = bits(2)
+        masks = words[1].view("<u2").astype(np.int32) & (dim - 1)
+        column = np.arange(columns, dtype=np.int32)
         buckets = column % dim ^ masks[column // dim]
-        return torch.where(negative, ~buckets, buckets).int()
+        return torch.from_numpy(np.where(negative[0], ~buckets, buckets))
     if kind == "rademacher":
-        return 1 - 2 * _signs(words(0, dim, _SIGNS_PER_PLACE, columns), columns).to(torch.int8)
-    drawn = words(0, dim, _NORMALS_PER_PLACE, columns)
-    indices = drawn[..., None] >> torch.tensor([0, _NORMAL_BITS], device="cpu") & (1 << _NORMAL_BITS) - 1
-    return _normal_table()[indices.flatten(1)[:, :columns]]
+        return torch.from_numpy(1 - 2 * bits(dim)[1].astype(np.int8))
+    words = _random_words(seed, stream, side, dim, -(-columns // (64 // _NORMAL_BITS)))
+    return torch.from_numpy(_normal_table()[words.view("<u2")[:, :columns]])
+
+
+def is_sketch_dim(dim: int) -> bool:
+    """Return whether a CountSketch can have this number of rows: a power of two from 16 to 1024."""
+    return 16 <= dim <= 1024 and dim.bit_count() == 1
 
 
 def factor_matrix(factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -137,7 +145,7 @@ class LayerProjection:
     Notes
     -----
     A larger layer holds a smaller one's columns; a dense matrix with more rows holds, but for the scale, one with
-    fewer. Bits come from Philox4x32-10, see `tikmix_fast.ops.common.philox`.
+    fewer. The bits are those of `numpy.random.Philox`, which numpy keeps the same from version to version.
 
     Examples
     --------
@@ -175,18 +183,18 @@ class LayerProjection:
             dim = getattr(self, name)
             if not 1 <= dim < 1 << 31:
                 raise ValueError(f"{name} must be in 1 ... 2**31 - 1; got {dim}")
-            if self.kind == "countsketch" and not (16 <= dim <= 1024 and dim.bit_count() == 1):
+            if self.kind == "countsketch" and not is_sketch_dim(dim):
                 raise ValueError(
                     f"{name} must be a power of two from 16 to 1024 for a countsketch; got {dim}; "
                     "rademacher and gaussian take any"
                 )
-        if not 0 <= self.seed < _WORDS:
+        if not 0 <= self.seed < _UINT64:
             raise ValueError(f"seed must be in 0 ... 2**64 - 1; got {self.seed}")
-        if isinstance(self.layer, int) and not 0 <= self.layer < _WORDS:
+        if isinstance(self.layer, int) and not 0 <= self.layer < _UINT64:
             raise ValueError(f"layer must be a name or in 0 ... 2**64 - 1; got {self.layer}")
         for name, side, dim, columns in (
             ("output_factor", 0, self.k_out, self.height),
-            ("input_factor", _INPUT_SIDE, self.k_in, self.width),
+            ("input_factor", 1, self.k_in, self.width),
         ):
             factor = _draw_factor(self.kind, self.seed, self._stream, side, dim, columns)
             object.__setattr__(self, name, factor.to(self.device))

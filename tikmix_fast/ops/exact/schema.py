@@ -1,21 +1,16 @@
-"""The ops as torch sees them: schema, shapes for tracing, and a refusal where autograd would need a formula."""
+"""The exact ops as torch sees them: schemas, shapes for tracing, and a refusal to differentiate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from tikmix_fast.ops.backends.cpu import cpu
-from tikmix_fast.ops.backends.cuda import cuda
-from tikmix_fast.ops.common.checks import Arguments, check_arguments
-from tikmix_fast.ops.dispatch import run_group_influence
+from tikmix_fast.ops.common.checks import Arguments, check_arguments, refuse_derivatives
+from tikmix_fast.ops.dispatch import empty_panels, pack_queries, run_group_influence
 
-__all__ = ["group_influence_op", "pack_queries_op", "refuse_derivatives"]
+__all__ = ["group_influence_op", "pack_queries_op"]
 
-# Kept at module level: a Library that is collected while its op is still held crashes the process.
+# At module level: if a Library is collected while somebody holds its op, the process crashes.
 _LIBRARY = torch.library.Library("tikmix_fast", "DEF")
 _LIBRARY.define(
     "group_influence(Tensor input, Tensor grad_output, Tensor offsets, Tensor queries, Tensor? panels, Tensor? order, "
@@ -24,28 +19,6 @@ _LIBRARY.define(
 _LIBRARY.define("pack_queries(Tensor queries) -> Tensor")
 group_influence_op = torch.ops.tikmix_fast.group_influence.default
 pack_queries_op = torch.ops.tikmix_fast.pack_queries.default
-
-
-def refuse_derivatives(op: str, tensors: Mapping[str, Tensor | None]) -> None:
-    """Raise RuntimeError if a derivative of ``op`` by one of its arguments is wanted: there is none."""
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{op} has no derivative, but {name} requires grad; call it under torch.no_grad() or pass "
-                f"{name}.detach()"
-            )
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op} has no derivative, but {name} has a tangent; pass its primal value")
-
-
-def _pack_queries(queries: Tensor) -> Tensor:
-    return cuda.pack_queries(queries) if queries.is_cuda else cpu.pack_queries(queries)
-
-
-def _pack_queries_fake(queries: Tensor) -> Tensor:
-    return cuda.empty_panels(queries) if queries.is_cuda else cpu.empty_panels(queries)
 
 
 def _group_influence_fake(
@@ -79,8 +52,8 @@ def _group_influence_autograd(
     return values
 
 
-_LIBRARY.impl("pack_queries", _pack_queries, "CompositeExplicitAutograd")
-torch.library.register_fake("tikmix_fast::pack_queries", _pack_queries_fake, lib=_LIBRARY)
+_LIBRARY.impl("pack_queries", pack_queries, "CompositeExplicitAutograd")
+torch.library.register_fake("tikmix_fast::pack_queries", empty_panels, lib=_LIBRARY)
 _LIBRARY.impl("group_influence", run_group_influence, "CompositeExplicitAutograd")
 _LIBRARY.impl("group_influence", _group_influence_autograd, "Autograd")
 torch.library.register_fake("tikmix_fast::group_influence", _group_influence_fake, lib=_LIBRARY)

@@ -1,17 +1,17 @@
-"""The projected op as torch sees it: schema, shapes for tracing, and a refusal where autograd would need a formula."""
+"""The projected op as torch sees it: schema, shapes for tracing, and a refusal to differentiate."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from tikmix_fast.ops.common.checks import refuse_derivatives
 from tikmix_fast.ops.common.projected_checks import ProjectedArguments, check_projected_arguments
 from tikmix_fast.ops.dispatch import run_projected_group_influence
-from tikmix_fast.ops.exact.schema import refuse_derivatives
 
 __all__ = ["projected_group_influence_op"]
 
-# Kept at module level: a Library that is collected while its op is still held crashes the process.
+# At module level: if a Library is collected while somebody holds its op, the process crashes.
 _LIBRARY = torch.library.Library("tikmix_fast", "FRAGMENT")
 _LIBRARY.define(
     "projected_group_influence(Tensor input, Tensor grad_output, Tensor offsets, Tensor queries, "

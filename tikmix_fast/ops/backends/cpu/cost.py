@@ -1,8 +1,7 @@
-"""Which way to the group influence of one layer costs least, by counting.
+"""Which way to the group influence of one layer costs less on a CPU, by counting.
 
-There are three. *Fused* forms every domain's gradient tile by tile and takes its products while it is in registers.
-*Two-pass* writes every domain's gradient and multiplies them with the queries afterwards. *Row-wise* never forms a
-gradient: ``<q, dy x^T> = <dy, q x>``, one product with every query per row, summed by domain.
+*Fused* forms every domain's gradient tile by tile and multiplies a tile with the queries while it is in registers.
+*Row-wise* never forms a gradient: ``<q, dy x^T> = <dy, q x>``, one product with every query per row, summed by domain.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from typing import NamedTuple
 
 __all__ = ["Costs", "count_costs"]
 
-# In rows: what a row costs in the fused main loop, 24 vector instructions for a micro-tile of 24 vectors, is 1. A row
-# of bfloat16 is cheaper than one of float32, two of them at a time, so that the same work counts for more rows.
+# The unit is one row of the fused main loop: 24 vector instructions for a micro-tile of 24 vectors. With pairs, two
+# bfloat16 rows are multiplied at a time: a row is cheaper, so the same work counts for more rows.
 _DOMAIN = 3.0  # adding a micro-tile to the total: 24 loads, additions and stores; and the start of the next one
 _DOMAIN_PAIRS = 6.0
 _PRODUCT = 0.8  # 24 multiplications with a query (12 where pairs are multiplied), and the sum of the lanes
@@ -20,23 +19,20 @@ _PRODUCT_PAIRS = 1.0
 # The same where the queries of a micro-tile, 1.5 KiB each, do not stay in the L1 cache beside the rows.
 _PRODUCT_FROM_L2 = 1.5
 _MOST_TASKS_IN_L1 = 16
-# torch's product of matrices, in float32, against our main loop; its result is read once more.
+# torch's float32 matrix product against our main loop, and one more read of its result.
 _TORCH = 1.45
 _TORCH_PAIRS = 3.2
-# Writing a micro-tile and reading it in the second pass.
-_WRITTEN = 4.0
 
 
 class Costs(NamedTuple):
     """What each way costs, in multiply-adds of the fused main loop."""
 
     fused: float
-    two_pass: float
     row_wise: float
 
     def cheapest(self) -> str:
-        """Return the name of the least; the first of equals."""
-        return min(self._fields, key=lambda name: float(getattr(self, name)))
+        """Return the name of the cheaper way; fused if they cost the same."""
+        return "row_wise" if self.row_wise < self.fused else "fused"
 
 
 def count_costs(
@@ -49,17 +45,15 @@ def count_costs(
     rows, height, width : int
         T, O and I.
     domains, tasks : int
-        m, empty domains not counted, and n.
+        m, without empty domains, and n.
     with_total : bool
-        Whether the total gradient is wanted besides; fused and two-pass have it anyway.
+        Whether the caller wants the total gradient too. Fused computes it in any case.
     pairs : bool
         Whether two bfloat16 rows are multiplied at a time.
 
     Returns
     -------
     Costs
-        Two-pass multiplies as much as fused and writes besides, so that it never wins here; it does where a tile of
-        queries cannot stay close to the arithmetic.
 
     Examples
     --------
@@ -72,6 +66,5 @@ def count_costs(
     in_l1 = _PRODUCT if tasks <= _MOST_TASKS_IN_L1 else _PRODUCT_FROM_L2
     domain, product, by_torch = (_DOMAIN_PAIRS, _PRODUCT_PAIRS, _TORCH_PAIRS) if pairs else (_DOMAIN, in_l1, _TORCH)
     fused = rows + domains * (domain + product * tasks)
-    two_pass = rows + domains * (domain + _WRITTEN + product * tasks)
     row_wise = rows * (by_torch * tasks + with_total)
-    return Costs(weights * fused, weights * two_pass, weights * row_wise)
+    return Costs(weights * fused, weights * row_wise)

@@ -1,4 +1,4 @@
-"""Group influence on a GPU in two passes through the vendor's grouped product: gradients by panel, then products."""
+"""Group influence on a GPU in two passes of the vendor's products: gradients of a panel, then panel times queries."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tikmix_fast.ops.common.device_checks import clamped_offsets, device_offsets
 
 __all__ = ["group_influence", "refusal"]
 
-# What a panel of all domains' gradients may take: it should stay in the L2 cache until its second pass.
+# The most that a panel of all domains' gradients may take: it should stay in the L2 cache until its second pass.
 _PANEL_BYTES = 32 << 20
-# The vendor's kernel has a thread of one block for each domain.
+# The vendor's kernel has one thread of a block for each domain.
 _MOST_DOMAINS = 1023
-# A panel's least height: tiles of the grouped product are as high, and each panel reads all rows of input again.
+# The least height of a panel, that of a tile of the grouped product. Every panel reads all rows of input again.
 _PANEL_ROWS = 128
 
 
@@ -27,7 +27,7 @@ def refusal(arguments: Arguments) -> str | None:
     if not input.dtype == grad_output.dtype == torch.bfloat16:
         return f"grouped_mm takes bfloat16; got {input.dtype} and {grad_output.dtype}"
     if arguments.queries.dtype != torch.bfloat16:
-        return f"it rounds gradients to bfloat16, which queries of {arguments.queries.dtype} do not allow"
+        return f"it rounds gradients to bfloat16, which only bfloat16 queries allow; got {arguments.queries.dtype}"
     if len(arguments.offsets) - 1 > _MOST_DOMAINS:
         return f"grouped_mm takes up to {_MOST_DOMAINS} groups; got {len(arguments.offsets) - 1} domains"
     if input.device.type == "cuda" and torch.cuda.get_device_capability(input.device) < (9, 0):
@@ -40,9 +40,10 @@ def refusal(arguments: Arguments) -> str | None:
 
 
 def group_influence(arguments: Arguments) -> Tensor:
-    """Compute ``tikmix_fast.ops.group_influence`` panel by panel; gradients are rounded to bfloat16 in between.
+    """Compute ``tikmix_fast.ops.group_influence`` panel by panel.
 
-    Rows are copied into the order of their domains, if ``order`` is given. The total is a product of its own.
+    Gradients are rounded to bfloat16 before they meet the queries. With ``order``, the rows are copied into the order
+    of their domains. The total gradient takes one more product.
     """
     input, grad_output, offsets, queries, _, order, grad_weight = arguments
     rows, width = input.shape
@@ -50,15 +51,15 @@ def group_influence(arguments: Arguments) -> Tensor:
     offsets = device_offsets(offsets, rows, input.device)
     domains = len(offsets) - 1
     values = torch.zeros(tasks, domains, dtype=torch.float64, device=input.device)
-    if min(rows, height, width) > 0 and order is not None:
-        places = order.clamp(0, rows - 1)
-        input, grad_output = input[places], grad_output[places]
     if min(rows, height, width) == 0:
         return mark_errors(values, offsets, order, rows)
+    if order is not None:
+        rows_in_order = order.clamp(0, rows - 1)
+        input, grad_output = input[rows_in_order], grad_output[rows_in_order]
     ends = clamped_offsets(offsets, rows)[1:].int()
-    of_panel = max(_PANEL_BYTES // (2 * max(domains, 1) * width) // _PANEL_ROWS, 1) * _PANEL_ROWS
-    for start in range(0, height, of_panel):
-        panel = slice(start, start + of_panel)
+    panel_height = max(_PANEL_BYTES // (2 * max(domains, 1) * width) // _PANEL_ROWS, 1) * _PANEL_ROWS
+    for start in range(0, height, panel_height):
+        panel = slice(start, start + panel_height)
         transposed = grad_output[:, panel].T
         if tasks and domains:
             gradients = F.grouped_mm(transposed, input, offs=ends)  # [m, panel, I]

@@ -11,8 +11,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops.backends.gpu_cost import count_gpu_costs
 from tikmix_fast.ops.common.checks import Arguments
+from tikmix_fast.ops.common.gpu_cost import count_gpu_costs
 from tikmix_fast.ops.common.projected_checks import ProjectedArguments
 
 __all__ = ["group_influence", "projected_domain_gradients", "projected_group_influence", "refusal", "unavailable"]
@@ -22,13 +22,13 @@ _OLDEST = (8, 0)
 
 
 def _is_interpreted() -> bool:
-    # Triton looks when kernels are defined; to be asked should not import it.
+    # Triton reads the variable when kernels are defined. This question must not import it.
     configs = sys.modules.get("tikmix_fast.ops.backends.triton.configs")
     return configs.INTERPRETED if configs else os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def unavailable() -> str | None:
-    """Return why the kernels cannot be used here, or None."""
+    """Return why the kernels cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install it, or torch for CUDA, which brings it"
     if torch.cuda.is_available() or _is_interpreted():
@@ -57,12 +57,12 @@ def refusal(arguments: Arguments | ProjectedArguments) -> str | None:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one: Triton launches on its current stream. A GPU does not warn of infinities either."""
+    """Make a GPU the current one: Triton launches on its stream. On a CPU, keep numpy silent, as a GPU is."""
     return torch.cuda.device(device) if device.type == "cuda" else numpy.errstate(all="ignore")
 
 
 def group_influence(arguments: Arguments) -> Tensor:
-    """Compute ``tikmix_fast.ops.group_influence`` the way that is counted to cost least."""
+    """Compute ``tikmix_fast.ops.group_influence`` in whichever way costs less."""
     from tikmix_fast.ops.backends.triton import fused, two_pass
     from tikmix_fast.ops.backends.triton.configs import capability
 
@@ -93,12 +93,8 @@ def projected_group_influence(arguments: ProjectedArguments) -> Tensor:
 
 
 def projected_domain_gradients(arguments: ProjectedArguments) -> Tensor:
-    """Compute ``tikmix_fast.ops.projected_domain_gradients``; the queries only tell the sizes."""
+    """Compute ``tikmix_fast.ops.projected_domain_gradients``; only the shape of the queries is read."""
     from tikmix_fast.ops.backends.triton import projected
 
-    input, grad_output, offsets, queries, output_factor, input_factor, scale, order = arguments
-    _, k_out, k_in = queries.shape
-    with _on(input.device):
-        return projected.projected_domain_gradients(
-            input, grad_output, offsets, output_factor, input_factor, (k_out, k_in), scale, order
-        )
+    with _on(arguments.input.device):
+        return projected.projected_domain_gradients(arguments)

@@ -1,8 +1,8 @@
-"""What both exact kernels share: the product of a domain's rows, the check of what is on the device, the last sum."""
+"""The parts that both exact kernels share: checks of the rows, the product of a domain's rows, the last sum."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +16,12 @@ from tikmix_fast.ops.common.checks import Arguments, check_order, domain_bounds
 from tikmix_fast.ops.common.device_checks import device_offsets, error_flag
 
 __all__ = [
+    "TRITON_DTYPES",
     "Call",
+    "Rows",
+    "Strided",
     "accumulate_rows",
+    "add_to",
     "count_below",
     "descriptors",
     "dot_dtype",
@@ -26,28 +30,52 @@ __all__ = [
     "partial_sums",
     "precision",
     "prepare",
+    "sum_of_splits",
+    "tile_options",
     "tile_origin",
 ]
 
-PARTIAL_BYTES = 32 << 20
-"""The most that partial sums of the result may take."""
+# The most that partial sums of the result may take.
+_PARTIAL_BYTES = 32 << 20
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+class Strided(NamedTuple):
+    """A tensor as a kernel takes it; without data, a result that the caller does not want."""
+
+    data: Tensor | None
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Strided:
+        """Return a tensor [rows, columns], or None, with its strides."""
+        return cls(tensor, (0, 0) if tensor is None else tensor.stride())
+
+
+class Rows(NamedTuple):
+    """The rows of a call as a kernel takes them: ``height`` is O and ``width`` is I."""
+
+    input: Strided
+    grad_output: Strided
+    order: Tensor | None
+    height: int
+    width: int
+
+
 class Call(NamedTuple):
-    """One call as the kernels take it.
+    """One call with everything checked and on the device.
 
     Attributes
     ----------
     input, grad_output, queries
-        As in `tikmix_fast.ops.group_influence`; bfloat16 is float32 in Triton's interpreter.
+        As in `tikmix_fast.ops.group_influence`; bfloat16 becomes float32 in Triton's interpreter.
     offsets, order
         Contiguous, on the device.
     grad_weight : Tensor or None
-        What the kernels add the total to.
+        The kernels add the total to it.
     status : int32 Tensor [1]
-        Not 0 where offsets or order are wrong: the kernels read no row then, and every value is NaN.
+        Not 0 where offsets or order are wrong: then the kernels read no row, and every value is NaN.
     """
 
     input: Tensor
@@ -63,8 +91,17 @@ class Call(NamedTuple):
         """How many domains there are, m."""
         return len(self.offsets) - 1
 
+    def rows(self) -> Rows:
+        """Return the rows as the kernels take them."""
+        sizes = self.grad_output.shape[1], self.input.shape[1]
+        return Rows(Strided.of(self.input), Strided.of(self.grad_output), self.order, *sizes)
+
+    def with_own_total(self) -> Call:
+        """Return the same call with a grad_weight of its own, for timing."""
+        return self._replace(grad_weight=None if self.grad_weight is None else torch.zeros_like(self.grad_weight))
+
     def kind(self) -> tuple[object, ...]:
-        """Return what the best configuration depends on."""
+        """Return everything that the best configuration depends on."""
         dtypes = self.input.dtype, self.grad_output.dtype, self.queries.dtype, precision(dot_dtype(self))
         sizes = bucket(len(self.input)), bucket(self.domains), bucket(len(self.queries)), *self.queries.shape[1:]
         layout = self.input.stride(-1), self.grad_output.stride(-1), self.queries.stride(-1)
@@ -107,7 +144,7 @@ def count_below(bounds, domains, value):
 
 @triton.jit
 def tile_origin(tile, height, width, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr):
-    """Place a tile: tiles that run at the same time form a square, so that they read the same rows' columns."""
+    """Return where a tile begins. Tiles that run at the same time form a square, so they read the same columns."""
     across = tl.cdiv(width, BLOCK_I)
     group = tile // (GROUP * across)
     first = group * GROUP
@@ -118,25 +155,16 @@ def tile_origin(tile, height, width, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexp
 
 @triton.jit
 def accumulate_rows(
+    rows,
+    input_tiles,
+    grad_tiles,
     start,
     end,
     top,
     left,
-    input,
-    grad_output,
-    input_tiles,
-    grad_tiles,
-    order,
-    height,
-    width,
-    input_stride_t,
-    input_stride_i,
-    grad_stride_t,
-    grad_stride_o,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Return the tile at ``[top, left]`` of ``grad_output[start:end].T @ input[start:end]`` in float32.
@@ -158,20 +186,41 @@ def accumulate_rows(
     for t in tl.range(start, end, BLOCK_T, num_stages=None if input_tiles is None else 1):
         row = tl.cast(t, tl.int64) + tl.arange(0, BLOCK_T)
         inside = row < end
-        if order is not None:
-            row = tl.load(order + row, mask=inside, other=0)
+        if rows.order is not None:
+            row = tl.load(rows.order + row, mask=inside, other=0)
         input_block = tl.load(
-            input + row[:, None] * input_stride_t + i[None, :] * input_stride_i,
-            mask=inside[:, None] & (i < width)[None, :],
+            rows.input.data + row[:, None] * rows.input.strides[0] + i[None, :] * rows.input.strides[1],
+            mask=inside[:, None] & (i < rows.width)[None, :],
             other=0.0,
         )
         grad_block = tl.load(
-            grad_output + o[:, None] * grad_stride_o + row[None, :] * grad_stride_t,
-            mask=(o < height)[:, None] & inside[None, :],
+            rows.grad_output.data
+            + o[:, None] * rows.grad_output.strides[1]
+            + row[None, :] * rows.grad_output.strides[0],
+            mask=(o < rows.height)[:, None] & inside[None, :],
             other=0.0,
         )
-        sums = tl.dot(grad_block.to(DTYPE), input_block.to(DTYPE), sums, input_precision=PRECISION)
+        if input_block.dtype != grad_block.dtype:
+            input_block = input_block.to(tl.float32)
+            grad_block = grad_block.to(tl.float32)
+        sums = tl.dot(grad_block, input_block, sums, input_precision=PRECISION)
     return sums
+
+
+@triton.jit
+def sum_of_splits(totals, stride, splits, offset, inside, BLOCK: tl.constexpr):
+    """Return ``sum(totals[split * stride + offset] for every split)``, in that order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(totals + tl.cast(split, tl.int64) * stride + offset, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def add_to(place, total, inside):
+    """Add float32 numbers to what is at a place, and round once to its dtype."""
+    before = tl.load(place, mask=inside, other=0.0)
+    tl.store(place, (before.to(tl.float32) + total).to(before.dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["cells", "slots"])
@@ -195,13 +244,13 @@ def prepare(arguments: Arguments, flag: Tensor | None = None) -> Call:
     ----------
     arguments : Arguments
     flag : int32 Tensor [1], optional
-        Where wrong offsets and orders are noted that the host must not read; by default `error_flag` on a GPU. With
-        one, CPU tensors are checked as those on a GPU are, by a kernel.
+        A kernel writes here if it finds wrong offsets or a wrong order; by default `error_flag` on a GPU. With a flag,
+        a kernel checks CPU tensors too, as if they were on a GPU.
 
     Raises
     ------
     ValueError
-        If offsets or order, where the host may read them, are wrong.
+        If offsets or order are wrong and the host may read them.
     """
     input, grad_output, offsets, queries, _, order, grad_weight = arguments
     rows, device = len(input), input.device
@@ -236,13 +285,18 @@ def prepare(arguments: Arguments, flag: Tensor | None = None) -> Call:
     return Call(input, grad_output, offsets, queries, order, grad_weight, status)
 
 
-def partial_sums(call: Call, slots: int) -> Tensor:
-    """Return zeros float32 [n, m, slots]: what every program adds its part of the result to."""
-    return torch.zeros(len(call.queries), call.domains, slots, dtype=torch.float32, device=call.input.device)
+def partial_sums(call: Call, programs: int) -> Tensor:
+    """Return zeros float32 [n, m, slots]: every program adds its part of the result to a slot of its own.
+
+    There are fewer slots than programs only if they would take too much memory; then fewer programs must run.
+    """
+    tasks = len(call.queries)
+    slots = max(min(programs, _PARTIAL_BYTES // (4 * max(tasks * call.domains, 1))), 1)
+    return torch.zeros(tasks, call.domains, slots, dtype=torch.float32, device=call.input.device)
 
 
 def finish(arguments: Arguments, call: Call, partials: Tensor) -> Tensor:
-    """Sum the parts of the result in float64 in their order, and note that ``grad_weight`` was written."""
+    """Sum the parts of the result in float64 in their order, and tell autograd that ``grad_weight`` has changed."""
     tasks, domains, slots = partials.shape
     values = torch.empty(tasks, domains, dtype=torch.float64, device=partials.device)
     if values.numel():
@@ -257,19 +311,31 @@ def finish(arguments: Arguments, call: Call, partials: Tensor) -> Tensor:
 
 
 def dot_dtype(call: Call) -> torch.dtype:
-    """Return in which dtype rows are multiplied: their own where both have 16 bits, else float32."""
+    """Return the dtype in which rows are multiplied: their own if both have the same, else float32."""
     dtype = call.input.dtype
     return dtype if call.grad_output.dtype == dtype else torch.float32
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return how float32 is multiplied: as torch's own products are, exactly unless TensorFloat-32 was allowed."""
+    """Return how float32 is multiplied: as in torch's own products, exactly unless TensorFloat-32 is allowed."""
     # The older switch, allow_tf32, sets this one too, and raises where both are in use.
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def tile_options(call: Call, tile: Tile) -> dict[str, Any]:
+    """Return the options of a kernel that forms gradients tile by tile."""
+    return {
+        "BLOCK_T": tile.block_t,
+        "BLOCK_O": tile.block_o,
+        "BLOCK_I": tile.block_i,
+        "PRECISION": precision(dot_dtype(call)),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
 def descriptors(call: Call, tile: Tile) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """Describe input and grad_output to the tensor memory accelerator, or return None where it cannot read them."""
+    """Describe input and grad_output to the tensor memory accelerator, or return None if it cannot read them."""
     pair = call.input, call.grad_output
     if call.order is not None or not all(map(is_describable, pair)) or call.input.dtype != call.grad_output.dtype:
         return None, None
@@ -279,7 +345,7 @@ def descriptors(call: Call, tile: Tile) -> tuple[TensorDescriptor | None, Tensor
 
 
 def is_describable(tensor: Tensor) -> bool:
-    """Return whether the tensor memory accelerator can read a tensor [..., rows, columns] of its own."""
+    """Return whether the tensor memory accelerator exists and can read a tensor [..., rows, columns]."""
     if capability(tensor.device) < (9, 0):
         return False
     strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]

@@ -1,7 +1,6 @@
 """Two kernels in turn: one writes the domains' gradients of a panel of the layer, one multiplies them with the queries.
 
-A panel is small enough to stay in the L2 cache between the two, and every query is read once instead of once per
-domain.
+A panel is small enough to stay in the L2 cache in between. Every query is read once instead of once per domain.
 """
 
 from __future__ import annotations
@@ -22,17 +21,18 @@ from tikmix_fast.ops.backends.triton.configs import (
     tile_configs,
 )
 from tikmix_fast.ops.backends.triton.gradient import (
-    PARTIAL_BYTES,
-    TRITON_DTYPES,
     Call,
+    Strided,
     accumulate_rows,
+    add_to,
     count_below,
     descriptors,
     dot_dtype,
     finish,
     partial_sums,
-    precision,
     prepare,
+    sum_of_splits,
+    tile_options,
     tile_origin,
 )
 from tikmix_fast.ops.common.checks import Arguments
@@ -40,95 +40,84 @@ from tikmix_fast.ops.common.checks import Arguments
 __all__ = ["group_influence", "panel_shape"]
 
 PANEL_BYTES = 32 << 20
-"""What the gradients of all domains in one panel may take, unless a single tile of each takes more.
+"""The most that the gradients of all domains in one panel may take, unless a single tile of each takes more.
 
-The total takes up to a tile for each multiprocessor besides.
+The total takes up to one more tile for each multiprocessor.
 """
 
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # of the second kernel, whose programs are small
 _MOST_SPLITS = 64
 
 
-@triton.jit(do_not_specialize=["rows", "domains", "splits"])
+class _Panel(NamedTuple):
+    """A part of the layer's weights."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@triton.jit(do_not_specialize=["domains", "splits"])
 def _write_panel(
-    input,
-    grad_output,
+    rows,
     input_tiles,
     grad_tiles,
-    order,
     offsets,
+    place,
     panel,
     totals,
     status,
-    rows,
-    height,
-    width,
     domains,
     splits,
-    panel_top,
-    panel_left,
-    panel_height,
-    panel_width,
-    input_stride_t,
-    input_stride_i,
-    grad_stride_t,
-    grad_stride_o,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tiles = tl.cdiv(panel_height, BLOCK_O) * tl.cdiv(panel_width, BLOCK_I)
+    tiles = tl.cdiv(place.height, BLOCK_O) * tl.cdiv(place.width, BLOCK_I)
     items = tiles * splits
     if tl.load(status) != 0:
         items = 0
+    row_count = tl.load(offsets + domains)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         split = (item // tiles).to(tl.int64)
-        top, left = tile_origin(item % tiles, panel_height, panel_width, BLOCK_O, BLOCK_I, GROUP=8)
+        top, left = tile_origin(item % tiles, place.height, place.width, BLOCK_O, BLOCK_I, GROUP=8)
         o = (top + tl.arange(0, BLOCK_O)).to(tl.int64)
         i = (left + tl.arange(0, BLOCK_I)).to(tl.int64)
-        inside = (o < panel_height)[:, None] & (i < panel_width)[None, :]
-        within_panel = o[:, None] * panel_width + i[None, :]
-        panel_size = tl.cast(panel_height, tl.int64) * panel_width
+        inside = (o < place.height)[:, None] & (i < place.width)[None, :]
+        within_panel = o[:, None] * place.width + i[None, :]
+        panel_size = tl.cast(place.height, tl.int64) * place.width
         if totals is not None:
             total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
         # A domain belongs to the split in whose range of rows it starts; empty ones may start after the last row.
-        first_domain = count_below(offsets, domains, split * rows // splits)
-        last_domain = count_below(offsets, domains, (split + 1) * rows // splits + (split + 1) // splits)
+        first_domain = count_below(offsets, domains, split * row_count // splits)
+        last_domain = count_below(offsets, domains, (split + 1) * row_count // splits + (split + 1) // splits)
         for domain in range(first_domain, last_domain):
             sums = accumulate_rows(
-                tl.load(offsets + domain),
-                tl.load(offsets + domain + 1),
-                panel_top + top,
-                panel_left + left,
-                input,
-                grad_output,
+                rows,
                 input_tiles,
                 grad_tiles,
-                order,
-                height,
-                width,
-                input_stride_t,
-                input_stride_i,
-                grad_stride_t,
-                grad_stride_o,
+                tl.load(offsets + domain),
+                tl.load(offsets + domain + 1),
+                place.top + top,
+                place.left + left,
                 BLOCK_T,
                 BLOCK_O,
                 BLOCK_I,
-                DTYPE,
                 PRECISION,
             )
             if totals is not None:
                 total += sums
-            place = panel + tl.cast(domain, tl.int64) * panel_size + within_panel
-            tl.store(place, sums.to(panel.dtype.element_ty), mask=inside)
+            target = panel + tl.cast(domain, tl.int64) * panel_size + within_panel
+            tl.store(target, sums.to(panel.dtype.element_ty), mask=inside)
         if totals is not None:
             tl.store(totals + split * panel_size + within_panel, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["domains", "tasks", "splits"])
 def _multiply_panel(
+    place,
     panel,
     queries,
     partials,
@@ -138,26 +127,19 @@ def _multiply_panel(
     domains,
     tasks,
     splits,
-    panel_height,
-    panel_width,
-    query_stride_n,
-    query_stride_o,
-    query_stride_i,
-    weight_stride_o,
-    weight_stride_i,
     BLOCK: tl.constexpr,
     DOMAINS: tl.constexpr,
     TASKS: tl.constexpr,
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    panel_size = tl.cast(panel_height, tl.int64) * panel_width
+    panel_size = tl.cast(place.height, tl.int64) * place.width
     domain = (tl.program_id(1) * DOMAINS + tl.arange(0, DOMAINS)).to(tl.int64)
     task = (tl.program_id(2) * TASKS + tl.arange(0, TASKS)).to(tl.int64)
-    across = tl.cdiv(panel_width, BLOCK)
+    across = tl.cdiv(place.width, BLOCK)
     # Every program has a range of neighbouring blocks, so that it reads on where it read before.
-    share = tl.cdiv(panel_height * across, programs)
-    last = tl.minimum((program + 1) * share, panel_height * across)
+    share = tl.cdiv(place.height * across, programs)
+    last = tl.minimum((program + 1) * share, place.height * across)
     if tl.load(status) != 0:
         last = 0
     products = tl.zeros([DOMAINS, TASKS], tl.float32)
@@ -165,13 +147,16 @@ def _multiply_panel(
         o = tl.cast(block // across, tl.int64)
         i = (block % across * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         gradients = tl.load(
-            panel + domain[:, None] * panel_size + o * panel_width + i[None, :],
-            mask=(domain < domains)[:, None] & (i < panel_width)[None, :],
+            panel + domain[:, None] * panel_size + o * place.width + i[None, :],
+            mask=(domain < domains)[:, None] & (i < place.width)[None, :],
             other=0.0,
         )
         query = tl.load(
-            queries + task[None, :] * query_stride_n + o * query_stride_o + i[:, None] * query_stride_i,
-            mask=(i < panel_width)[:, None] & (task < tasks)[None, :],
+            queries.data
+            + task[None, :] * queries.strides[0]
+            + o * queries.strides[1]
+            + i[:, None] * queries.strides[2],
+            mask=(i < place.width)[:, None] & (task < tasks)[None, :],
             other=0.0,
         )
         products = tl.dot(gradients, query.to(gradients.dtype), products, input_precision="ieee")
@@ -183,16 +168,14 @@ def _multiply_panel(
             for block in range(program * share, last):
                 o = tl.cast(block // across, tl.int64)
                 i = (block % across * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-                total = tl.zeros([BLOCK], tl.float32)
-                for split in range(splits):
-                    part = totals + tl.cast(split, tl.int64) * panel_size + o * panel_width + i
-                    total += tl.load(part, mask=i < panel_width, other=0.0)
-                place = grad_weight + o * weight_stride_o + i * weight_stride_i
-                before = tl.load(place, mask=i < panel_width, other=0.0)
-                tl.store(place, (before.to(tl.float32) + total).to(before.dtype), mask=i < panel_width)
+                inside = i < place.width
+                total = sum_of_splits(totals, panel_size, splits, o * place.width + i, inside, BLOCK)
+                add_to(grad_weight.data + o * grad_weight.strides[0] + i * grad_weight.strides[1], total, inside)
 
 
 class _Plan(NamedTuple):
+    """The configurations of both kernels."""
+
     tile: Tile
     product: Product
     dtype: torch.dtype  # of the panel
@@ -225,11 +208,11 @@ def group_influence(
     arguments : Arguments
         Tensors on one GPU, or on the CPU in Triton's interpreter.
     tile : Tile, optional
-        By default the fastest that was found; see `tikmix_fast.ops.backends.triton.configs`.
+        By default the fastest in a trial; see `tikmix_fast.ops.backends.triton.configs`.
     splits : int, optional
-        Into how many groups the domains of a panel are split, by default as many as keep all programs busy.
+        Groups of domains in a panel, by default as many as keep all programs busy.
     flag : int32 Tensor [1], optional
-        As `prepare`.
+        As in `prepare`.
 
     Returns
     -------
@@ -241,16 +224,13 @@ def group_influence(
     Gradients are rounded to bfloat16 before they meet the queries where rows and queries are all bfloat16.
     """
     call = prepare(arguments, flag)
-    tasks, height, width = call.queries.shape
-    programs = multiprocessors(call.input.device)
-    slots = min(_PROGRAMS_PER_MULTIPROCESSOR * programs, PARTIAL_BYTES // (4 * max(tasks * call.domains, 1)))
-    partials = partial_sums(call, max(slots, 1))
-    if len(call.input) and height and width:
-        _run(call, partials, _plan(call, partials.shape[2], tile), splits)
+    partials = partial_sums(call, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(call.input.device))
+    if min(len(call.input), *call.queries.shape[1:]) > 0:
+        _run(call, partials, _plan(call, partials, tile), splits)
     return finish(arguments, call, partials)
 
 
-def _plan(call: Call, slots: int, tile: Tile | None) -> _Plan:
+def _plan(call: Call, partials: Tensor, tile: Tile | None) -> _Plan:
     dtypes = {call.input.dtype, call.grad_output.dtype, call.queries.dtype}
     panel_dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     device = call.input.device
@@ -260,79 +240,58 @@ def _plan(call: Call, slots: int, tile: Tile | None) -> _Plan:
     plans += [_Plan(tiles[0], product, panel_dtype) for product in products[1:]]
 
     def run(plan: _Plan) -> None:
-        weight = None if call.grad_weight is None else torch.zeros_like(call.grad_weight)
-        _run(call._replace(grad_weight=weight), partial_sums(call, slots), plan, None)
+        _run(call.with_own_total(), torch.zeros_like(partials), plan, None)
 
     return choose(("two_pass", *call.kind()), device, plans, run) if tile is None else plans[0]
 
 
 def _run(call: Call, partials: Tensor, plan: _Plan, splits: int | None) -> None:
-    input, grad_output, offsets, queries, order, grad_weight, status = call
     tile, product, panel_dtype = plan
     tasks, domains, slots = partials.shape
-    rows, height, width = len(input), *queries.shape[1:]
-    bytes_of_total = 0 if grad_weight is None else 4
+    height, width = call.queries.shape[1:]
+    device = call.input.device
+    bytes_of_total = 0 if call.grad_weight is None else 4
     tall, wide = panel_shape(height, width, tile, domains * panel_dtype.itemsize + bytes_of_total)
-    programs = multiprocessors(input.device)
+    programs = multiprocessors(device)
     tiles = triton.cdiv(tall, tile.block_o) * triton.cdiv(wide, tile.block_i)
     if splits is None:
         splits = min(max(programs // tiles, 1), domains, _MOST_SPLITS)
-    panel = torch.empty(domains * tall * wide, dtype=panel_dtype, device=input.device)
+    panel = torch.empty(domains * tall * wide, dtype=panel_dtype, device=device)
     totals = None
-    if grad_weight is not None:
-        totals = torch.empty(splits * tall * wide, dtype=torch.float32, device=input.device)
-    dtype = dot_dtype(call)
-    input_tiles, grad_tiles = descriptors(call, tile)
+    if call.grad_weight is not None:
+        totals = torch.empty(splits * tall * wide, dtype=torch.float32, device=device)
     most = 64 if panel_dtype.itemsize == 2 else 32  # without the tensor cores, a thread can hold less
     group_of_domains, group_of_tasks = (min(max(triton.next_power_of_2(size), 16), most) for size in (domains, tasks))
     grid = slots, triton.cdiv(domains, group_of_domains), max(triton.cdiv(tasks, group_of_tasks), 1)
+    rows, (input_tiles, grad_tiles) = call.rows(), descriptors(call, tile)
     for top in range(0, height, tall):
         for left in range(0, width, wide):
-            panel_height, panel_width = min(tall, height - top), min(wide, width - left)
+            place = _Panel(top, left, min(tall, height - top), min(wide, width - left))
+            part = slice(top, top + tall), slice(left, left + wide)
             _write_panel[(min(tiles * splits, programs),)](
-                input,
-                grad_output,
+                rows,
                 input_tiles,
                 grad_tiles,
-                order,
-                offsets,
+                call.offsets,
+                place,
                 panel,
                 totals,
-                status,
-                rows,
-                height,
-                width,
+                call.status,
                 domains,
                 splits,
-                top,
-                left,
-                panel_height,
-                panel_width,
-                *input.stride(),
-                *grad_output.stride(),
-                BLOCK_T=tile.block_t,
-                BLOCK_O=tile.block_o,
-                BLOCK_I=tile.block_i,
-                DTYPE=TRITON_DTYPES[dtype],
-                PRECISION=precision(dtype),
-                num_warps=tile.warps,
-                num_stages=tile.stages,
+                **tile_options(call, tile),
             )
-            part = None if grad_weight is None else grad_weight[top : top + panel_height, left : left + panel_width]
             _multiply_panel[grid](
+                place,
                 panel,
-                queries[:, top : top + panel_height, left : left + panel_width],
+                Strided.of(call.queries[(slice(None), *part)]),
                 partials,
                 totals,
-                part,
-                status,
+                Strided.of(None if call.grad_weight is None else call.grad_weight[part]),
+                call.status,
                 domains,
                 tasks,
                 splits,
-                panel_height,
-                panel_width,
-                *queries.stride(),
-                *((0, 0) if part is None else part.stride()),
                 BLOCK=product.block,
                 DOMAINS=group_of_domains,
                 TASKS=group_of_tasks,

@@ -1,8 +1,8 @@
-"""Which way to the group influence of one layer costs least on a GPU, by counting.
+"""Which way to the group influence of one layer costs less on a GPU, by counting. Both GPU backends use it.
 
-*Fused* takes the products of a tile with the queries while it is in registers, and so reads every query tile once per
-domain. *Two-pass* writes every domain's gradient, a panel at a time so that it stays in the L2 cache, and multiplies
-the panel with the queries, reading each once. Both multiply the same rows.
+*Fused* multiplies a tile of a domain's gradient with the queries while the tile is in registers, so it reads every
+query tile once per domain. *Two-pass* writes the gradients of all domains, a panel at a time so that the panel stays in
+the L2 cache. It then multiplies the panel with the queries, and reads each query once. The row products are the same.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ __all__ = ["GpuCosts", "count_gpu_costs"]
 
 
 class _Rates(NamedTuple):
-    """What an architecture does, in seconds per operation or byte."""
+    """Costs of an architecture, in seconds per operation or number."""
 
     product: float  # of a 16-bit matrix product on the tensor cores
-    fused_number: float  # a number of a query tile that is multiplied with an accumulator
-    panel_number: float  # a number of a panel that is written, and read again by the second pass
+    fused_number: float  # multiplying a number of a query tile with an accumulator
+    panel_number: float  # writing a number of a panel, and reading it in the second pass
     launch: float  # of one more kernel
 
 
 class GpuCosts(NamedTuple):
-    """What each way costs, in seconds as predicted; only their order matters."""
+    """Predicted seconds of each way; only their order matters."""
 
     fused: float
     two_pass: float
 
     def cheapest(self) -> Literal["fused", "two_pass"]:
-        """Return the name of the least; fused, which needs no memory besides, of equals."""
+        """Return the name of the cheaper way. If they cost the same: fused, which needs no extra memory."""
         return "fused" if self.fused <= self.two_pass else "two_pass"
 
 
-# By compute capability; an unknown one is counted as the nearest older. Predicted from rooflines, not measured: a tile
-# of a query costs the bytes that pass from L2 and the multiplications, whichever is slower (kernel notes: 6 TB/s; the
-# tensor cores multiply 16 times as fast as the others).
+# By compute capability; an unknown one counts as the nearest older one. Predicted from rooflines, not measured: a tile
+# of a query costs its bytes from L2 or its multiplications, whichever take longer (6 TB/s; the tensor cores multiply 16
+# times as fast as the other units).
 _RATES = {
     (8, 0): _Rates(product=1 / 240e12, fused_number=1 / 1.0e12, panel_number=1 / 0.8e12, launch=4e-6),
     (8, 6): _Rates(product=1 / 120e12, fused_number=1 / 0.7e12, panel_number=1 / 0.4e12, launch=4e-6),
@@ -61,14 +61,14 @@ def count_gpu_costs(
     Parameters
     ----------
     rows, height, width, domains, tasks : int
-        T, O, I, m and n. Empty domains count: the offsets stay on the device.
+        T, O, I, m and n. Empty domains count, because the offsets stay on the device.
     with_total : bool
-        Whether the total gradient is wanted besides. The two passes of the ``cuda`` backend, which are the vendor's,
-        need a product of their own for it.
+        Whether the caller wants the total gradient too. The two passes of the ``cuda`` backend are the vendor's and
+        need one more product for it.
     kernel : {"triton", "cuda"}
-        Whose.
+        The backend.
     capability : tuple of int
-        Of the device, such as ``(9, 0)``.
+        The device's compute capability, such as ``(9, 0)``.
 
     Returns
     -------
