@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
-__all__ = ["list_names", "matrix_warnings"]
+__all__ = ["list_names", "matrix_warnings", "relative_influence"]
 
 _NOISY = 0.3
 _FEW = 8
@@ -24,6 +25,13 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def relative_influence(matrix: InfluenceMatrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return values and standard errors [n, m] as shares of each task's largest magnitude, so that tasks compare."""
+    largest = np.nan_to_num(np.abs(matrix.values)).max(axis=1, keepdims=True)
+    largest[~(largest > 0)] = 1.0
+    return matrix.values / largest, matrix.stderr / largest
 
 
 def matrix_warnings(matrix: InfluenceMatrix) -> list[str]:
