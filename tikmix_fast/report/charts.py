@@ -59,7 +59,7 @@ def mixture_chart(weights: Sequence[tuple[int, Mapping[str, float]]], end: int, 
         domains = [*domains, "others"]
         shares = np.column_stack([shares, 1 - shares.sum(axis=1)])
     edges = [step for step, _ in weights] + [max(end, weights[-1][0] + 1)]
-    axes = _axes(360, 230, left=38, right=106, top=8, bottom=30)
+    figure, axes = _axes(360, 230, left=38, right=106, top=8, bottom=30)
     colours = [_COLOURS[f"c{band}"] for band in range(len(domains))]
     stack_bands(
         axes, edges, shares, [_short(each, 16) for each in domains], colours, gap=0.07, size=11,
@@ -68,7 +68,7 @@ def mixture_chart(weights: Sequence[tuple[int, Mapping[str, float]]], end: int, 
     axes.set_xticks([edges[0], (edges[0] + edges[-1]) / 2, edges[-1]], [str(edges[0]), "step", str(edges[-1])])
     axes.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
     axes.spines[:].set_visible(False)
-    return _svg(axes, name)
+    return _svg(figure, name)
 
 
 @_style
@@ -78,7 +78,7 @@ def loss_chart(lines: Mapping[str, Sequence[tuple[int, float]]], name: str) -> M
     if not len(points):
         return Markup("")
     (first, low), (last, high) = points.min(axis=0), points.max(axis=0)
-    axes = _axes(170, 118, left=34, right=10, top=8, bottom=20)
+    figure, axes = _axes(170, 118, left=34, right=10, top=8, bottom=20)
     for line, colour, dashes in zip(lines.values(), ("l0", "l1"), ("-", "--"), strict=False):
         axes.plot(*np.transpose(line), dashes, color=_COLOURS[colour], linewidth=2, clip_on=False)
     axes.set_xticks([first, last], [f"{first:.0f}", f"{last:.0f}"])
@@ -86,35 +86,35 @@ def loss_chart(lines: Mapping[str, Sequence[tuple[int, float]]], name: str) -> M
     axes.set_yticks([low, high], [f"{low:.2f}", f"{high:.2f}"])
     axes.set_xlim(first, max(last, first + 1))
     axes.set_ylim((low, high) if high > low else (low - 0.5, high + 0.5))
-    return _svg(axes, name)
+    return _svg(figure, name)
 
 
 @_style
 def sparkline(values: Sequence[float], highest: float) -> Markup:
     """Return one small curve of steps from 0 to ``highest``, for the cell of a table that has the numbers too."""
-    axes = _axes(90, 22, top=2, bottom=2)
+    figure, axes = _axes(90, 22, top=2, bottom=2)
     axes.set_axis_off()
     axes.set(xlim=(0, len(values)), ylim=(0, highest or 1))
     axes.axhline(0, color=_COLOURS["soft"], linewidth=0.7, clip_on=False)
     axes.stairs(values, baseline=None, edgecolor=_COLOURS["l0"], linewidth=2, clip_on=False)
-    return _svg(axes)
+    return _svg(figure)
 
 
-def _axes(width: int, height: int, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0) -> Axes:
-    """Return the axes of a new figure. Sizes and margins are in pixels of the page at its natural size."""
+def _axes(width: int, height: int, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0) -> tuple[Figure, Axes]:
+    """Return a new figure and its axes. Sizes and margins are in pixels of the page at its natural size."""
     figure = Figure(figsize=(width / 72, height / 72), frameon=False)
     place = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
     axes = figure.add_axes(place)
     axes.patch.set_visible(False)
-    return axes
+    return figure, axes
 
 
-def _svg(axes: Axes, name: str = "") -> Markup:
-    """Return the figure of ``axes`` as an element. Without a name it is hidden from screen readers."""
+def _svg(figure: Figure, name: str = "") -> Markup:
+    """Return ``figure`` as an element. Without a name it is hidden from screen readers."""
     content = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has more fonts
-        axes.figure.savefig(content, format="svg", metadata={"Date": None})
+        figure.savefig(content, format="svg", metadata={"Date": None})
     drawing = ElementTree.fromstring(content.getvalue())
     for element in drawing.iter():
         element.tag, element.tail = element.tag.rpartition("}")[2], None
