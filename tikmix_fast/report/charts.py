@@ -26,18 +26,12 @@ _COLOURS = {
 """A stand-in for every CSS variable: matplotlib takes colours only."""
 _VARIABLES = {colour: f"var(--{name})" for name, colour in _COLOURS.items()}
 # Without ticks and clipping, matplotlib writes no element that refers to another by its id.
-_style = style.context(
-    [
-        "default",
-        {
-            "svg.fonttype": "none", "text.parse_math": False, "font.size": 11, "text.color": _COLOURS["ink"],
-            "xtick.bottom": False, "ytick.left": False, "xtick.labelcolor": _COLOURS["ink"],
-            "ytick.labelcolor": _COLOURS["ink"], "axes.labelcolor": _COLOURS["ink"],
-            "axes.edgecolor": _COLOURS["soft"], "axes.linewidth": 0.7, "axes.spines.top": False,
-            "axes.spines.right": False,
-        },
-    ]
-)  # fmt: skip
+_SETTINGS = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 11, "axes.linewidth": 0.7, "xtick.bottom": False,
+    "ytick.left": False, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _COLOURS["soft"],
+    **dict.fromkeys(("text.color", "xtick.labelcolor", "ytick.labelcolor"), _COLOURS["ink"]),
+}  # fmt: skip
+_style = style.context(["default", _SETTINGS])
 
 
 @_style
@@ -53,11 +47,12 @@ def mixture_chart(weights: Sequence[tuple[int, Mapping[str, float]]], end: int, 
     name : str
         The text alternative.
     """
-    domains = _largest([mixture for _, mixture in weights])
+    domains = list(weights[0][1])
     shares = np.array([[mixture[each] for each in domains] for _, mixture in weights])
-    if len(domains) < len(weights[0][1]):
-        domains = [*domains, "others"]
-        shares = np.column_stack([shares, 1 - shares.sum(axis=1)])
+    if len(domains) > _BANDS:  # those whose weight is ever largest, in their own order
+        chosen = np.sort(np.argsort(-shares.max(axis=0), kind="stable")[: _BANDS - 1])
+        domains = [*(domains[each] for each in chosen), "others"]
+        shares = np.column_stack([shares[:, chosen], 1 - shares[:, chosen].sum(axis=1)])
     edges = [step for step, _ in weights] + [max(end, weights[-1][0] + 1)]
     figure, axes = _axes(360, 230, left=38, right=106, top=8, bottom=30)
     colours = [_COLOURS[f"c{band}"] for band in range(len(domains))]
@@ -128,15 +123,6 @@ def _svg(figure: Figure, name: str = "") -> Markup:
     label = {"role": "img", "aria-label": name} if name else {"aria-hidden": "true"}
     drawing.attrib = {"viewBox": drawing.attrib["viewBox"], **label}
     return Markup(ElementTree.tostring(drawing, encoding="unicode"))
-
-
-def _largest(mixtures: Sequence[Mapping[str, float]]) -> list[str]:
-    """Return the domains that get a band each: all, or those whose weight is ever largest; in their own order."""
-    domains = list(mixtures[0])
-    if len(domains) <= _BANDS:
-        return domains
-    chosen = sorted(domains, key=lambda each: -max(mixture[each] for mixture in mixtures))[: _BANDS - 1]
-    return [each for each in domains if each in chosen]
 
 
 def _short(text: str, most: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,8 @@ __all__ = ["make_page"]
 _WITH_ERRORS = 200
 """The most cells of a heat map that also shows errors; the table of all numbers always has them."""
 
-_ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-    lstrip_blocks=True,
-)  # fmt: skip
+_FOLDER = FileSystemLoader(Path(__file__).parent)
+_ENVIRONMENT = Environment(loader=_FOLDER, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 _HTML: Any = _ENVIRONMENT.get_template("page.html.j2").module
 """The template's macros as functions that return `Markup`."""
 
@@ -36,26 +34,15 @@ _Parts = Iterator[Markup]
 
 
 def make_page(sources: Sources, title: str = "Data influence and mixture") -> str:
-    """Return the whole page.
-
-    Parameters
-    ----------
-    sources : Sources
-    title : str
-    """
-    kinds: tuple[tuple[str, Sequence[tuple[str, Any]], Callable[[Any], _Parts]], ...] = (
-        ("Measurement", sources.runs, _run),
-        ("Influence", sources.matrices, _matrix),
-        ("Mixture", sources.mixtures, _mixture),
-        ("Schedule", sources.schedules, _schedule),
-        ("Training run", sources.demos, _demo),
-    )
-    sections = [
-        (f"{kind} {name}", Markup("\n").join(parts(content)))
-        for kind, contents, parts in kinds
-        for name, content in contents
+    """Return the whole page under this title."""
+    parts: list[tuple[str, _Parts]] = [
+        *((f"Measurement {name}", _run(each)) for name, each in sources.runs),
+        *((f"Influence {name}", _matrix(each)) for name, each in sources.matrices),
+        *((f"Mixture {name}", _mixture(each)) for name, each in sources.mixtures),
+        *((f"Schedule {name}", _schedule(each)) for name, each in sources.schedules),
+        *((f"Training run {name}", _demo(each)) for name, each in sources.demos),
     ]
-    return str(_HTML.page(title, sections, __version__))
+    return str(_HTML.page(title, [(name, Markup("\n").join(each)) for name, each in parts], __version__))
 
 
 def _matrix(matrix: InfluenceMatrix, level: int = 3) -> _Parts:
@@ -113,7 +100,7 @@ def _numbers(matrix: InfluenceMatrix) -> Markup:
         rows.append([domain, _number(matrix.tokens[j]), str(matrix.microbatches[j]), *cells])
     caption = "Loss of a task per unit step along a domain's preconditioned mean gradient, ± standard error"
     table = _HTML.table(caption, ["Domain", "Tokens", "Micro-batches", *matrix.tasks], rows, "numbers")
-    return Markup(_HTML.details("All numbers", table + _settings("How it was measured", matrix.settings)))
+    return _details("All numbers", {"How it was measured": matrix.settings}, table)
 
 
 def _mixture(mixture: Mapping[str, Any]) -> _Parts:
@@ -128,16 +115,15 @@ def _mixture(mixture: Mapping[str, Any]) -> _Parts:
     if rows:
         caption = "Predicted influence of the mixture on each task; more lowers its loss more"
         yield _HTML.table(caption, ["Task", "Before", "After"], rows, "numbers")
-    yield _HTML.details("Settings", _settings("Settings of the solver", mixture.get("settings") or {}))
+    yield _details("Settings", {"Settings of the solver": mixture.get("settings") or {}})
 
 
 def _schedule(schedule: DynamicMixture) -> _Parts:
     history = schedule.history
-    warnings = [
-        f"At step {each.step}: {warning}"
-        for each in history
-        for warning in (*([] if each.success else [f"no mixture was found: {each.message}"]), *each.warnings)
-    ]
+    warnings = []
+    for each in history:
+        failure = [] if each.success else [f"no mixture was found: {each.message}"]
+        warnings += [f"At step {each.step}: {warning}" for warning in (*failure, *each.warnings)]
     yield _HTML.beware(3, warnings)
     changed = sum(each.changed for each in history)
     yield _HTML.text(
@@ -188,18 +174,19 @@ def _agreement(spearman: float, kendall: float, ceiling: float) -> Markup:
 def _run(run: Mapping[str, Any]) -> _Parts:
     yield _HTML.beware(3, run["warnings"])
     yield from _costs(run["seconds"], {"memory": run.get("memory", "")})
-    tables = _settings("Settings", run["settings"]) + _settings("Environment", run.get("environment") or {})
-    yield _HTML.details("Settings and environment", tables)
+    tables = {"Settings": run["settings"], "Environment": run.get("environment") or {}}
+    yield _details("Settings and environment", tables)
 
 
 def _demo(demo: DemoResult) -> _Parts:
-    failures = [
-        f"At step {each.step} no mixture was found: {each.message}" for each in demo.boundaries if not each.success
-    ]
-    gaps = [f"Missing here: {name}: {why}" for name, why in demo.missing.items()]
-    yield _HTML.beware(3, [*failures, *gaps])
+    warnings = [f"At step {b.step} no mixture was found: {b.message}" for b in demo.boundaries if not b.success]
+    warnings += [f"Missing here: {name}: {why}" for name, why in demo.missing.items()]
+    yield _HTML.beware(3, warnings)
     words = "Mean loss of the tasks that were steered for: {} than with a uniform mixture; of the tasks held out: {}."
-    yield _HTML.text(Markup(words).format(_change(demo, demo.steered), _change(demo, demo.held_out)))
+    changes = [demo.change(tasks) if tasks else None for tasks in (demo.steered, demo.held_out)]
+    yield _HTML.text(
+        Markup(words).format(*("none" if each is None else _HTML.change(abs(each), each < 0) for each in changes))
+    )
     yield _HTML.heading(3, "Losses")
     yield from _losses(demo)
     yield from _over_time(demo.tikmix.weights, demo.settings.steps)
@@ -208,12 +195,8 @@ def _demo(demo: DemoResult) -> _Parts:
         yield _HTML.heading(3, f"Influence at step {last.step}")
         yield from _matrix(last.matrix, 4)
     yield from _costs(demo.seconds, {f"sequences {what}": count for what, count in demo.rows.items()})
-    tables = (
-        _settings("Settings", demo.settings.to_dict())
-        + _settings("Sources of the text", demo.sources)
-        + _settings("Environment", demo.environment)
-    )
-    yield _HTML.details("Settings and environment", tables)
+    tables = {"Settings": demo.settings.to_dict(), "Sources of the text": demo.sources, "Environment": demo.environment}
+    yield _details("Settings and environment", tables)
 
 
 def _losses(demo: DemoResult) -> _Parts:
@@ -232,13 +215,6 @@ def _losses(demo: DemoResult) -> _Parts:
     caption = "Loss after training, nats per byte, on text that was neither trained on nor measured"
     yield _HTML.table(caption, ["Task", "Group", "Uniform", "TiKMiX-D", "Change"], rows, "numbers")
     yield _HTML.charts("Curves: TiKMiX-D is the solid line, uniform the dashed one; nats per byte over steps.", charts)
-
-
-def _change(demo: DemoResult, tasks: tuple[str, ...]) -> Markup:
-    if not tasks:
-        return Markup("none")
-    change = demo.change(tasks)
-    return Markup(f"<b>{abs(change):.1%} {'lower' if change < 0 else 'higher'}</b>")
 
 
 def _over_time(weights: Sequence[tuple[int, Mapping[str, float]]], steps: int) -> _Parts:
@@ -267,8 +243,10 @@ def _costs(seconds: Mapping[str, float], more: Mapping[str, Any]) -> _Parts:
     yield _HTML.table("Wall time by kind of work, and what else it took", ["What", "Cost"], rows)
 
 
-def _settings(caption: str, settings: Mapping[str, Any]) -> Markup:
-    return Markup(_HTML.table(caption, ["Name", "Value"], list(_flat(settings))))
+def _details(summary: str, settings: Mapping[str, Mapping[str, Any]], before: Markup | str = "") -> Markup:
+    """Fold away ``before`` and one table per entry of ``settings``, which maps captions to names and values."""
+    tables = (_HTML.table(caption, ["Name", "Value"], list(_flat(each))) for caption, each in settings.items())
+    return Markup(_HTML.details(summary, Markup("").join([before, *tables])))
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

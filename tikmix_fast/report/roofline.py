@@ -67,7 +67,11 @@ def _draw_roofs(axes: Axes, flops: dict[str, float], bandwidth: float, left: flo
         roof = np.array([left * bandwidth, peak, peak]) / 1e9
         axes.plot([left, ridge, right], roof, dash, color="#222222", linewidth=1.4, zorder=2)
         axes.annotate(
-            f"{dtype}: {peak / 1e9:.0f}", (ridge, peak / 1e9), xytext=(10, 3), textcoords="offset points", fontsize=9.5
+            f"{dtype}: {peak / 1e9:.0f} GF/s",
+            (ridge, peak / 1e9),
+            xytext=(8, 3),
+            textcoords="offset points",
+            fontsize=9,
         )
     middle = (left * min(flops.values()) / bandwidth) ** 0.5
     axes.annotate(
