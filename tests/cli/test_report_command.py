@@ -400,7 +400,7 @@ def test_an_empty_folder_is_a_mistake_and_foreign_files_in_folders_are_passed_ov
     (tmp_path / "settings.json").write_text("{}")
     result = run(tmp_path)
     assert result.exit_code == 2
-    assert "has nothing of it" in result.stderr
+    assert f"none in {tmp_path}" in result.stderr.replace("\n", "")
     make(2, 2).save(tmp_path / "S.json")
     found = run(tmp_path, "--out", tmp_path / "a.html", "--json")
     counts: dict[str, Any] = json.loads(found.stdout)

@@ -1,4 +1,4 @@
-"""What an influence matrix says, and what to beware of in it, in words."""
+"""What an influence matrix says, and what to doubt in it, in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FEW = 8
 
 
 def list_names(names: Sequence[str], most: int = 5) -> str:
-    """Return names in a row, the first few of many.
+    """Return names in a row; if there are more than ``most``, the first of them and how many more there are.
 
     Examples
     --------
@@ -35,7 +35,7 @@ def relative_influence(matrix: InfluenceMatrix) -> tuple[NDArray[np.float64], ND
 
 
 def matrix_warnings(matrix: InfluenceMatrix) -> list[str]:
-    """Return sentences on what is missing or doubtful; none if all is well."""
+    """Return one sentence for everything that is missing or doubtful."""
     warnings = []
     unmeasured = np.isnan(matrix.values).all(axis=0)
     if unmeasured.any():
