@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from matplotlib import rc_context
 from typer.testing import CliRunner
 
 from tikmix_fast import InfluenceMatrix
@@ -111,6 +112,7 @@ def check(page: Page, text: str) -> None:
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     for tag, attributes in page.tags:
+        assert not any("url(" in (value or "") for value in attributes.values())
         if tag == "svg":
             assert attributes.get("aria-hidden") == "true" or (attributes["role"] == "img" and attributes["aria-label"])
         if tag == "th":
@@ -190,6 +192,8 @@ def test_every_name_is_escaped(demo: DemoResult, tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     demo.save(tmp_path / "demo" / "results.json")
     page = page_of(tmp_path, "--title", EVIL[1], out=tmp_path / "a.html")
+    page_of(tmp_path, "--title", EVIL[1], out=tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     for name in EVIL:
         assert name in page.text
     text = (tmp_path / "a.html").read_text()
@@ -323,19 +327,43 @@ def test_warnings_of_a_matrix_are_in_words() -> None:
         assert part in text
 
 
+def corners(path: str) -> list[tuple[float, float]]:
+    """The points of a path, in pixels; y grows downwards."""
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.-]+) ([\d.-]+)", path)]
+
+
 def test_charts_draw_the_numbers() -> None:
     chart = mixture_chart([(0, {"a": 0.25, "b": 0.75}), (50, {"a": 1.0, "b": 0.0})], 100, "mix")
-    first = re.findall(r'points="([^"]*)"', chart)[0].split()
-    corners = [tuple(map(float, point.split(","))) for point in first]
-    bottom = corners[-1][1]
-    top = bottom - (bottom - corners[0][1]) / 0.25
-    assert corners[2][1] == pytest.approx(top, abs=0.5)  # all of the height from the middle on
-    assert corners[1][0] == corners[2][0] == pytest.approx((corners[0][0] + corners[3][0]) / 2, abs=0.2)
+    band = corners(re.findall(r'd="([^"]*)" style="fill: var\(--c0\)', chart)[0])
+    bottom, left, right = max(y for _, y in band), min(x for x, _ in band), max(x for x, _ in band)
+    height = bottom - min(y for _, y in band)
+    assert height == pytest.approx(4 * (bottom - band[1][1]), abs=0.5)  # a quarter, then all of the height
+    assert sorted({x for x, _ in band}) == pytest.approx([left, (left + right) / 2, right], abs=0.2)
     many = {f"d{k}": 0.01 for k in range(20)} | {"big": 0.8}
-    assert mixture_chart([(0, many)], 10, "mix").count("<polygon") == 9
+    assert len(re.findall(r"fill: var\(--c\d\)", mixture_chart([(0, many)], 10, "mix"))) == 9
     assert "others" in mixture_chart([(0, many)], 10, "mix")
-    assert loss_chart({"one": [(5, 2.0)]}, "flat").count("<polyline") == 1
+    lines = {"one": [(5, 2.0), (10, 1.0)], "two": [(5, 2.0), (10, 1.5)]}
+    curves = re.findall(r'd="([^"]*)" style="([^"]*stroke: var\(--l\d\)[^"]*)"', loss_chart(lines, "losses"))
+    (solid, _), (dashed, looks) = curves
+    assert "stroke-dasharray" in looks
+    ((_, high), (_, low)), ((_, same), (_, middle)) = corners(solid), corners(dashed)
+    assert high == same
+    assert middle == pytest.approx((high + low) / 2, abs=0.01)
+    assert loss_chart({"one": [(5, 2.0)]}, "flat").count("var(--l0)") == 1
     assert loss_chart({"none": []}, "empty") == ""
+
+
+def test_charts_show_names_as_they_are_and_do_not_depend_on_the_users_settings() -> None:
+    """No name is markup, mathematics or a colour; one that no font or no XML has does not stop the page."""
+    names = [*EVIL, "$\\nothing$", "#000001", "字", "two\nlines", "\x01"]
+    weights = [(0, dict.fromkeys(names, 1 / len(names)))]
+    chart = mixture_chart(weights, 10, "mix")
+    shown = [text for text in Page(chart).words if text.strip()]
+    expected = [name if len(name) <= 16 else f"{name[:15]}…" for name in names[:7]] + ["two\ufffdlines", "\ufffd"]
+    assert [text for text in shown if text in expected] == expected
+    with rc_context({"axes.grid": True, "font.size": 30, "svg.fonttype": "path"}):
+        assert mixture_chart(weights, 10, "mix") == chart
+    assert not re.search(r'style="[^"]*#', chart)  # every colour follows the page
 
 
 @pytest.mark.parametrize(
@@ -372,7 +400,7 @@ def test_an_empty_folder_is_a_mistake_and_foreign_files_in_folders_are_passed_ov
     (tmp_path / "settings.json").write_text("{}")
     result = run(tmp_path)
     assert result.exit_code == 2
-    assert "has nothing of it" in result.stderr
+    assert f"none in {tmp_path}" in result.stderr.replace("\n", "")
     make(2, 2).save(tmp_path / "S.json")
     found = run(tmp_path, "--out", tmp_path / "a.html", "--json")
     counts: dict[str, Any] = json.loads(found.stdout)

@@ -165,7 +165,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert re.fullmatch(r"tikmix_fast/_cpu\..*\.so", module)
     assert package - {module} == tracked("tikmix_fast")
     # What is not Python and easily forgotten.
-    assert {"tikmix_fast/py.typed", "tikmix_fast/_cpu.pyi", "tikmix_fast/schemas/mixture.json"} <= package
+    assert {
+        "tikmix_fast/py.typed", "tikmix_fast/_cpu.pyi", "tikmix_fast/schemas/mixture.json",
+        "tikmix_fast/report/page.html.j2", "tikmix_fast/report/page.css",
+    } <= package  # fmt: skip
     information = f"tikmix_fast-{__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"tikmix_fast", information}
     assert not any("test_" in name or "conftest" in name for name in names)
@@ -176,7 +179,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         if line.startswith("Requires-Dist:") and "extra ==" not in line
     }
     assert needed == {
-        "torch", "numpy", "scipy", "lightgbm", "triton", "typer", "rich", "matplotlib", "safetensors", "filelock"
+        *("torch", "numpy", "scipy", "lightgbm", "triton", "typer", "rich", "matplotlib", "jinja2"),
+        *("safetensors", "filelock"),
     }  # fmt: skip
 
 

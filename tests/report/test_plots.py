@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 from matplotlib.text import Text
 
 from tikmix_fast.demo.results import DemoResult
@@ -38,19 +39,19 @@ def texts_that_overlap(figure: Figure) -> list[tuple[str, str]]:
     ]
 
 
-def test_cells_show_rows_scaled_errors_doubt_and_gaps(matrix: InfluenceMatrix) -> None:
+def test_cells_show_shares_errors_doubt_and_gaps(matrix: InfluenceMatrix) -> None:
     figure = draw_influence(matrix, "a title")
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == [
         "+1.00\n±0.05",
-        "-0.50\n±0.05",
-        "(+0.05)\n±0.10",
         "-1.00\n±0.12",
+        "-0.50\n±0.05",
         "+0.25\n±0.03",
+        "(+0.05)\n±0.10",
         "?",
     ]
-    assert [label.get_text() for label in axes.get_xticklabels()] == list(matrix.domains)
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(matrix.tasks)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(matrix.domains)
+    assert [label.get_text() for label in axes.get_xticklabels()] == [task.replace(" ", "\n") for task in matrix.tasks]
     image = axes.images[0]
     assert image.get_clim() == (-1, 1)
     blue, red = (image.cmap(image.norm(value)) for value in (1.0, -1.0))
@@ -65,9 +66,9 @@ def test_a_row_of_zeros_is_drawn() -> None:
 
 def test_the_mixture_fills_every_stage(result: DemoResult) -> None:
     axes = draw_mixture(result).axes[0]
-    bars = [patch for container in axes.containers for patch in container.patches]
-    assert sum(bar.get_height() for bar in bars) == pytest.approx(3)
-    assert {(bar.get_x(), bar.get_width()) for bar in bars} == {(0, 100), (100, 100), (200, 100)}
+    steps = [patch.get_data() for patch in axes.patches if isinstance(patch, StepPatch)]
+    assert sum((each.values - each.baseline).sum() for each in steps) == pytest.approx(3)
+    assert {tuple(each.edges) for each in steps} == {(0, 100, 200, 300)}
     assert {"python", "docstrings", "noise"} <= {text.get_text() for text in axes.texts}
 
 
@@ -89,6 +90,8 @@ def test_every_task_has_its_panel_with_both_arms(result: DemoResult) -> None:
 def test_no_label_lies_on_another(result: DemoResult, draw, tmp_path) -> None:
     figure = draw(result)
     assert texts_that_overlap(figure) == []
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 9
+    assert figure.get_figwidth() <= 5
     assert save_figure(figure, tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 

@@ -20,12 +20,12 @@ def report(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("tikmix-report.html"),
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Data influence and mixture",
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was shown as JSON.")] = False,
+    title: Annotated[str, typer.Option(help="The title of the page.")] = "Data influence and mixture",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts of what the page shows as JSON.")] = False,
 ) -> None:
-    """Make one HTML file of results: heat map, mixture over time, losses, costs, settings, warnings.
+    """Write one HTML file that shows results: heat map, mixture over time, losses, costs, settings, warnings.
 
-    It needs no network, follows the reader's dark mode, and fits a phone.
+    The page needs no network, follows the reader's dark mode, and fits a phone.
     """
     import json
 

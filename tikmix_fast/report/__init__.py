@@ -1,1 +1,1 @@
-"""Words, tables and pictures made of results."""
+"""Words, tables and pictures of results."""

@@ -1,4 +1,4 @@
-"""What benchmarks measured as tables: the same cells for a terminal and for the README."""
+"""Results of benchmarks as tables: the same cells for a terminal and for the documents."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class TextTable:
     rows : sequence of sequence of str
         The first column is text, the others are numbers.
     notes : sequence of str
-        What was left out, with the reason.
+        What the table lacks, with the reason.
     bold : frozenset of int
-        The rows that are this package's own.
+        The rows of this package's own methods.
     """
 
     title: str
@@ -81,7 +81,7 @@ def benchmark_tables(result: dict[str, Any]) -> list[TextTable]:
 
 
 def benchmark_facts(result: dict[str, Any]) -> str:
-    """Return in one line what a result was measured on."""
+    """Return in one line the machine, versions, commit and date of a result."""
     machine, packages = result["environment"]["machine"], result["environment"]["packages"]
     commit = (result["environment"]["commit"] or "unknown").split()
     return (
@@ -91,7 +91,7 @@ def benchmark_facts(result: dict[str, Any]) -> str:
 
 
 def ops_summary(result: dict[str, Any]) -> TextTable:
-    """Return one row per case: ours, and the fastest other method that gives as much (the total too, if exact)."""
+    """Return one row per case: ours, and the fastest other method with the same results (the total too, if exact)."""
     header = ["case", "tikmix_fast", "fastest other", "extra memory", "of the other", "GF/s", "of peak", "error"]
     rows, slower = [], []
     for case in result["cases"]:
@@ -122,7 +122,7 @@ def ops_summary(result: dict[str, Any]) -> TextTable:
 
 
 def main_rows(case: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Return ours of a case, and the fastest of the others that give as much; None where there is none."""
+    """Return our row of a case, and the fastest other row with the same results; None for a missing one."""
     ours = next((row for row in case["rows"] if row["method"] == case["main"]), None)
     if ours is None:
         return None, None
@@ -249,9 +249,9 @@ def _times(row: dict[str, Any]) -> list[str]:
 
 
 def ratio_text(row: dict[str, Any]) -> str:
-    """Return a row's ratio with its interval, if there is one that says something."""
+    """Return a row's ratio, with its interval if that is known and not a point."""
     interval = row["ratio_interval"]
-    if interval is None or interval[0] == interval[1]:  # too few rounds, or what the others are compared with
+    if interval is None or interval[0] == interval[1]:  # too few rounds, or the reference itself
         return f"{row['ratio']:.2f}"
     return f"{row['ratio']:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 

@@ -1,4 +1,4 @@
-"""What a result was made with. Every probe is on its own, so that a broken installation still gets a report."""
+"""The environment that makes a result. Every probe stands alone, so a broken installation still gets a report."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _VARIABLES = ("TIKMIX_FAST_BACKEND", "TIKMIX_FAST_CPU_ISA", "OMP_NUM_THREADS", "
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions, machine, backends and commit as plain JSON types; a probe that fails says why in its place.
+    """Return versions, machine, backends and commit as plain JSON types. A probe that fails returns its reason.
 
     Returns
     -------
     dict
         ``tikmix_fast`` and ``python`` (versions), ``packages`` (name to version), ``machine`` (name to text or number),
-        ``backends`` (name to None if usable, else the reason), ``commit`` (of a source checkout), ``variables`` (those
-        that are set).
+        ``backends`` (name to None if usable, else the reason), ``commit`` (of a source checkout), ``variables``
+        (environment variables with a value).
 
     Examples
     --------
@@ -56,7 +56,7 @@ def describe_environment() -> dict[str, Any]:
 def _probe(ask: Callable[[], Any]) -> Any:
     try:
         return ask()
-    except Exception as error:  # a report on a broken installation must not break on it
+    except Exception as error:  # a a report on a broken installation must not break
         return f"unknown ({type(error).__name__}: {error})"
 
 
@@ -102,7 +102,7 @@ def _backends() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that this file lies in, marked if files differ from it."""
+    """Return the commit of the checkout with this file, and whether files differ from it."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -110,10 +110,10 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # Inside an installed package, git would answer for whatever repository the environment lies in.
+        # An installed package may lie inside a repository that has nothing to do with it.
         if not git("ls-files", Path(__file__).name):
             return None
-        # Results that a run writes beside older ones change nothing of what made them.
+        # A run writes its results there, and they do not change the program.
         changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
         return git("rev-parse", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.SubprocessError):

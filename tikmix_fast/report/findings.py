@@ -1,21 +1,22 @@
-"""What an influence matrix says, and what to beware of in it, in words."""
+"""What an influence matrix says, and what to doubt in it, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
-__all__ = ["list_names", "matrix_warnings"]
+__all__ = ["list_names", "matrix_warnings", "relative_influence"]
 
 _NOISY = 0.3
 _FEW = 8
 
 
 def list_names(names: Sequence[str], most: int = 5) -> str:
-    """Return names in a row, the first few of many.
+    """Return names in a row; if there are more than ``most``, the first of them and how many more there are.
 
     Examples
     --------
@@ -26,8 +27,15 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def relative_influence(matrix: InfluenceMatrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return values and standard errors [n, m] as shares of each task's largest magnitude, so that tasks compare."""
+    largest = np.nan_to_num(np.abs(matrix.values)).max(axis=1, keepdims=True)
+    largest[~(largest > 0)] = 1.0
+    return matrix.values / largest, matrix.stderr / largest
+
+
 def matrix_warnings(matrix: InfluenceMatrix) -> list[str]:
-    """Return sentences on what is missing or doubtful; none if all is well."""
+    """Return one sentence for everything that is missing or doubtful."""
     warnings = []
     unmeasured = np.isnan(matrix.values).all(axis=0)
     if unmeasured.any():

@@ -12,9 +12,9 @@ __all__ = ["influence_table"]
 
 
 def influence_table(matrix: InfluenceMatrix) -> Table:
-    """Return one row per domain and one column per task: influence, standard error, and a star where it is not zero.
+    """Return one row per domain and one column per task: influence, standard error, and a star if it is not zero.
 
-    Stars are by `InfluenceMatrix.significant` over all cells together (Benjamini and Hochberg).
+    `InfluenceMatrix.significant` decides over all cells together (Benjamini and Hochberg).
     """
     table = Table(
         title="Group Influence: positive lowers the task's loss",

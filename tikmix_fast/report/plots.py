@@ -1,8 +1,12 @@
-"""The pictures of a demonstration, in colours that colour-blind readers can tell apart."""
+"""The pictures of a demonstration. Colour-blind readers can tell their colours apart; phones can show their text.
+
+A phone shows a picture about 2.5 inches wide, so pictures are 4.8 inches wide and no text is below 9 points.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,56 +17,50 @@ from numpy.typing import NDArray
 from tikmix_fast import files
 from tikmix_fast.demo.results import DemoResult
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+from tikmix_fast.report.findings import relative_influence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_influence", "draw_losses", "draw_mixture", "new_figure", "save_figure"]
+__all__ = ["WIDTH", "draw_influence", "draw_losses", "draw_mixture", "new_figure", "save_figure", "stack_bands"]
 
-# Paul Tol's "muted" scheme and its pale grey, which is kept for the last domain.
+WIDTH = 4.8
+"""Inches."""
+# Paul Tol's "muted" scheme and its pale grey, which the last domain has.
 _COLOURS = ("#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#44AA99", "#AA4499", "#999933", "#882255")
 _OURS, _THEIRS, _WORSE = "#0077BB", "#777777", "#BB3311"
-_RESOLUTION = 160
+_RESOLUTION = 200
 
 
 def draw_influence(matrix: InfluenceMatrix, title: str = "") -> Figure:
-    """Draw the matrix as a heat map: each row divided by its largest magnitude, so that tasks can be compared.
+    """Draw the matrix as a heat map, one row per domain, in shares of each task's largest magnitude.
 
-    Blue helps, red harms. A cell shows the value and its standard error; it is grey and in brackets where the 95 %
+    Blue helps, red harms. A cell shows the value and its standard error; it is grey and in brackets if the 95 %
     interval holds zero.
     """
     n, m = matrix.shape
-    scale = np.nanmax(np.abs(matrix.values), axis=1, keepdims=True)
-    scale[~(scale > 0)] = 1.0
-    values, errors, certain = matrix.values / scale, matrix.stderr / scale, matrix.significant()
-    figure, axes = new_figure(1.6 + 0.95 * m, 1.5 + 0.62 * n)
-    image = axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-    for i in range(n):
-        for j in range(m):
-            if np.isnan(values[i, j]):
-                text = "?"
-            else:
-                number = f"{values[i, j]:+.2f}"
-                error = f"\n±{errors[i, j]:.2f}" if np.isfinite(errors[i, j]) else ""
-                text = number + error if certain[i, j] else f"({number}){error}"
-            dark = abs(values[i, j]) > 0.6
-            colour = "white" if dark else ("black" if certain[i, j] else "#555555")
-            axes.text(j, i, text, ha="center", va="center", fontsize=9, color=colour, linespacing=1.1)
-    axes.set_xticks(range(m), matrix.domains, rotation=0 if m <= 10 else 45, fontsize=10)
-    axes.set_yticks(range(n), matrix.tasks, fontsize=10)
-    axes.tick_params(length=0)
+    (values, errors), certain = relative_influence(matrix), matrix.significant()
+    figure, axes = new_figure(max(WIDTH, 1.2 + 0.72 * n), 1.4 + 0.4 * m)
+    axes.imshow(values.T, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    for j, i in np.ndindex(m, n):
+        text = "?"
+        if not np.isnan(values[i, j]):
+            error = f"\n±{errors[i, j]:.2f}" if np.isfinite(errors[i, j]) else ""
+            text = (f"{values[i, j]:+.2f}" if certain[i, j] else f"({values[i, j]:+.2f})") + error
+        colour = "white" if abs(values[i, j]) > 0.6 else ("black" if certain[i, j] else "#444444")
+        axes.text(i, j, text, ha="center", va="center", fontsize=9, color=colour, linespacing=1.1)
+    axes.xaxis.tick_top()
+    axes.set_xticks(range(n), [task.replace(" ", "\n") for task in matrix.tasks], fontsize=9.5)
+    axes.set_yticks(range(m), matrix.domains, fontsize=9.5)
     axes.spines[:].set_visible(False)
-    axes.set_xticks(np.arange(m + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(n + 1) - 0.5, minor=True)
+    axes.set_xticks(np.arange(n + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(m + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="minor", length=0)
-    caption = "rows divided by their largest magnitude; ± standard error; (…) the 95 % interval holds zero"
-    axes.set_xlabel(caption, fontsize=8, color="#555555", loc="right")
-    axes.set_title(title or "Group Influence", fontsize=12, loc="left")
-    bar = figure.colorbar(image, ax=axes, pad=0.015, ticks=[-1, 0, 1])
-    bar.ax.set_yticklabels(["harms", "0", "helps"])
-    bar.outline.set_visible(False)
+    axes.tick_params(which="both", length=0)
+    caption = "Shares of a task's largest; blue helps, red harms;\n± standard error; (…) the 95 % interval holds zero"
+    axes.set_xlabel(caption, fontsize=9, color="#444444", loc="left")
+    figure.suptitle(title or "Group Influence", fontsize=12, x=0.01, ha="left")
     return figure
 
 
@@ -72,52 +70,89 @@ def draw_mixture(result: DemoResult) -> Figure:
     starts = [step for step, _ in result.tikmix.weights]
     edges = [*starts, result.settings.steps]
     weights = np.array([[mixture[name] for name in domains] for _, mixture in result.tikmix.weights])
-    tops = weights.cumsum(axis=1)
-    figure, axes = new_figure(7.5, 4.2)
-    for j, name in enumerate(domains):
-        axes.bar(
-            starts, weights[:, j], width=np.diff(edges), bottom=tops[:, j] - weights[:, j], align="edge",
-            color=_colour(j, len(domains)), edgecolor="white", linewidth=0.8, label=name,
-        )  # fmt: skip
-        for stage, (start, end) in enumerate(pairwise(edges)):
-            if weights[stage, j] >= 0.06 and (end - start) / edges[-1] > 0.08:
-                axes.text(
-                    (start + end) / 2, tops[stage, j] - weights[stage, j] / 2, f"{weights[stage, j]:.0%}", ha="center",
-                    va="center", fontsize=8, color=_readable_on(_colour(j, len(domains))),
-                )  # fmt: skip
-    middles = tops[-1] - weights[-1] / 2
-    for name, middle, place in zip(domains, middles, _spread(middles, 0.055), strict=True):
-        axes.annotate(
-            name, xy=(edges[-1], middle), xytext=(1.03, place), textcoords=axes.get_yaxis_transform(), va="center",
-            fontsize=10, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.8, "relpos": (0, 0.5), "shrinkA": 0},
-        )  # fmt: skip
-    axes.set_xlim(0, edges[-1])
-    axes.set_ylim(0, 1)
+    colours = [_colour(j, len(domains)) for j in range(len(domains))]
+    figure, axes = new_figure(WIDTH, 3.8)
+    stack_bands(axes, edges, weights, domains, colours, gap=0.055)
+    middles = weights.cumsum(axis=1) - weights / 2
+    for (stage, j), weight in np.ndenumerate(weights):
+        start, end = list(pairwise(edges))[stage]
+        if weight >= 0.06 and (end - start) / edges[-1] > 0.08:
+            axes.text(
+                (start + end) / 2, middles[stage, j], f"{weight:.0%}", ha="center", va="center", fontsize=9,
+                color=_readable_on(colours[j]),
+            )  # fmt: skip
     axes.set_xlabel("step")
-    axes.set_ylabel("weight in the mixture")
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("Mixture by TiKMiX-D; the first stage is uniform", fontsize=12, loc="left")
+    figure.suptitle("Mixture by TiKMiX-D; the first stage is uniform", fontsize=12, x=0.01, ha="left")
     return figure
 
 
+def stack_bands(
+    axes: Axes,
+    edges: Sequence[float],
+    weights: NDArray[np.float64],
+    names: Sequence[str],
+    colours: Sequence[str],
+    *,
+    gap: float,
+    size: float = 10,
+    paper: str = "white",
+    leader: str = "#999999",
+) -> None:
+    """Fill ``axes`` with weights [stage, band] that hold between ``edges``, stacked; names stand at the right edge.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+    edges : sequence of float
+        Steps; one more than there are stages.
+    weights : ndarray [stage, band]
+        Each stage sums to 1.
+    names, colours : sequence of str
+        One per band.
+    gap : float
+        The least distance of two names, as a share of the height.
+    size : float
+        Of the names, in points.
+    paper, leader : str
+        The colours between bands and from a band to its name.
+    """
+    tops = weights.cumsum(axis=1)
+    for band, colour in enumerate(colours):
+        axes.stairs(
+            tops[:, band], edges, baseline=tops[:, band] - weights[:, band], fill=True, facecolor=colour,
+            edgecolor=paper, linewidth=0.8, clip_on=False,
+        )  # fmt: skip
+    middles = tops[-1] - weights[-1] / 2
+    for name, middle, place in zip(names, middles, _spread(middles, gap), strict=True):
+        axes.annotate(
+            name, xy=(edges[-1], middle), xytext=(1.04, place), textcoords=axes.get_yaxis_transform(), va="center",
+            fontsize=size, annotation_clip=False, parse_math=False,
+            arrowprops={
+                "arrowstyle": "-", "color": leader, "linewidth": 0.8, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0
+            },
+        )  # fmt: skip
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1))
+
+
 def draw_losses(result: DemoResult) -> Figure:
-    """Draw the loss of every task over training in both arms, steered tasks first."""
+    """Draw the loss of every task over training in both arms: steered tasks on the left, held-out ones on the right."""
     groups = [("steered for", result.steered), ("held out", result.held_out)]
-    columns = max(len(tasks) for _, tasks in groups)
-    figure, axes = new_figure(2.3 * columns, 4.8, rows=2, columns=columns)
-    for row, (title, tasks) in zip(axes, groups, strict=True):
-        for index, panel in enumerate(row):
-            if index >= len(tasks):
-                panel.set_visible(False)
-                continue
-            _draw_loss(panel, result, tasks[index])
-        row[0].set_ylabel(f"{title}\nnats per byte", fontsize=10)
-    for panel in axes[-1]:
-        panel.set_xlabel("step", fontsize=9)
-    figure.suptitle("Loss on text that was neither trained on nor measured", fontsize=12, x=0.01, ha="left")
-    axes[0, 0].legend(frameon=False, fontsize=9, loc="upper right")
+    rows = max(len(tasks) for _, tasks in groups)
+    figure, axes = new_figure(WIDTH, 1.1 + 1.25 * rows, rows=rows, columns=2)
+    for column, (title, tasks) in zip(axes.T, groups, strict=True):
+        for panel, task in zip(column, tasks, strict=False):
+            _draw_loss(panel, result, task)
+        for panel in column[len(tasks) :]:
+            panel.set_visible(False)
+        column[max(len(tasks) - 1, 0)].set_xlabel("step", fontsize=9)
+        column[0].annotate(
+            title, (0, 1), xytext=(0, 22), xycoords="axes fraction", textcoords="offset points", fontsize=10,
+            fontweight="bold",
+        )  # fmt: skip
+    figure.suptitle("Loss on unseen text, nats per byte", fontsize=12, x=0.01, ha="left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -155,7 +190,8 @@ def _draw_loss(panel: Axes, result: DemoResult, task: str) -> None:
         f"{change:+.1%}", fontsize=10, loc="right", color=_OURS if change < 0 else _WORSE, fontweight="bold"
     )
     panel.axvline(result.settings.boundaries[0], color="#cccccc", linewidth=0.8, zorder=0)
-    panel.tick_params(labelsize=8)
+    panel.locator_params(nbins=4)
+    panel.tick_params(labelsize=9)
     panel.spines[["top", "right"]].set_visible(False)
 
 

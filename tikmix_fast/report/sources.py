@@ -1,4 +1,4 @@
-"""Find in files and folders what a report can show."""
+"""Read the files that a report can show."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Sources", "read_sources"]
 
 @dataclass
 class Sources:
-    """What was read, each with the name it is shown under.
+    """The contents of the files, each with the name that the report gives it.
 
     Attributes
     ----------
     demos : list of (str, DemoResult)
     matrices : list of (str, InfluenceMatrix)
     mixtures : list of (str, mapping)
-        As ``tikmix-fast mix`` writes them.
+        Files of ``tikmix-fast mix``.
     schedules : list of (str, DynamicMixture)
-        As `DynamicMixture.save` writes them.
+        Files of `DynamicMixture.save`.
     runs : list of (str, mapping)
-        The ``run.json`` of ``tikmix-fast influence``.
+        Files ``run.json`` of ``tikmix-fast influence``.
     """
 
     demos: list[tuple[str, DemoResult]] = field(default_factory=list)
@@ -39,16 +39,16 @@ class Sources:
 
 
 def read_sources(paths: Iterable[Path]) -> Sources:
-    """Read JSON files, and in folders those that are known; others in folders are passed over.
+    """Read JSON files, and the JSON files in folders. Files of unknown kinds in folders do not count.
 
-    Of a demonstration's folder the matrix file is left out, which its results hold already.
+    The results of a demonstration already hold its matrix, so the matrix file beside them does not count either.
 
     Raises
     ------
     OSError
         If a path is missing.
     ValueError
-        If a file is damaged or of another kind, or nothing is found; the message names it.
+        If a file is damaged or of an unknown kind, or if the folders hold nothing to show; the message names the path.
     """
     sources = Sources()
     paths = list(paths)
@@ -63,8 +63,8 @@ def read_sources(paths: Iterable[Path]) -> Sources:
             _add(sources, path, required=True)
     if not any(vars(sources).values()):
         raise ValueError(
-            "paths must hold what demo, influence, mix or DynamicMixture.save wrote; "
-            f"{', '.join(map(str, paths))} has nothing of it"
+            "paths must lead to files that demo, influence, mix or DynamicMixture.save wrote; "
+            f"none in {', '.join(map(str, paths))}"
         )
     return sources
 
@@ -88,10 +88,11 @@ def _add(sources: Sources, path: Path, required: bool) -> None:
             raise ValueError("not an influence matrix, a mixture, a schedule, a run or a demonstration's results")
 
 
-def _schedule(state: dict[str, Any]) -> DynamicMixture:
-    """Make the schedule that a state is of, which checks all of it."""
-    run = _checked(state, {"domains": list, "steps": int, "boundaries": list, "warm_up": dict, "history": list})
-    schedule = DynamicMixture(run["domains"], run["steps"], boundaries=run["boundaries"], warm_up=run["warm_up"])
+def _schedule(content: dict[str, Any]) -> DynamicMixture:
+    """Return the schedule with this state; loading the state checks all of it."""
+    state = _checked(content, {"domains": list, "steps": int, "boundaries": list, "warm_up": dict, "history": list})
+    settings = {name: state[name] for name in ("domains", "steps", "boundaries", "warm_up")}
+    schedule = DynamicMixture(**settings)
     schedule.load_state_dict(state)
     return schedule
 

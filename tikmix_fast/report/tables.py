@@ -1,4 +1,4 @@
-"""Results as tables for a terminal."""
+"""Results of demonstrations as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def loss_table(results: Sequence[DemoResult]) -> Table:
     Parameters
     ----------
     results : sequence of DemoResult
-        One per seed, of the same tasks. With several the numbers are means, the change with its standard deviation
-        over the seeds.
+        One per seed, for the same tasks. The numbers of several are means over seeds; their change has its standard
+        deviation over seeds.
     """
     several = f", mean of {len(results)} seeds" if len(results) > 1 else ""
     table = Table(title=f"Loss after training, nats per byte{several}")
