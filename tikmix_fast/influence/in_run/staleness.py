@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast.influence.queries.sketch import SKETCH_SIZE
+from tikmix_fast.matrix.rank_correlation import rank_correlation
 
 __all__ = ["Lag", "Staleness", "StalenessHistory"]
 
@@ -227,16 +228,10 @@ def _mean(steps: Sequence[tuple[int, Array, Array]]) -> Array:
 
 def _rank_agreement(first: Array, second: Array) -> float:
     """Return Spearman's correlation over the domains that both have, mean over tasks; NaN below three domains."""
-    from scipy.stats import rankdata
-
     both = ~np.isnan(first).any(0) & ~np.isnan(second).any(0)
     if both.sum() < 3:
         return float("nan")
-    ranks = [rankdata(each[:, both], axis=1) for each in (first, second)]
-    centred = [each - each.mean(1, keepdims=True) for each in ranks]
-    spread = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
-    products = (centred[0] * centred[1]).sum(1)
-    return float(np.mean(np.divide(products, spread, out=np.zeros_like(products), where=spread > 0)))
+    return float(np.nan_to_num(rank_correlation(first[:, both], second[:, both])).mean())
 
 
 def _steps(count: int) -> str:
