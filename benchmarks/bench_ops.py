@@ -2,8 +2,8 @@
 
 pytest benchmarks/bench_ops.py --benchmark-json ops.json
 
-Every method is compared with float64 before it is timed. Timings of separate tests are minutes apart: ratios between
-methods are those of the interleaved run (benchmarks/run.py, tikmix-fast bench), not those between these rows.
+Every method is compared with float64 before it is timed. Tests are minutes apart, so do not compare their rows: the
+ratios of methods come from the interleaved run (``python -m benchmarks.run``, ``tikmix-fast bench``).
 """
 
 from __future__ import annotations
@@ -31,5 +31,5 @@ def test_method(benchmark, settings: BenchSettings, case: Case, name: str) -> No
     if name in skipped:
         pytest.skip(skipped[name])
     method = methods[name]
-    benchmark.extra_info.update(case=case.name, error=method.error, total_error=method.total_error)
+    benchmark.extra_info.update(case=case.name, **method.errors._asdict())
     benchmark(method.run)

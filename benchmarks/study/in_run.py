@@ -1,6 +1,6 @@
 """In-run influence at an overhead of 5% in tokens, against full measurements at the same weights.
 
-python benchmarks/study/in_run.py --seeds 0 1 2 --out benchmarks/results/in_run.json
+python -m benchmarks.study.in_run --seeds 0 1 2 --out benchmarks/results/in_run.json
 
 Trains the demonstration's GPT on the uniform mixture. Every 15th step is a measured one, with two sequences of each of
 the five tasks. At two checkpoints S from the run is compared with a full measurement at the same weights, by the

@@ -45,7 +45,7 @@ def test_the_package_is_staged_and_found(tree: Path, tmp_path: Path) -> None:
     assert built.kernels == [{"name": "kernel", "architecture": "sm_90a", "registers": 168, "spilled_bytes": 0}]
     staged = sorted(path.name for path in (built.site / "tikmix_fast").iterdir())
     assert staged == ["__init__.py", "_cpu.py", "_cuda.py", "ops"]
-    command, environment = interpreter_for(built.site)
+    command, environment = interpreter_for(built.site, tree)
     script = "import torch, tikmix_fast._cpu as module; print(module.made, module.__file__)"
     done = subprocess.run(
         [*command, "-c", script], cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py on a CPU in place of the GPU: answers right and wrong, crashes, clocks, tools."""
+"""The parts of ``python -m benchmarks.gpu`` on a CPU: answers right and wrong, crashes, clocks, tools."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import pytest
 import torch
 
 from benchmarks.gpu import ops as gpu_ops
-from benchmarks.gpu import tools as gpu_tools
+from benchmarks.gpu import profiles as gpu_profiles
+from benchmarks.gpu.cases import GPU_CASES, TINY_GPU_CASES, Bar
 from benchmarks.gpu.device import Rehearsal, find_device, read_smi
 from benchmarks.gpu.methods import gpu_methods
-from benchmarks.gpu.ops import GPU_CASES, TINY_GPU_CASES, Bar, LayerTruth, measure_gpu_case, run_ops
+from benchmarks.gpu.ops import measure_gpu_case, run_ops
+from benchmarks.gpu.profiles import run_profile
+from benchmarks.gpu.sanitizer import run_sanitizer
 from benchmarks.gpu.timing import time_in_turn
-from benchmarks.gpu.tools import run_profile, run_sanitizer
+from tikmix_fast.benchmarking import layer_truth
 from tikmix_fast.benchmarking.baselines import PLAIN, Answer, Method
+from tikmix_fast.benchmarking.layer_truth import LayerTruth
 from tikmix_fast.benchmarking.ops import Case, make_layer
 from tikmix_fast.testing import domain_gradients
 
@@ -33,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: method for name, method in gpu_methods(projection).items() if "triton" not in name}
 
     monkeypatch.setattr(gpu_ops, "gpu_methods", without)
-    monkeypatch.setattr(gpu_tools, "gpu_methods", without)
+    monkeypatch.setattr(gpu_profiles, "gpu_methods", without)
 
 
 def never(content: dict[str, Any]) -> None:
@@ -44,7 +48,7 @@ def never(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize("shape", [(70, 40, 24, 3, 2), (8, 8, 8, 6, 4)])
 def test_every_method_is_right(dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes with several slices of weights, and with empty domains; what is not available says why."""
-    monkeypatch.setattr(gpu_ops, "_SLICE", 16)
+    monkeypatch.setattr(layer_truth, "_SLICE", 16)
     monkeypatch.setattr(gpu_ops, "_SHORT", 0.0)
     found = measure_gpu_case(Rehearsal(), Bar(Case(*shape, dtype)), CEILINGS, rounds=1)
     assert found["wrong"] == {}
@@ -119,7 +123,7 @@ def test_cases_that_are_there_are_not_measured_again_and_what_crashed_is_left_ou
     third = TINY_GPU_CASES[2].case.name
     content["trying"] = {"case": third, "what": "timing"}
     run_ops(Rehearsal(), content, 60, never, TINY_GPU_CASES)
-    assert content["left_out"] == [{"case": third, "why": "crashed: the process died"}]
+    assert content["left_out"] == [{"case": third, "why": "crashed: no reason known"}]
 
 
 def test_no_case_begins_when_the_time_is_up() -> None:
@@ -181,7 +185,7 @@ def test_the_devices_own_clock_is_read_and_inputs_take_turns() -> None:
     orders = {tuple(each[0] for each in used[i : i + 2]) for i in range(0, 44, 2)}
     assert orders == {("a", "b"), ("b", "a")}
     assert np.all(timings.cpu["a"] >= 0)
-    with pytest.raises(ValueError, match="there must be a function and a round"):
+    with pytest.raises(ValueError, match="functions must hold at least one entry"):
         time_in_turn(FakeDevice(), {}, rounds=1)
 
 

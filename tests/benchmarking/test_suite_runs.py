@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import run as run_script
+from benchmarks.suites import ALL_SUITES
 from benchmarks.suites.mixture import measure_mixture
 from benchmarks.suites.neighbours import find_neighbours
 from benchmarks.suites.sampler import measure_sampler
-from tikmix_fast.benchmarking import engine
-from tikmix_fast.benchmarking.engine import FLOOR, TINY_MEASUREMENT, MeasurementMethod, Truth
+from tikmix_fast.benchmarking import measurement
+from tikmix_fast.benchmarking.autograd_truth import Truth
+from tikmix_fast.benchmarking.measurement import FLOOR, TINY_MEASUREMENT, MeasurementMethod
 from tikmix_fast.benchmarking.suites import BenchSettings, run_suite
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -31,13 +33,13 @@ def test_settings_are_checked(options: dict, message: str) -> None:
 
 
 def test_an_unknown_suite_is_refused() -> None:
-    with pytest.raises(ValueError, match="suite must be one of ops"):
+    with pytest.raises(ValueError, match="suite must be one of ops, engine; got 'gpu'"):
         run_suite("gpu", BenchSettings.of("tiny"))
 
 
 def test_engine_suite() -> None:
     said: list[str] = []
-    result = json.loads(json.dumps(run_suite("engine", BenchSettings.of("tiny"), said.append)))
+    result = json.loads(json.dumps(run_suite("engine", BenchSettings.of("tiny"), said.append, ALL_SUITES)))
     assert [len(case["rows"]) for case in result["steps"]] == [4, 4]
     assert all(0 < case["error"] <= 2 * case["eager_error"] + 1e-7 for case in result["steps"])
     fast, slow = result["measurements"]
@@ -52,7 +54,7 @@ def test_engine_suite() -> None:
 
 
 def test_the_truth_is_a_loop_over_sequences() -> None:
-    data = engine.make_measurement(TINY_MEASUREMENT)
+    data = measurement.make_measurement(TINY_MEASUREMENT)
     model = data.model.double()
     parameters = list(model.parameters())
 
@@ -72,11 +74,11 @@ def test_the_truth_is_a_loop_over_sequences() -> None:
 
 
 def test_a_wrong_measurement_is_caught() -> None:
-    methods = engine.measurement_methods()
+    methods = measurement.measurement_methods()
     right = methods["plain torch, sorted batches"].prepare
     broken = MeasurementMethod(lambda data: lambda: right(data)().flip(1))
     with pytest.raises(AssertionError, match="broken is wrong"):
-        engine.measure_measurement(TINY_MEASUREMENT, {FLOOR: methods[FLOOR], "broken": broken}, rounds=1)
+        measurement.measure_measurement(TINY_MEASUREMENT, {FLOOR: methods[FLOOR], "broken": broken}, rounds=1)
 
 
 def test_neighbours_are_run_or_skipped_with_a_reason() -> None:
@@ -124,29 +126,26 @@ def test_pytest_benchmark_runs_the_files(files: list[str], chosen: str, tests: i
 
 
 def test_a_run_makes_every_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    spec = importlib.util.spec_from_file_location("benchmarks_run", BENCHMARKS / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     ran: list[str] = []
 
-    def run_suite(name, settings, tell):
+    def run_suite(name, settings, tell, suites):
         ran.append(name)
         if name == "engine" and len(ran) < 6:
             raise AssertionError("wrong")
-        return {"suite": name, "settings": vars(settings), "environment": module.describe_environment()}
+        return {"suite": name, "settings": vars(settings), "environment": run_script.describe_environment()}
 
     clean = {"commit": "0123", "machine": {}, "packages": {}, "variables": {}}
-    monkeypatch.setattr(module, "run_suite", run_suite)
-    monkeypatch.setattr(module, "describe_environment", lambda: clean)
+    monkeypatch.setattr(run_script, "run_suite", run_suite)
+    monkeypatch.setattr(run_script, "describe_environment", lambda: clean)
     monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path), "--size", "tiny"])
     with pytest.raises(SystemExit, match="failed: engine"):
-        module.main()
+        run_script.main()
     assert ran == ["ops", "choice", "engine", "mixture", "sampler"]
-    module.main()  # only what is not there yet
+    run_script.main()  # only what is not there yet
     assert ran[5:] == ["engine"]
     clean["commit"] = "4567"
-    module.main()
+    run_script.main()
     assert ran[6:] == ["ops", "choice", "engine", "mixture", "sampler"]
     clean["commit"] = "4567 with changes"
-    module.main()
+    run_script.main()
     assert len(ran) == 16

@@ -1,7 +1,7 @@
-"""Fixtures of the tests that need a GPU; benchmarks/gpu.py runs them there.
+"""Fixtures of the tests that need a GPU; ``python -m benchmarks.gpu`` runs them there.
 
-TIKMIX_FAST_GPU_BACKENDS   which backends, by commas (triton,cuda)
-TIKMIX_FAST_GPU_REHEARSAL  run on the CPU what can be run there, to see that the tests themselves are right
+TIKMIX_FAST_GPU_BACKENDS   backends to test, separated by commas (triton,cuda)
+TIKMIX_FAST_GPU_REHEARSAL  run on the CPU what runs there, to check the tests themselves
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 REHEARSAL = bool(os.environ.get("TIKMIX_FAST_GPU_REHEARSAL"))
 BACKENDS = tuple(filter(None, os.environ.get("TIKMIX_FAST_GPU_BACKENDS", "triton,cuda").split(",")))
 REQUIRED = os.environ.get("TIKMIX_FAST_REQUIRE", "").split(",")
-NO_GPU = "no CUDA device: `python benchmarks/gpu.py` runs these tests on a machine with a GPU"
+NO_GPU = "no CUDA device: `python -m benchmarks.gpu` runs these tests on a machine with a GPU"
 
 
 class _SkippedFile(pytest.Module):

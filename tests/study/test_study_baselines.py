@@ -139,8 +139,8 @@ def test_dga_moves_to_the_domain_whose_gradient_is_the_targets(
         return directions_list[2] if len(sequences) > study.settings.dga_rows else directions_list[int(sequences[0, 0])]
 
     directions_list = list(directions.values())
-    monkeypatch.setattr("study.baselines.dga.draw", draw)
-    monkeypatch.setattr("study.baselines.dga.gradient", fake)
+    monkeypatch.setattr("benchmarks.study.baselines.dga.draw", draw)
+    monkeypatch.setattr("benchmarks.study.baselines.dga.gradient", fake)
     method, arm = DGA(study), trainee(study)
     for arm.step in range(40):
         method.update(arm)

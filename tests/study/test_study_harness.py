@@ -206,8 +206,8 @@ def test_an_unknown_arm_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_the_command_killed_and_run_again(tmp_path: Path) -> None:
     command = [
-        sys.executable, run.__file__, "--setting", "tiny", "--seeds", "7", "--arms", "uniform", "odm", "regmix 8",
-        "tikmix-d", "--out",
+        sys.executable, "-m", "benchmarks.study.run", "--setting", "tiny", "--seeds", "7", "--arms", "uniform", "odm",
+        "regmix 8", "tikmix-d", "--out",
     ]  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run([*command, str(whole)], check=True, capture_output=True)

@@ -21,22 +21,22 @@ __all__ = ["bench"]
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="ops, choice, engine, mixture or sampler; may be given again. Default: all."),
+        typer.Option(help="ops (the kernels) or engine (training steps); may be given again. Default: both."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("tikmix-bench"),
     size: Annotated[
         Literal["quick", "full", "tiny"],
-        typer.Option(help="quick (a minute or two), full (the committed results), or tiny (shows that it runs)."),
+        typer.Option(help="quick (a minute or two), full (as published), or tiny (only shows that it runs)."),
     ] = "quick",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of every comparison.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Of every comparison, after at least 3 rounds.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="At most this many rounds per comparison.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time limit per comparison; 3 rounds run anyway.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, a process per number.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too, in a process per number.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Measure this machine: kernels against torch's ways, training steps with and without influence, mixture, sampler.
+    """Measure this machine: kernels against torch's ways, and training steps with and without influence.
 
-    Every result is compared with float64 before anything is timed, and all methods of a comparison take turns.
+    Every result is compared with float64 before anything is timed. All methods of a comparison take turns.
     """
     import dataclasses
 
@@ -81,8 +81,8 @@ def _run(name: str, settings: BenchSettings, out: Path, console: Console) -> dic
 
     with console.status(name) as status:
         try:
-            result = run_suite(name, settings, lambda what: status.update(f"{name}: {what}"))
-        except AssertionError as error:  # what was to be timed computes wrong numbers here
+            result = run_suite(name, settings, lambda step: status.update(f"{name}: {step}"))
+        except AssertionError as error:  # a method computes wrong numbers on this machine
             typer.echo(f"wrong result: {error}", err=True)
             raise typer.Exit(1) from None
     files.write_json(out / f"{name}.json", result)
