@@ -65,11 +65,9 @@ def measure_gpu_case(
         If the device can no longer be used.
     """
     case = bar.case
-    layer = _make_layer(case, 0, device)
+    layers = _make_layers(case, device)
+    layer = layers[0]
     truth = LayerTruth.of(layer)
-    bytes_of_set = layer.input.nbytes + layer.grad_output.nbytes
-    sets = min(_MOST_SETS, max(1, math.ceil(4 * device.cache_bytes / bytes_of_set)))
-    layers = [layer, *(_make_layer(case, seed, device) for seed in range(1, sets))]
     skipped, wrong = dict(without or {}), {}
     checked: dict[str, _Checked] = {}
     runs: dict[str, Runs] = {}
@@ -79,12 +77,12 @@ def measure_gpu_case(
         trying(name)
         try:
             reason = method.refusal(layer)
-            if reason is not None:
+            if reason is None:
+                run = method.prepare(layer)
+                checked[name] = _check(device, run, method, layer, truth)
+                runs[name] = [run, *(method.prepare(each) for each in layers[1:])]
+            else:
                 skipped[name] = reason
-                continue
-            run = method.prepare(layer)
-            checked[name] = _check(device, run, method, layer, truth)
-            runs[name] = [run, *(method.prepare(each) for each in layers[1:])]
         except AssertionError as error:
             wrong[name] = str(error)
         except Exception as error:  # the other methods may run all the same
@@ -109,12 +107,19 @@ def measure_gpu_case(
         "shape": asdict(case),
         "tokens_per_domain": case.rows / case.domains,
         "floor_seconds": _floor(case, ceilings),
-        "input_sets": sets,
+        "input_sets": len(layers),
         "clocks": clocks,
         "rows": rows,
         "skipped": skipped,
         "wrong": wrong,
     }
+
+
+def _make_layers(case: Case, device: Device) -> list[Layer]:
+    """Draw as many sets of inputs as it takes to exceed the cache."""
+    first = _make_layer(case, 0, device)
+    sets = math.ceil(4 * device.cache_bytes / (first.input.nbytes + first.grad_output.nbytes))
+    return [first, *(_make_layer(case, seed, device) for seed in range(1, min(_MOST_SETS, sets)))]
 
 
 def _make_layer(case: Case, seed: int, device: Device) -> Layer:

@@ -8,18 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.study.comparisons import (
-    OURS,
-    REFERENCE,
-    Array,
-    Results,
-    changes,
-    in_order,
-    interval,
-    last_weights,
-    mixing_flops,
-    steered_and_held_out,
-)
+from benchmarks.study import comparisons
+from benchmarks.study.comparisons import OURS, REFERENCE, Array, Results
 from benchmarks.study.problem import EARLY, NOISE, SHORT
 from tikmix_fast.report.plots import new_figure
 
@@ -42,20 +32,26 @@ _GREY = "#BBBBBB"
 
 def draw_changes(results: Results) -> Any:
     """Draw paired changes with intervals, the weight of the noise domain, and the cost of every arm."""
-    steered, held_out = steered_and_held_out(results)
-    order = in_order(results)[::-1]
+    steered, held_out = comparisons.steered_and_held_out(results)
+    order = comparisons.in_order(results)[::-1]
     figure, axes = new_figure(14, 0.6 + 0.36 * len(order), columns=4)
     places = np.arange(len(order))
     panels = [
-        ("steered tasks, change from uniform", [100 * changes(results, arm, REFERENCE, steered) for arm in order]),
-        ("held-out tasks, change from uniform", [100 * changes(results, arm, REFERENCE, held_out) for arm in order]),
-        ("weight of noise at the end, 1 = uniform", [last_weights(results, arm, NOISE) for arm in order]),
+        (
+            "steered tasks, change from uniform",
+            [100 * comparisons.changes(results, arm, REFERENCE, steered) for arm in order],
+        ),
+        (
+            "held-out tasks, change from uniform",
+            [100 * comparisons.changes(results, arm, REFERENCE, held_out) for arm in order],
+        ),
+        ("weight of noise at the end, 1 = uniform", [comparisons.last_weights(results, arm, NOISE) for arm in order]),
     ]
     for panel, (title, values) in zip(axes[0, :3], panels, strict=True):
         for place, arm, each in zip(places, order, values, strict=True):
             if not len(each):
                 continue
-            mean, half = interval(each)
+            mean, half = comparisons.interval(each)
             colour = _COLOURS[4] if arm.startswith("tikmix") else _COLOURS[0]
             panel.plot(each, np.full(len(each), place), ".", color=_GREY, markersize=5, zorder=1)
             panel.errorbar(mean, place, xerr=half, fmt="o", color=colour, markersize=5, capsize=3, zorder=2)
@@ -67,7 +63,7 @@ def draw_changes(results: Results) -> Any:
             panel.xaxis.set_major_formatter("{x:+g}%")
     cost = axes[0, 3]
     cost.barh(
-        places, [mixing_flops(results, arm) for arm in order], height=0.6,
+        places, [comparisons.mixing_flops(results, arm) for arm in order], height=0.6,
         color=[_COLOURS[4] if arm.startswith("tikmix") else _COLOURS[0] for arm in order],
     )  # fmt: skip
     cost.set_xscale("log")

@@ -58,11 +58,11 @@ def measure_sampler(
         rows.append({"method": name, "ours": True, "draws_per_second": draws / summary["seconds"], **summary})
     start = time.perf_counter()
     MixtureSampler(lengths.tolist(), weights)
-    made = time.perf_counter() - start
+    construction = time.perf_counter() - start
     return {
         "case": f"{domains} domains, {samples:.0e} samples in all",
         "rows": rows,
-        "construction_seconds": made,
+        "construction_seconds": construction,
         "memory": [
             {"domains": m, "samples": s, "peak_bytes": _peak(m, s, min(draws, 10**5))}
             for m, s in ((domains, samples), (domains, samples // 1000), (16 * domains, samples))

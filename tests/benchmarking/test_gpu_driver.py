@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.jobs import MOST_STARTS, Runner, run_job
 from benchmarks.gpu.results import GpuResults
+from benchmarks.gpu.suite import run_suite_of_tests
 from benchmarks.gpu.worker import jobs_of
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +139,7 @@ def test_six(): pass
 """
 
 
+@pytest.mark.slow
 def test_tests_after_a_crash_and_after_a_lost_device_are_run_all_the_same(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "tests").mkdir(parents=True)
@@ -157,6 +159,28 @@ def test_tests_after_a_crash_and_after_a_lost_device_are_run_all_the_same(tmp_pa
     assert "not equal" in content["failed"][f"{name}two"]
     assert content["failed"][f"{name}four"].startswith("the process died: ended with status 9")
     assert content["collected"] == 6
+
+
+def test_outcomes_are_recorded_and_a_lost_device_asks_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = TESTS.replace("os._exit(9)", "raise AssertionError('not run again')")
+    (tmp_path / "test_some.py").write_text(source)
+    option = "def pytest_addoption(parser): parser.addoption('--full', action='store_true')\n"
+    (tmp_path / "conftest.py").write_text(option)
+    monkeypatch.chdir(tmp_path)
+    content = {"trying": {"what": "test_some.py::test_four", "why": "ended with status 9"}}
+    name = "test_some.py::test_"
+    lost = run_suite_of_tests(
+        content, 60, lambda content: None, root=tmp_path, paths=["test_some.py", "missing.py"], environment={}
+    )
+    assert lost
+    assert content["lost"] == f"{name}five"
+    assert content["passed"] == [f"{name}one"]
+    assert content["skipped"] == {f"{name}three": "Skipped: a reason"}
+    assert content["failed"][f"{name}four"] == "the process died: ended with status 9"
+    assert content["failed"]["missing.py"] == "there is no such file"
+    assert set(content["failed"]) == {f"{name}two", f"{name}four", f"{name}five", "missing.py"}
 
 
 FACTS = {"device": {"name": "Fake GPU 7"}, "environment": {"packages": {}, "nvcc": None}}

@@ -50,13 +50,13 @@ def test_every_method_is_right(dtype: str, shape: tuple[int, ...], monkeypatch: 
     """Shapes with several slices of weights, and with empty domains; what is not available says why."""
     monkeypatch.setattr(layer_truth, "_SLICE", 16)
     monkeypatch.setattr(gpu_ops, "_SHORT", 0.0)
-    found = measure_gpu_case(Rehearsal(), Bar(Case(*shape, dtype)), CEILINGS, rounds=1)
-    assert found["wrong"] == {}
-    methods = {row["method"]: row for row in found["rows"]}
+    result = measure_gpu_case(Rehearsal(), Bar(Case(*shape, dtype)), CEILINGS, rounds=1)
+    assert result["wrong"] == {}
+    methods = {row["method"]: row for row in result["rows"]}
     assert {PLAIN, "torch, domain by domain", "torch, stacked + GEMM", "panels of 128, two passes", "row-wise (ghost)",
             "tikmix_fast", "tikmix_fast, influence only"} <= set(methods)  # fmt: skip
-    assert set(methods) | set(found["skipped"]) == set(gpu_methods())
-    assert all(found["skipped"].values())
+    assert set(methods) | set(result["skipped"]) == set(gpu_methods())
+    assert all(result["skipped"].values())
     assert ("tikmix_fast, vendor two-pass" in methods) == (dtype == "bfloat16")
     assert methods[PLAIN]["error"] is None
     assert all(row["error"] is not None for name, row in methods.items() if name != PLAIN)
@@ -64,10 +64,10 @@ def test_every_method_is_right(dtype: str, shape: tuple[int, ...], monkeypatch: 
 
 @pytest.mark.usefixtures("quick")
 def test_every_projected_method_is_right() -> None:
-    found = measure_gpu_case(Rehearsal(), Bar(Case(300, 200, 136, 5, 3, "bfloat16", 32)), CEILINGS, rounds=1)
-    assert found["wrong"] == found["skipped"] == {}
-    assert [row["sampling_error"] is None for row in found["rows"]] == [True, False, False, False]
-    assert all(0 < row["sampling_error"] < 0.2 for row in found["rows"][1:])
+    result = measure_gpu_case(Rehearsal(), Bar(Case(300, 200, 136, 5, 3, "bfloat16", 32)), CEILINGS, rounds=1)
+    assert result["wrong"] == result["skipped"] == {}
+    assert [row["sampling_error"] is None for row in result["rows"]] == [True, False, False, False]
+    assert all(0 < row["sampling_error"] < 0.2 for row in result["rows"][1:])
 
 
 def test_the_truth_is_that_of_all_gradients_at_once() -> None:
@@ -94,11 +94,11 @@ def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
         return lambda: Answer(run().values.flip(1), None)
 
     add_methods(monkeypatch, broken=Method(wrong, ours=True), missing=Method(lambda layer: [][1]))
-    found = measure_gpu_case(Rehearsal(), EXACT, CEILINGS, rounds=1)
-    assert list(found["wrong"]) == ["broken"]
-    assert "influence: error" in found["wrong"]["broken"]
-    assert found["skipped"]["missing"] == "IndexError: list index out of range"
-    assert not {"broken", "missing"} & {row["method"] for row in found["rows"]}
+    result = measure_gpu_case(Rehearsal(), EXACT, CEILINGS, rounds=1)
+    assert list(result["wrong"]) == ["broken"]
+    assert "influence: error" in result["wrong"]["broken"]
+    assert result["skipped"]["missing"] == "IndexError: list index out of range"
+    assert not {"broken", "missing"} & {row["method"] for row in result["rows"]}
 
 
 @pytest.mark.usefixtures("quick")
@@ -196,15 +196,15 @@ def test_short_time_still_gives_an_interval() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_rows_hold_shares_of_the_ceilings() -> None:
-    found = measure_gpu_case(Rehearsal(), EXACT, CEILINGS, rounds=6)
-    case, rows = EXACT.case, {row["method"]: row for row in found["rows"]}
+    result = measure_gpu_case(Rehearsal(), EXACT, CEILINGS, rounds=6)
+    case, rows = EXACT.case, {row["method"]: row for row in result["rows"]}
     ours, plain = rows["tikmix_fast"], rows[PLAIN]
-    assert found["floor_seconds"] == max(case.useful_flops / 1e10, case.least_bytes / 1e9)
-    assert ours["floor_ratio"] == pytest.approx(ours["seconds"] / found["floor_seconds"])
+    assert result["floor_seconds"] == max(case.useful_flops / 1e10, case.least_bytes / 1e9)
+    assert ours["floor_ratio"] == pytest.approx(ours["seconds"] / result["floor_seconds"])
     assert ours["peak_share"] == pytest.approx(case.useful_flops / ours["seconds"] / 1e10)
     assert plain["bandwidth_share"] == pytest.approx(case.plain_bytes / plain["seconds"] / 1e9)
     assert (plain["ratio"], plain["floor_ratio"], plain["gives"]) == (1, None, ["total"])
-    assert found["input_sets"] > 1  # one set would stay in the cache
+    assert result["input_sets"] > 1  # one set would stay in the cache
 
 
 def test_the_cases_are_those_of_the_issue() -> None:

@@ -93,8 +93,8 @@ def test_counts_of_work() -> None:
 def test_rows_hold_what_was_measured() -> None:
     said: list[str] = []
     case = Case(64, 24, 16, 3, 2, "float32")
-    found = measure_case(case, RATES, rounds=6, weigh=False, tell=said.append)
-    rows = {row["method"]: row for row in found["rows"]}
+    result = measure_case(case, RATES, rounds=6, weigh=False, tell=said.append)
+    rows = {row["method"]: row for row in result["rows"]}
     ours, plain = rows["tikmix_fast"], rows[PLAIN]
     assert (plain["ratio"], plain["gives"], plain["ours"]) == (1, ["total"], False)
     assert (ours["gives"], ours["ours"], ours["rounds"]) == (["influence", "total"], True, 6)
@@ -104,11 +104,22 @@ def test_rows_hold_what_was_measured() -> None:
     assert plain["bandwidth_share"] == pytest.approx(case.plain_bytes / plain["seconds"] / 1e10)
     assert ours["error"] < 1e-7
     assert ours["scratch_bytes"] is None
-    assert found["tokens_per_domain"] == pytest.approx(64 / 3)
+    assert result["tokens_per_domain"] == pytest.approx(64 / 3)
     assert any("checking" in each for each in said)
 
 
-@pytest.mark.skipif(memory.why_not() is not None, reason=f"peak memory: {memory.why_not()}")
+NO_MEMORY = pytest.mark.skipif(memory.why_not() is not None, reason=f"peak memory: {memory.why_not()}")
+
+
+@NO_MEMORY
+def test_peak_growth_is_that_of_the_call() -> None:
+    kept = [torch.ones(2**23)]  # 32 MiB that exist before
+    growth = memory.peak_growth(lambda: kept.append(torch.ones(2**24)))["growth"] / 2**20
+    assert 60 < growth < 80
+
+
+@NO_MEMORY
+@pytest.mark.slow
 def test_memory_of_a_method_is_that_of_its_scratch() -> None:
     """16 domains of 512 x 512 float32 stacked take 16 MiB; the plain product needs nothing but its result."""
     request = {"case": vars(Case(512, 512, 512, 16, 2, "float32")), "threads": 1}
@@ -121,8 +132,8 @@ def test_memory_of_a_method_is_that_of_its_scratch() -> None:
 
 
 def test_a_process_that_fails_is_told() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)tikmix_fast.benchmarking.ops failed: .*KeyError"):
-        memory.in_fresh_process("tikmix_fast.benchmarking.ops", {})
+    with pytest.raises(RuntimeError, match=r"(?s)python -m no_such_module failed: .*No module named"):
+        memory.in_fresh_process("no_such_module", {})
 
 
 def test_rates_are_plausible() -> None:

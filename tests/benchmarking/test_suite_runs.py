@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import bench_mixture, bench_ops, bench_sampler
 from benchmarks import run as run_script
 from benchmarks.suites import ALL_SUITES
 from benchmarks.suites.mixture import measure_mixture
@@ -82,32 +85,59 @@ def test_a_wrong_measurement_is_caught() -> None:
 
 
 def test_neighbours_are_run_or_skipped_with_a_reason() -> None:
-    found, missing = find_neighbours()
-    packages = {name.split(",")[0] for name in found}
+    methods, missing = find_neighbours()
+    packages = {name.split(",")[0] for name in methods}
     assert packages | set(missing) == {"opacus", "captum", "bergson", "kronfluence"}
     assert all(missing.values())
 
 
 def test_mixture_measurement() -> None:
-    found = measure_mixture(8, 3, rounds=2)
-    assert [row["method"] for row in found["rows"]] == ["auto", "slsqp", "interior"]
-    assert min(row["objective_above_best"] for row in found["rows"]) == 0
+    result = measure_mixture(8, 3, rounds=2)
+    assert [row["method"] for row in result["rows"]] == ["auto", "slsqp", "interior"]
+    assert min(row["objective_above_best"] for row in result["rows"]) == 0
     assert list(measure_mixture(150, 3, rounds=1)["skipped"]) == ["slsqp"]
 
 
 def test_sampler_memory_does_not_grow_with_the_samples() -> None:
-    found = measure_sampler(8, 10**8, 5000, rounds=2)
-    assert [row["draws_per_second"] > 0 for row in found["rows"]] == [True, True]
-    few, many = (row["peak_bytes"] for row in reversed(found["memory"][:2]))
+    result = measure_sampler(8, 10**8, 5000, rounds=2)
+    assert [row["draws_per_second"] > 0 for row in result["rows"]] == [True, True]
+    few, many = (row["peak_bytes"] for row in reversed(result["memory"][:2]))
     assert many < 1.05 * few
 
 
+class FakeBenchmark:
+    """Stands for pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return function(*arguments, **options)
+
+    def pedantic(self, function: Callable[..., Any], args: tuple = (), kwargs: Any = None, rounds: int = 1) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def test_benchmark_files_run_their_methods() -> None:
+    tiny = BenchSettings("tiny", rounds=1)
+    case = bench_ops.CASES[0]
+    names = [name for each, name in bench_ops.PAIRS if each == case]
+    assert {"plain weight gradient", "tikmix_fast"} <= set(names)
+    benchmark = FakeBenchmark()
+    bench_ops.test_method(benchmark, tiny, case, "tikmix_fast")
+    assert benchmark.extra_info["error"] < 1e-6
+    bench_sampler.test_draws(benchmark, tiny)
+    assert benchmark.extra_info["rows"][0]["draws_per_second"] > 0
+    bench_mixture.test_tikmix_d(FakeBenchmark(), tiny, 0, "interior")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "chosen", "tests"),
     [
         (["bench_ops.py"], "plain or packed", 5 + 4),
-        pytest.param(["bench_mixture.py", "bench_sampler.py"], "interior or draws", 3, marks=pytest.mark.slow),
-        pytest.param(["bench_engine.py"], "not memory", 3, marks=pytest.mark.slow),
+        (["bench_mixture.py", "bench_sampler.py"], "interior or draws", 3),
+        (["bench_engine.py"], "not memory", 3),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -14,6 +14,7 @@ from benchmarks.study.prediction.calibration import covered
 from benchmarks.study.prediction.settings import SETTINGS
 
 
+@pytest.mark.slow
 def test_the_quick_study_stores_every_part_and_does_not_repeat_it(tmp_path: Path) -> None:
     arguments = ["--quick", "--seeds", "3", "--out", str(tmp_path / "parts"), "--results", str(tmp_path)]
     main(arguments)
@@ -46,20 +47,20 @@ def test_intervals_of_drawn_measurements_hold_the_truth(noise: float) -> None:
     )
     training = SETTINGS["small"].training
     truth = table.mean((1, 3))
-    kept = np.mean([covered(table, truth, 3, training, 256.0, random) for _ in range(300)])
-    assert 0.92 < kept < 0.98
+    share = np.mean([covered(table, truth, 3, training, 256.0, random) for _ in range(300)])
+    assert 0.92 < share < 0.98
     shifted = np.mean([covered(table, truth + 0.5, 3, training, 256.0, random) for _ in range(50)])
-    assert shifted < kept - 0.1
+    assert shifted < share - 0.1
 
 
 def test_a_method_that_knows_the_gains_scores_one_and_the_ceiling_is_the_second_run() -> None:
     one = np.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]])
     two = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    found = {
+    stored = {
         "gains": {"validation": {"1/10": [one.tolist(), two.tolist()]}},
         "influence": {"knows": one.tolist(), "opposite": (-one).tolist()},
     }
-    scores = report.counterfactual_scores(found, None)["validation"]["1/10"]
+    scores = report.counterfactual_scores(stored, None)["validation"]["1/10"]
     assert scores[report.SECOND_RUN] == pytest.approx((1 + 0.5) / 2)
     assert scores["knows"] == pytest.approx((1 + scores[report.SECOND_RUN]) / 2)
     assert scores["opposite"] == pytest.approx(-scores["knows"])
@@ -69,7 +70,7 @@ def test_the_ceiling_of_additivity_is_reached_by_a_perfect_prediction() -> None:
     random = np.random.default_rng(1)
     count, noise = 20_000, (0.3, 0.8)
     truth = random.normal(size=(2, count))
-    found = {
+    stored = {
         "predicted": (truth + noise[0] * random.normal(size=truth.shape)).tolist(),
         "measured": (truth + noise[1] * random.normal(size=truth.shape)).tolist(),
         "noise_predicted": [noise[0] ** 2] * 2,
@@ -77,7 +78,7 @@ def test_the_ceiling_of_additivity_is_reached_by_a_perfect_prediction() -> None:
         "tokens_per_mixture": 1.0,
         "tokens_per_domain": 1.0,
     }
-    scores = report.additivity_scores(found)
+    scores = report.additivity_scores(stored)
     assert scores["r"] == pytest.approx(scores["ceiling"], abs=0.01)
     assert scores["ceiling"][0] == pytest.approx(1 / np.sqrt(1.09 * 1.64), abs=0.01)
     # Noise variances 0.09 and 0.64 over f: (1 + 0.09 / f) (1 + 0.64 / f) = 0.97 ** -2 at f = 11.9.

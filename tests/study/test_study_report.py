@@ -45,8 +45,8 @@ def results() -> Results:
 
 
 def test_changes_are_paired_by_seed(results: Results) -> None:
-    found = changes(results, "tikmix-d", "uniform", ["a", "b"])
-    assert found == pytest.approx([0.95 / 1.0 - 1, 1.13 / 1.2 - 1, 0.86 / 0.9 - 1])
+    paired = changes(results, "tikmix-d", "uniform", ["a", "b"])
+    assert paired == pytest.approx([0.95 / 1.0 - 1, 1.13 / 1.2 - 1, 0.86 / 0.9 - 1])
     del results["uniform"][1]
     assert changes(results, "tikmix-d", "uniform", ["a"]) == pytest.approx([-0.05, 0.86 / 0.9 - 1])
 
@@ -82,8 +82,8 @@ def test_goals(results: Results) -> None:
 
 def test_mixtures_hold_from_their_step_on() -> None:
     mixtures = [{"step": 0, "domains": {"a": 1.0, "b": 0.0}}, {"step": 3, "domains": {"a": 0.25, "b": 0.75}}]
-    found = mixture_at(mixtures, ["b", "a"], np.arange(5))
-    assert found.tolist() == [[0, 0, 0, 0.75, 0.75], [1, 1, 1, 0.25, 0.25]]
+    weights = mixture_at(mixtures, ["b", "a"], np.arange(5))
+    assert weights.tolist() == [[0, 0, 0, 0.75, 0.75], [1, 1, 1, 0.25, 0.25]]
 
 
 def test_a_folder_is_read_and_written(results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,14 +98,14 @@ def test_a_folder_is_read_and_written(results: Results, tmp_path: Path, monkeypa
     assert {path.name for path in tmp_path.glob("*.png")} == {"changes.png", "weights.png", "influence.png"}
     assert text.index("| tikmix-d |") < text.index("| regmix 64 |") < text.index("| uniform |")
 
-    kept = tmp_path / "kept"
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--out", str(kept)])
+    summary = tmp_path / "kept"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--out", str(summary)])
     report.main()
-    assert (kept / "report.md").read_text() == text
-    (kept / "reading.md").write_text("What it means.")
-    monkeypatch.setattr(sys, "argv", ["report.py", str(kept / "summary.json")])
+    assert (summary / "report.md").read_text() == text
+    (summary / "reading.md").write_text("What it means.")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(summary / "summary.json")])
     report.main()
-    assert (kept / "report.md").read_text() == text.replace("# Study\n", "# Study\n\nWhat it means.\n")
+    assert (summary / "report.md").read_text() == text.replace("# Study\n", "# Study\n\nWhat it means.\n")
 
     (tmp_path / "ado-0.json").write_text(json.dumps({**run(1, 1), "arm": "ado", "seed": 0, "fingerprint": "g"}))
     with pytest.raises(ValueError, match="results of one study; it holds those of 2"):

@@ -8,16 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tikmix_fast import testing
 from tikmix_fast.benchmarking.baselines import Answer, Layer, Method
-from tikmix_fast.testing import (
-    WorstCell,
-    check_budget,
-    domain_gradients,
-    eager_group_influence,
-    gradient_error,
-    influence_error,
-    rounding_floor,
-)
 
 __all__ = ["Errors", "LayerTruth", "check_answer"]
 
@@ -35,7 +27,7 @@ class LayerTruth(NamedTuple):
     ----------
     values, total : float64 Tensor [n, m], [O, I]
     query_norms, gradient_norms : float64 Tensor [n, 1, 1], [m, 1, 1]
-    eager, eager_total : WorstCell
+    eager, eager_total : testing.WorstCell
     weights : int
         Entries of a gradient.
     """
@@ -44,8 +36,8 @@ class LayerTruth(NamedTuple):
     total: Tensor
     query_norms: Tensor
     gradient_norms: Tensor
-    eager: WorstCell
-    eager_total: WorstCell
+    eager: testing.WorstCell
+    eager_total: testing.WorstCell
     weights: int
 
     @classmethod
@@ -58,7 +50,7 @@ class LayerTruth(NamedTuple):
         squares, query_squares = values.new_zeros(domains), values.new_zeros(tasks)
         for top in range(0, height, _SLICE):
             rows = slice(top, top + _SLICE)
-            gradients = domain_gradients(layer.input, layer.grad_output[:, rows], layer.offsets).flatten(1)
+            gradients = testing.domain_gradients(layer.input, layer.grad_output[:, rows], layer.offsets).flatten(1)
             queries = layer.queries[:, rows].double().flatten(1)
             values += queries @ gradients.T
             squares += gradients.square().sum(1)
@@ -66,14 +58,14 @@ class LayerTruth(NamedTuple):
             total[rows] = gradients.sum(0).view(-1, width)
             del gradients, queries
         query_norms, gradient_norms = (each.sqrt()[:, None, None] for each in (query_squares, squares))
-        eager, eager_total = eager_group_influence(layer.input, layer.grad_output, layer.offsets, layer.queries)
+        eager, eager_total = testing.eager_group_influence(layer.input, layer.grad_output, layer.offsets, layer.queries)
         return cls(
             values,
             total,
             query_norms,
             gradient_norms,
-            influence_error(eager, values, query_norms, gradient_norms),
-            gradient_error(eager_total, total),
+            testing.influence_error(eager, values, query_norms, gradient_norms),
+            testing.gradient_error(eager_total, total),
             height * width,
         )
 
@@ -89,8 +81,8 @@ class LayerTruth(NamedTuple):
         dtype = layer.input.dtype
         small_input, small_grad = layer.input @ input.to(dtype).T, layer.grad_output @ output.to(dtype).T
         truth = LayerTruth.of(wide)
-        values, _ = eager_group_influence(small_input, small_grad, layer.offsets, wide.queries.to(dtype))
-        eager = influence_error(values, truth.values, truth.query_norms, truth.gradient_norms)
+        values, _ = testing.eager_group_influence(small_input, small_grad, layer.offsets, wide.queries.to(dtype))
+        eager = testing.influence_error(values, truth.values, truth.query_norms, truth.gradient_norms)
         return truth._replace(eager=eager, total=self.total, eager_total=self.eager_total)
 
 
@@ -135,20 +127,20 @@ def check_answer(answer: Answer, method: Method, layer: Layer, truth: LayerTruth
             right = truth.projected(layer, method.matrices(layer))
             scale = truth.query_norms[:, 0] * truth.gradient_norms[:, 0, 0]
             sampling_error = float(((answer.values.double() - truth.values) / scale).square().mean().sqrt())
-        worst = influence_error(answer.values, right.values, right.query_norms, right.gradient_norms)
-        error = _accept("influence", method.ours, worst, right.eager, rounding_floor(right.weights))
+        worst = testing.influence_error(answer.values, right.values, right.query_norms, right.gradient_norms)
+        error = _accept("influence", method.ours, worst, right.eager, testing.rounding_floor(right.weights))
     if answer.total is not None:
-        worst = gradient_error(answer.total, truth.total)
+        worst = testing.gradient_error(answer.total, truth.total)
         total_error = _accept("total", method.ours, worst, truth.eager_total, 1e-6)
     return Errors(error, total_error, sampling_error)
 
 
-def _accept(part: str, ours: bool, worst: WorstCell, eager: WorstCell, floor: float) -> float:
+def _accept(part: str, ours: bool, worst: testing.WorstCell, eager: testing.WorstCell, floor: float) -> float:
     if not math.isfinite(worst.error):
         raise AssertionError(f"{part}: {worst}")
     if ours:
         try:
-            check_budget(worst, eager, floor)
+            testing.check_budget(worst, eager, floor)
         except AssertionError as error:
             raise AssertionError(f"{part}: {error}") from None
     elif not worst.error <= _WRONG * eager.error + floor:
