@@ -12,15 +12,22 @@ from functools import lru_cache
 
 import pytest
 
+from benchmarks.forced import instruction_set_methods
+from tikmix_fast.benchmarking.baselines import Method
 from tikmix_fast.benchmarking.ops import CASES, TINY_CASES, Case, CheckedMethod, check_methods, make_layer, methods_of
 from tikmix_fast.benchmarking.suites import BenchSettings
 
-PAIRS = [(case, name) for case in CASES for name in methods_of(case, every_instruction_set=True)]
+
+def all_methods(case: Case) -> dict[str, Method]:
+    return {**methods_of(case), **({} if case.projection else instruction_set_methods())}
+
+
+PAIRS = [(case, name) for case in CASES for name in all_methods(case)]
 
 
 @lru_cache(maxsize=1)
 def checked(case: Case) -> tuple[dict[str, CheckedMethod], dict[str, str]]:
-    return check_methods(make_layer(case), methods_of(case, every_instruction_set=True))
+    return check_methods(make_layer(case), all_methods(case))
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS, ids=[f"{case.name}-{name}" for case, name in PAIRS])

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def run_part(runner: Runner, part: str, seconds: float, results: GpuResults) -> 
     with ThreadPoolExecutor(len(jobs)) as pool:
         running = [
             pool.submit(
-                runner.run, job, seconds, lambda content, job=job: results.put(part, job, content), environment,
+                runner.run, job, seconds, partial(results.put, part, job), environment,
                 PATIENCE if job in ("ops", "engine") or " " in job else None,  # the others are silent for minutes
             )
             for job, environment in jobs.items()

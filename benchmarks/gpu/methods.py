@@ -11,15 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.forced import environment_variable
 from tikmix_fast import ops
-from tikmix_fast.benchmarking.baselines import (
-    Answer,
-    Layer,
-    Method,
-    environment_variable,
-    exact_methods,
-    projected_methods,
-)
+from tikmix_fast.benchmarking.baselines import Answer, Layer, Method, exact_methods, projected_methods
 from tikmix_fast.ops.backends import triton
 from tikmix_fast.ops.backends.cuda import cuda, grouped_mm
 from tikmix_fast.ops.common.checks import Arguments

@@ -127,7 +127,7 @@ class _Run:
         indices = list(islice(arm.sampler, self.training.batch))
         batch = torch.stack([arm._data[index] for index in indices])
         arm.optimizer.zero_grad()
-        with self.run.micro_batch(np.searchsorted(self._ends, indices, side="right")):
+        with self.run.micro_batch(np.searchsorted(self._ends, indices, side="right").tolist()):
             arm.model.loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(arm.model.parameters(), self.training.clip)
         arm.optimizer.step()

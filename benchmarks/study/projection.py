@@ -136,9 +136,9 @@ def study(model: GPT, queries: list[Gradients], domains: list[Gradients], settin
         projected: dict[str, list[Array]] = {part: [] for part in parts}
         for seed in range(settings.seeds):
             layers = Projection(dim=dim, kind=kind, seed=seed).layers(model, named)
-            small = [project(each, layers) for each in whole]
+            queries_here, domains_here = (project(each, layers) for each in whole)
             for part, names in parts.items():
-                projected[part].append(products(*small, names))
+                projected[part].append(products(queries_here, domains_here, names))
         for part, values in projected.items():
             agreement = np.stack([ranks(each, exact[part]) for each in values])
             errors = (np.stack(values) - exact[part]) / scale[part]

@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.forced import instruction_set_methods
 from benchmarks.suites import choice, mixture, neighbours, sampler
-from tikmix_fast.benchmarking.suites import SUITES, BenchSettings, Suite, Tell, engine_suite
+from tikmix_fast.benchmarking.baselines import Method
+from tikmix_fast.benchmarking.ops import Case
+from tikmix_fast.benchmarking.suites import BenchSettings, Suite, Tell, engine_suite, ops_suite
 
 __all__ = ["ALL_SUITES"]
+
+
+def _ops(settings: BenchSettings, tell: Tell) -> dict[str, Any]:
+    def others(case: Case) -> Mapping[str, Method]:
+        # Without vector instructions, larger cases take seconds per call.
+        forced = settings.size == "full" and not case.projection and case.plain_flops < 1e10
+        return instruction_set_methods() if forced else {}
+
+    return ops_suite(settings, tell, others)
 
 
 def _choice(settings: BenchSettings, tell: Tell) -> dict[str, Any]:
@@ -41,10 +53,10 @@ def _sampler(settings: BenchSettings, tell: Tell) -> dict[str, Any]:
 
 
 ALL_SUITES: Mapping[str, Suite] = {
-    "ops": SUITES["ops"],
+    "ops": _ops,
     "choice": _choice,
     "engine": _engine,
     "mixture": _mixture,
     "sampler": _sampler,
 }
-"""The kernels; their choice by counting; the engine, with neighbouring libraries; TiKMiX-D; the sampler."""
+"""The kernels (with forced instruction sets); their choice by counting; the engine (with other libraries); TiKMiX-D; draws."""

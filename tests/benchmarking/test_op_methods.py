@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from benchmarks.forced import instruction_set_methods
 from tikmix_fast.benchmarking import memory
 from tikmix_fast.benchmarking.baselines import PLAIN, Answer, Layer, Method, exact_methods
 from tikmix_fast.benchmarking.machine import MachineRates, measure_rates
@@ -19,7 +20,7 @@ RATES = MachineRates({"float32": 1e11, "bfloat16": 2e11}, {}, 1e10)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(64, 24, 16, 3, 2), (300, 200, 40, 5, 1), (8, 8, 8, 6, 4)])
 def test_every_method_is_right(dtype: str, shape: tuple[int, ...]) -> None:
-    checked, skipped = check_methods(make_layer(Case(*shape, dtype)), exact_methods(every_instruction_set=True))
+    checked, skipped = check_methods(make_layer(Case(*shape, dtype)), {**exact_methods(), **instruction_set_methods()})
     assert not [name for name in skipped if "oneDNN" not in name]
     assert checked[PLAIN].errors.error is None
     assert checked["tikmix_fast, influence only"].errors.total_error is None
@@ -63,7 +64,7 @@ def test_a_wrong_method_is_caught(change: str, what: str) -> None:
 def test_forcing_an_instruction_set_leaves_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(Case(16, 8, 8, 2, 1, "float32"))
     monkeypatch.delenv(cpu.INSTRUCTION_SET_VARIABLE, raising=False)
-    methods = exact_methods(every_instruction_set=True)
+    methods = instruction_set_methods()
     forced = [name for name in cpu.instruction_sets() if f"tikmix_fast, {name}" in methods]
     assert forced == cpu.instruction_sets()
     methods[f"tikmix_fast, {forced[-1]}"].prepare(layer)()

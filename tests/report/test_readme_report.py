@@ -86,7 +86,7 @@ def test_sections_hold_tables_of_the_results(
     folder = tmp_path / report.RESULTS
     folder.mkdir(parents=True)
     for suite in ("ops", "mixture", "sampler"):
-        settings = BenchSettings("tiny", rounds=1, weigh=False, every_instruction_set=False)
+        settings = BenchSettings("tiny", rounds=1, weigh=False)
         (folder / f"{suite}.json").write_text(json.dumps(run_suite(suite, settings, suites=ALL_SUITES)))
     monkeypatch.setattr(report, "ROOT", tmp_path)
     ops = report.section("ops")

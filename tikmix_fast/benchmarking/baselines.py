@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -15,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tikmix_fast import ops
-from tikmix_fast.ops.backends.cpu import cpu
 
-__all__ = ["PLAIN", "Answer", "Layer", "Method", "environment_variable", "exact_methods", "projected_methods"]
+__all__ = ["PLAIN", "Answer", "Layer", "Method", "exact_methods", "projected_methods"]
 
 PLAIN = "plain weight gradient"
 """The method that every ratio is relative to."""
@@ -78,15 +75,9 @@ class Method(NamedTuple):
     matrices: Callable[[Layer], tuple[Tensor, Tensor]] | None = None
 
 
-def exact_methods(*, every_instruction_set: bool = False) -> dict[str, Method]:
-    """Return the exact methods by name, `PLAIN` first.
-
-    Parameters
-    ----------
-    every_instruction_set : bool
-        Include our kernel with each instruction set forced.
-    """
-    methods = {
+def exact_methods() -> dict[str, Method]:
+    """Return the exact methods by name, `PLAIN` first."""
+    return {
         PLAIN: Method(_plain),
         "oneDNN weight gradient": Method(_onednn, _onednn_refusal),
         "torch, domain by domain": Method(_per_domain),
@@ -99,10 +90,6 @@ def exact_methods(*, every_instruction_set: bool = False) -> dict[str, Method]:
         "tikmix_fast, not packed": Method(_ours_unpacked, _cpu_refusal, ours=True),
         "tikmix_fast, influence only": Method(_ours_without_total, _cpu_refusal, ours=True),
     }
-    if every_instruction_set:
-        for name in cpu.instruction_sets():
-            methods[f"tikmix_fast, {name}"] = Method(_forced(name), _cpu_refusal, ours=True)
-    return methods
 
 
 def projected_methods(dim: int) -> dict[str, Method]:
@@ -262,34 +249,6 @@ def _ours_unpacked(layer: Layer) -> Callable[[], Answer]:
 def _ours_without_total(layer: Layer) -> Callable[[], Answer]:
     queries = ops.pack_queries(layer.queries)
     return lambda: Answer(ops.group_influence(layer.input, layer.grad_output, layer.offsets, queries), None)
-
-
-@contextmanager
-def environment_variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable inside, and restore it at the end."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _forced(name: str) -> Callable[[Layer], Callable[[], Answer]]:
-    def prepare(layer: Layer) -> Callable[[], Answer]:
-        with environment_variable(cpu.INSTRUCTION_SET_VARIABLE, name):
-            run = _ours(layer)
-
-        def run_forced() -> Answer:
-            with environment_variable(cpu.INSTRUCTION_SET_VARIABLE, name):
-                return run()
-
-        return run_forced
-
-    return prepare
 
 
 def _projection(dim: int, kind: _Kind, layer: Layer) -> ops.LayerProjection:

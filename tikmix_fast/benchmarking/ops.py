@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,11 +136,9 @@ TINY_CASES = (
 """Cases that show that everything runs."""
 
 
-def methods_of(case: Case, *, every_instruction_set: bool = False) -> dict[str, Method]:
+def methods_of(case: Case) -> dict[str, Method]:
     """Return the methods that compete in a case, `PLAIN` first."""
-    if case.projection:
-        return projected_methods(case.projection)
-    return exact_methods(every_instruction_set=every_instruction_set)
+    return projected_methods(case.projection) if case.projection else exact_methods()
 
 
 def make_layer(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Layer:
@@ -217,7 +215,7 @@ def measure_case(
     rounds: int = 20,
     seconds: float | None = None,
     weigh: bool = True,
-    every_instruction_set: bool = False,
+    others: Mapping[str, Method] | None = None,
     tell: Callable[[str], object] = lambda step: None,
 ) -> dict[str, Any]:
     """Check, time and weigh every method on one case.
@@ -230,9 +228,9 @@ def measure_case(
     rounds, seconds
         As in `interleave`.
     weigh : bool
-        Whether to measure memory, in a fresh process per method; forced instruction sets are left out.
-    every_instruction_set : bool
-        Also measure our kernel with each instruction set forced.
+        Whether to measure memory, in a fresh process per method; ``others`` are left out.
+    others : mapping of str to Method, optional
+        Further methods.
     tell : callable (str) -> object
         Called with the name of each step before it starts.
 
@@ -247,7 +245,7 @@ def measure_case(
         If a method is wrong; see `check_methods`.
     """
     tell(f"{case.name}: checking against float64")
-    methods = methods_of(case, every_instruction_set=every_instruction_set)
+    methods = {**methods_of(case), **(others or {})}
     checked, skipped = check_methods(make_layer(case), methods)
     tell(f"{case.name}: timing {len(checked)} methods")
     timings = interleave({name: method.run for name, method in checked.items()}, rounds, seconds=seconds)

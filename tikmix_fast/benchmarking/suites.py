@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from tikmix_fast.benchmarking import measurement, ops, training_step
+from tikmix_fast.benchmarking.baselines import Method
 from tikmix_fast.benchmarking.machine import measure_rates
 from tikmix_fast.benchmarking.measurement import FLOOR, MeasurementMethod
 from tikmix_fast.report.environment import describe_environment
@@ -32,8 +33,6 @@ class BenchSettings:
         A comparison starts no further round after this time, once it has 3.
     weigh : bool
         Measure peak memory too, in a fresh process for every number.
-    every_instruction_set : bool
-        Time our kernel also with each instruction set forced, in the cases of less than 10 GFLOP.
 
     Raises
     ------
@@ -45,7 +44,6 @@ class BenchSettings:
     rounds: int = 20
     seconds: float | None = None
     weigh: bool = True
-    every_instruction_set: bool = True
 
     def __post_init__(self) -> None:
         if self.size not in get_args(Size):
@@ -60,14 +58,16 @@ class BenchSettings:
         """Return the usual settings of a size."""
         if size == "full":
             return cls()
-        return cls(size, rounds=20 if size == "quick" else 3, seconds=4, weigh=False, every_instruction_set=False)
+        return cls(size, rounds=20 if size == "quick" else 3, seconds=4, weigh=False)
 
 
 Suite = Callable[[BenchSettings, Tell], dict[str, Any]]
 
 
-def ops_suite(settings: BenchSettings, tell: Tell) -> dict[str, Any]:
-    """Measure the kernels against torch's ways."""
+def ops_suite(
+    settings: BenchSettings, tell: Tell, others: Callable[[ops.Case], Mapping[str, Method]] = lambda case: {}
+) -> dict[str, Any]:
+    """Measure the kernels against torch's ways, and against ``others`` of each case."""
     tell("the machine's own limits")
     rates = measure_rates(seconds={"full": 12.0, "quick": 2.0, "tiny": 0.3}[settings.size])
     cases = {"full": ops.CASES, "quick": ops.QUICK_CASES, "tiny": ops.TINY_CASES}[settings.size]
@@ -78,8 +78,7 @@ def ops_suite(settings: BenchSettings, tell: Tell) -> dict[str, Any]:
             rounds=settings.rounds,
             seconds=settings.seconds,
             weigh=settings.weigh,
-            # Without vector instructions, larger cases take seconds per call.
-            every_instruction_set=settings.every_instruction_set and case.plain_flops < 1e10,
+            others=others(case),
             tell=tell,
         )
         for case in cases

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tikmix_fast
 from tikmix_fast.benchmarking.autograd_truth import Truth, make_gpt, mean_gradients, numbered, summed_loss
 from tikmix_fast.benchmarking.interleaved import interleave
 from tikmix_fast.demo.gpt import GPT
 from tikmix_fast.influence.engine import InfluenceEngine
+from tikmix_fast.influence.queries.projection import Projection
 from tikmix_fast.testing import WorstCell, check_budget, rounding_floor
 
 __all__ = ["ALONE", "QUICK_STEPS", "STEPS", "TINY_STEPS", "StepCase", "influence_of_sequences", "measure_step"]
@@ -68,7 +68,7 @@ TINY_STEPS = tuple(StepCase(1, 2, 16, 32, 4, 8, 2, 2, dtype) for dtype in ("floa
 _VARIANTS: dict[str, dict[str, Any]] = {
     "with exact influence": {"task_splits": 1},
     "with exact influence, task_splits=2": {"task_splits": 2},
-    "with projected influence, k=64": {"task_splits": 1, "projection": tikmix_fast.Projection(dim=64)},
+    "with projected influence, k=64": {"task_splits": 1, "projection": Projection(dim=64)},
 }
 
 

@@ -68,7 +68,7 @@ class ADO(Method):
         window = min(_WINDOW, (len(losses) - 1) // 2 * 2 + 1)
         fitted = slice(self._settings.ado_start, None, _STRIDE)
         smooth = savgol_filter(losses, window, min(_ORDER, window - 1), axis=0)[fitted]
-        samples = (self._batch * np.arange(1, len(losses) + 1))[fitted]
+        samples = (self._batch * np.arange(1.0, len(losses) + 1))[fitted]
         return np.array([fit_scaling_law(samples, each) for each in smooth.T])
 
 

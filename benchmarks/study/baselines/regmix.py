@@ -100,5 +100,5 @@ def best_mixture(mixtures: Array, losses: Array, pool: Array) -> Array:
         settings, lightgbm.Dataset(mixtures[held_out:], losses[held_out:], params=settings), num_boost_round=1000,
         valid_sets=[stopping], callbacks=[lightgbm.early_stopping(3, verbose=False)],
     )  # fmt: skip
-    best = np.argsort(model.predict(pool), kind="stable")[:_AVERAGED]
+    best = np.argsort(np.asarray(model.predict(pool)), kind="stable")[:_AVERAGED]
     return np.asarray(pool[best].mean(0))

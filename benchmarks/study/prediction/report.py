@@ -77,7 +77,7 @@ def additivity_scores(result: dict[str, Any]) -> dict[str, Any]:
 
     def ceiling(more: float) -> Array:
         """Return the r that sampling allows with ``more`` times the tokens, and so less noise."""
-        return true / np.sqrt((true + noises[0] / more) * (true + noises[1] / more))
+        return np.asarray(true / np.sqrt((true + noises[0] / more) * (true + noises[1] / more)))
 
     more = next((each for each in np.geomspace(1, 1e4, 200) if np.median(ceiling(each)) >= BAR), np.nan)
     return {
