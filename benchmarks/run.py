@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,23 +59,22 @@ def main() -> None:
     settings = BenchSettings.of(arguments.size)
     began = time.perf_counter()
 
-    def tell(line: str) -> None:
-        print(f"{time.perf_counter() - began:6.0f} s  {line}", flush=True)
+    def tell(name: str, step: object) -> None:
+        print(f"{time.perf_counter() - began:6.0f} s  {name}: {step}", flush=True)
 
     failed = []
     for name in arguments.suites:
         path = arguments.out / f"{name}.json"
         if not arguments.again and is_done(path, settings):
-            tell(f"{name}: {path} is up to date")
+            tell(name, f"{path} is up to date")
             continue
         try:
-            result = run_suite(name, settings, lambda step, name=name: tell(f"{name}: {step}"), ALL_SUITES)
-            files.write_json(path, result)
+            files.write_json(path, run_suite(name, settings, partial(tell, name), ALL_SUITES))
         except Exception:  # the other suites do not depend on this one
             traceback.print_exc()
             failed.append(name)
         else:
-            tell(f"{name}: {path}")
+            tell(name, path)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -59,4 +59,4 @@ ALL_SUITES: Mapping[str, Suite] = {
     "mixture": _mixture,
     "sampler": _sampler,
 }
-"""The kernels (with forced instruction sets); their choice by counting; the engine (with other libraries); TiKMiX-D; draws."""
+"""All suites by name; the kernels also run with forced instruction sets, the engine beside other libraries."""

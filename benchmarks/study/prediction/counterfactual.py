@@ -31,7 +31,12 @@ def curvature(model: GPT, subject: Subject, method: Method) -> str | Preconditio
     rows = -(-subject.settings.fisher_rows // len(subject.domains))
     batches = [batch for batch, _ in interleaved(subject.domains, rows, subject.settings.batch_rows, random)]
     kind = EKFAC if method.preconditioner == "ekfac" else DiagonalFisher
-    return kind(damping=method.damping, seed=subject.seed).fit(model, batches, lambda model, batch: model.loss(batch))
+    return kind(damping=method.damping, seed=subject.seed).fit(model, batches, _loss)
+
+
+def _loss(model: Any, batch: Tensor) -> Tensor:
+    loss: Tensor = model.loss(batch)
+    return loss
 
 
 def measurement_points(subject: Subject, method: Method) -> list[tuple[GPT, torch.optim.Optimizer]]:
