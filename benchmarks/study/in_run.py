@@ -40,8 +40,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
+from benchmarks.study.ranks import spearman_by_task
 from tikmix_fast import InfluenceEngine, InfluenceMatrix, files
 from tikmix_fast.demo.arm import Arm
 from tikmix_fast.demo.corpora import Sequences, gather
@@ -200,8 +200,8 @@ def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _agreement(first: Any, second: Any) -> dict[str, Any]:
-    ranks = [float(spearmanr(*rows).statistic) for rows in zip(first, second, strict=True)]
-    return {"mean": float(np.mean(ranks)), "by_task": ranks}
+    ranks = spearman_by_task(first, second)
+    return {"mean": float(ranks.mean()), "by_task": ranks.tolist()}
 
 
 def _by_task(values: Any, tasks: tuple[str, ...]) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks.study.ranks import spearman_by_task
 from tikmix_fast import InfluenceEngine, Projection, files
 from tikmix_fast.demo.corpora import Bytes, Corpora, Sequences, gather
 from tikmix_fast.demo.gpt import GPT, GPTSettings
@@ -114,11 +114,6 @@ def lengths(gradients: Gradients, names: list[str]) -> Array:
     return torch.stack(squares).sum(0).sqrt().numpy()
 
 
-def ranks(values: Array, exact: Array) -> Array:
-    """Return Spearman's correlation over domains, per task."""
-    return np.array([spearmanr(a, b).statistic for a, b in zip(values, exact, strict=True)])
-
-
 def study(model: GPT, queries: list[Gradients], domains: list[Gradients], settings: Settings) -> list[dict[str, Any]]:
     """Compare every projection with the exact matrix, for the wide layers alone and for everything."""
     named = dict(model.named_parameters())
@@ -128,7 +123,7 @@ def study(model: GPT, queries: list[Gradients], domains: list[Gradients], settin
     exact = {part: products(*whole, names) for part, names in parts.items()}
     scale = {part: lengths(whole[0], names)[:, None] * lengths(whole[1], names) for part, names in parts.items()}
     ceilings = {
-        part: ranks(products(queries[0], domains[0], names), products(queries[1], domains[1], names))
+        part: spearman_by_task(products(queries[0], domains[0], names), products(queries[1], domains[1], names))
         for part, names in parts.items()
     }
     cases = []
@@ -140,7 +135,7 @@ def study(model: GPT, queries: list[Gradients], domains: list[Gradients], settin
             for part, names in parts.items():
                 projected[part].append(products(queries_here, domains_here, names))
         for part, values in projected.items():
-            agreement = np.stack([ranks(each, exact[part]) for each in values])
+            agreement = np.stack([spearman_by_task(each, exact[part]) for each in values])
             errors = (np.stack(values) - exact[part]) / scale[part]
             case = {
                 "part": part,

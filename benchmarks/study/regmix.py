@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.study.ranks import spearman_by_task
 from tikmix_fast import files
 from tikmix_fast.benchmarking.interleaved import interleave
-from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel, rank_correlation
+from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
 from tikmix_fast.report.environment import describe_environment
 
 Array = NDArray[np.float64]
@@ -79,7 +80,7 @@ def main() -> None:
         unseen, truth, *_ = read_runs(arguments.data, "test")
         content["held_out"] = {"runs": len(unseen)}
         for name, fitted in (("auto", model), ("lightgbm", trees)):
-            ranks = _by_task(tasks, {"spearman": rank_correlation(fitted.predict(unseen), truth)})
+            ranks = _by_task(tasks, {"spearman": spearman_by_task(fitted.predict(unseen).T, truth.T)})
             content["held_out"][name] = ranks
             print(f"held out, {name}: Spearman {ranks['spearman']}", flush=True)
     files.write_json(arguments.out, content)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr
 
+from benchmarks.study.ranks import spearman_by_task
 from tikmix_fast import files
 from tikmix_fast.report.plots import new_figure, save_figure
 
@@ -89,11 +90,6 @@ def additivity_scores(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rank_agreement(left: Array, right: Array) -> float:
-    """Return Spearman's rho over domains per task, then the mean over tasks."""
-    return float(np.mean([spearmanr(*pair).statistic for pair in zip(left, right, strict=True)]))
-
-
 def counterfactual_scores(result: dict[str, Any], long: dict[str, Any] | None) -> dict[str, Any]:
     """Return by judge ("validation", "unseen") and "RATE/STEPS" the score of every method against the real runs.
 
@@ -105,10 +101,10 @@ def counterfactual_scores(result: dict[str, Any], long: dict[str, Any] | None) -
         for cell, draws in {**gains, **(long["gains"][judge] if long else {})}.items():
             one, two = np.array(draws)
             scores[judge][cell] = {
-                name: float(np.mean([rank_agreement(np.array(values), each) for each in (one, two)]))
+                name: float(np.mean([spearman_by_task(values, each).mean() for each in (one, two)]))
                 for name, values in result["influence"].items()
             }
-            scores[judge][cell][SECOND_RUN] = rank_agreement(one, two)
+            scores[judge][cell][SECOND_RUN] = float(spearman_by_task(one, two).mean())
     return scores
 
 
