@@ -168,12 +168,14 @@ def run_seed(seed: int, settings: InRunSettings, training: DemoSettings) -> dict
             break
         seed_run.step()
     length = training.model.length
-    tokens = {"step_tokens": training.batch * length, "sequence_tokens": length}
+    plan = seed_run.engine.plan(
+        settings.budget, near_every=settings.near_every, step_tokens=training.batch * length, sequence_tokens=length
+    )
     return {
         "seed": seed,
         "every": seed_run.every,
         "token_overhead": run.measured * len(seed_run.tasks) * settings.rows / (run.steps * training.batch),
-        "plan": seed_run.engine.plan(settings.budget, near_every=settings.near_every, **tokens).words,
+        "plan": plan.words,
         "checkpoints": comparisons,
         "staleness": str(run.staleness()).splitlines(),
     }
