@@ -108,7 +108,7 @@ assert found == here.LOGGED, found
 try:
     here.WandB()
 except ValueError as error:
-    assert "begun before by wandb.init" in str(error)
+    assert "wandb.init(...) started none" in str(error)
 else:
     raise AssertionError("a run that has ended was taken")
 """
@@ -127,7 +127,7 @@ mlflow.set_tracking_uri("file:./runs")
 try:
     here.MLflow()
 except ValueError as error:
-    assert "begun before by mlflow.start_run" in str(error)
+    assert "mlflow.start_run() started none" in str(error)
 else:
     raise AssertionError("no run was active")
 with mlflow.start_run() as run:

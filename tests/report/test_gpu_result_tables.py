@@ -1,4 +1,4 @@
-"""Tables of made-up GPU results, for the end of benchmarks/gpu.py and for the README."""
+"""Tables of made-up GPU results, for the end of ``python -m benchmarks.gpu`` and for the docs."""
 
 from __future__ import annotations
 
