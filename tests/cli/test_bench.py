@@ -45,17 +45,17 @@ def test_bench_writes_numbers_settings_and_a_picture(tmp_path: Path) -> None:
 def test_bench_prints_json(tmp_path: Path) -> None:
     shown = run("--size", "tiny", "--seconds", 0.01, "--out", tmp_path, "--suite", "sampler", "--json")
     assert shown.exit_code == 0, shown.output
-    found = json.loads(shown.stdout)
-    assert found["sampler"] == json.loads((tmp_path / "sampler.json").read_text())
-    assert found["sampler"]["settings"]["seconds"] == 0.01
+    printed = json.loads(shown.stdout)
+    assert printed["sampler"] == json.loads((tmp_path / "sampler.json").read_text())
+    assert printed["sampler"]["settings"]["seconds"] == 0.01
 
 
 def test_memory_is_measured_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(suites, "run_suite", lambda name, settings, tell: seen.append(settings) or {"suite": name})
+    calls: list[Any] = []
+    monkeypatch.setattr(suites, "run_suite", lambda name, settings, tell: calls.append(settings) or {"suite": name})
     for options in ([], ["--memory"]):
         assert run("--out", tmp_path, "--suite", "sampler", "--json", *options).exit_code == 0
-    assert [each.weigh for each in seen] == [False, True]
+    assert [each.weigh for each in calls] == [False, True]
 
 
 def test_help() -> None:
