@@ -196,9 +196,9 @@ def test_demo_refuses_a_backend_that_cannot_run_before_training(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "0"], "steps must be at least 1"),
-        (["--stages", "1"], "stages must be at least 2"),
-        (["--seed", "-1"], "seed must be at least 0"),
+        (["--steps", "0"], "steps must be an int of at least 1"),
+        (["--stages", "1"], "stages must be an int of at least 2"),
+        (["--seed", "-1"], "seed must be an int of at least 0"),
         (["--preconditioner", "newton"], "preconditioner must be"),
         (["--diversity", "nan"], "diversity must not be negative"),
     ],
