@@ -14,10 +14,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {"plain_pytorch": "transformers", "huggingface_trainer": "accelerate", "lightning_callback": "lightning"}
 
 
-def test_every_example_is_listed():
+def test_every_example_is_listed():  # test_trackers.py runs trackers.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} - {"corpus", "trackers"} == set(
         NEEDS
-    )  # test_trackers.py runs trackers
+    )
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS))
