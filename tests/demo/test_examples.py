@@ -15,9 +15,7 @@ NEEDS = {"plain_pytorch": "transformers", "huggingface_trainer": "accelerate", "
 
 
 def test_every_example_is_listed():  # test_trackers.py runs trackers.py
-    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"corpus", "trackers"} == set(
-        NEEDS
-    )
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"corpus", "trackers"} == set(NEEDS)
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS))
