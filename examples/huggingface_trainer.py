@@ -1,6 +1,6 @@
 """Transformers' Trainer that follows influence: ``python examples/huggingface_trainer.py``.
 
-Callbacks never see the batch, so a mixin wraps `training_step`. A callback notes when the optimizer steps.
+Callbacks do not get the batch, so a mixin wraps `training_step`, which does. A callback reports optimizer steps.
 """
 
 from __future__ import annotations
