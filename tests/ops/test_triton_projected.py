@@ -357,7 +357,7 @@ print(json.dumps(reports))
 def test_compiled_for_gpus_the_loops_use_tensor_cores_and_spill_nothing(architecture: int) -> None:
     """The untuned kernels, compiled by the Triton that is installed; on Hopper both loops over columns use wgmma.
 
-    Run with Triton 3.5, 3.6 and 3.8. Of 3.8, `projected._SPILLING` names the blocks that spill and are not used.
+    It passed with Triton 3.6 and 3.8. `projected._SPILLING` names blocks that spill with 3.8 and are not used there.
     """
     calls = list(itertools.product(["countsketch", "rademacher"], [64, 128]))
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

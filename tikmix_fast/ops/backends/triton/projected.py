@@ -164,7 +164,7 @@ def _prepare(arguments: ProjectedArguments, flag: Tensor | None) -> tuple[Projec
             tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             for tensor in (input, grad_output, queries, output_factor, input_factor)
         )
-    offsets = offsets.contiguous()
+    offsets, output_factor, input_factor = (tensor.contiguous() for tensor in (offsets, output_factor, input_factor))
     return (
         ProjectedArguments(input, grad_output, offsets, queries, output_factor, input_factor, scale, order),
         flag,
@@ -220,8 +220,8 @@ def _launch(arguments: ProjectedArguments, dtypes: tuple[torch.dtype, torch.dtyp
     both_16_bit = torch.float32 not in dtypes
     walk_rows[(ranges, tiles)](
         Rows(Strided.of(input), Strided.of(grad_output), order, grad_output.shape[1], input.shape[1]),
-        _strided_factor(output_factor),
-        _strided_factor(input_factor),
+        output_factor,
+        input_factor,
         offsets,
         slots,
         status,
@@ -243,11 +243,6 @@ def _launch(arguments: ProjectedArguments, dtypes: tuple[torch.dtype, torch.dtyp
         num_warps=blocks.warps,
     )
     return _Slots(slots, status, rows_per_range)
-
-
-def _strided_factor(factor: Tensor) -> Strided:
-    """Return a factor with the strides of its rows and columns; codes have no rows."""
-    return Strided(factor, (0, *factor.stride())[-2:])
 
 
 def _reduce(arguments: ProjectedArguments, slots: _Slots, flag: Tensor, queries: Tensor | None, sums: Tensor) -> None:
