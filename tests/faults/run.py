@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -92,11 +92,9 @@ def read_faults(path: Path = FAULTS) -> list[Fault]:
     """
     faults = []
     for content in tomllib.loads(path.read_text(encoding="utf-8"))["fault"]:
-        names = {field.name for field in fields(Fault)}
-        if set(content) != names:
-            raise ValueError(
-                f"fault {content.get('name')!r} must have the fields {sorted(names)}; got {sorted(content)}"
-            )
+        names = [field.name for field in fields(Fault)]
+        if set(content) != set(names):
+            raise ValueError(f"fault {content.get('name')!r} must have the fields {names}; got {list(content)}")
         faults.append(Fault(**{**content, "tests": tuple(content["tests"])}))
     twice = {fault.name for fault in faults if sum(fault.name == other.name for other in faults) > 1}
     if twice:
@@ -130,7 +128,8 @@ class Copy:
             "PYTHONDONTWRITEBYTECODE": "1",
             "TIKMIX_FAST_CUDA": "OFF",
         }
-        self.build()
+        self._sound = self.build()
+        self._place(self._sound)
         place = self._python("-c", "import tikmix_fast; print(tikmix_fast.__file__)").stdout
         if not place.startswith(str(self.tree)):
             raise RuntimeError(f"the tests must import the copy in {self.tree}; got {place}")
@@ -146,8 +145,8 @@ class Copy:
             check=False,
         )
 
-    def build(self) -> None:
-        """Compile what changed of the CPU module, and put the module where the copy imports it.
+    def build(self) -> dict[str, bytes]:
+        """Compile what changed of the CPU module, and return the module's file.
 
         Raises
         ------
@@ -158,9 +157,15 @@ class Copy:
         done = self._python("-m", "pip", "install", *options, str(self.tree), "-C", f"build-dir={self._build}")
         if done.returncode:
             raise RuntimeError(f"the copy does not build:\n{done.stdout}")
-        for module in (self._install / "tikmix_fast").glob("_cpu.*"):
-            if module.suffix != ".pyi":
-                shutil.copy2(module, self.tree / "tikmix_fast" / module.name)
+        return {
+            module.name: module.read_bytes()
+            for module in (self._install / "tikmix_fast").glob("_cpu.*")
+            if module.suffix != ".pyi"
+        }
+
+    def _place(self, modules: Mapping[str, bytes]) -> None:
+        for name, content in modules.items():
+            (self.tree / "tikmix_fast" / name).write_bytes(content)
 
     def test(self, tests: Sequence[str]) -> tuple[int, str]:
         """Run tests up to the first that fails; return pytest's exit status and output."""
@@ -172,18 +177,16 @@ class Copy:
         """Return whether the tests catch the fault, and what there is to say about it."""
         path = self.tree / fault.file
         text = path.read_text(encoding="utf-8")
-        native = fault.file.startswith("csrc/cpu/")
         try:
             path.write_text(fault.applied(text), encoding="utf-8")
-            if native:
-                self.build()
+            if fault.file.startswith("csrc/cpu/"):
+                self._place(self.build())
             status, output = self.test(() if whole else fault.tests)
         except (ValueError, RuntimeError) as error:
             return False, f"could not be tried: {error}"
         finally:
-            path.write_text(text, encoding="utf-8")
-            if native:
-                self.build()
+            path.write_text(text, encoding="utf-8")  # a new time stamp: the next build compiles it again
+            self._place(self._sound)
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
         if status == 1 and failed:
             return True, f"caught by {failed[1]}"
