@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from benchmarks.study import comparisons
 from benchmarks.study.comparisons import OURS, REFERENCE, Array, Results
 from benchmarks.study.problem import EARLY, NOISE, SHORT
-from tikmix_fast.report.plots import new_figure
+from tikmix_fast.report.plots import WIDTH, new_figure
 
 __all__ = ["draw_changes", "draw_influence", "draw_weights", "mixture_at"]
 
@@ -34,20 +34,20 @@ def draw_changes(results: Results) -> Any:
     """Draw paired changes with intervals, the weight of the noise domain, and the cost of every arm."""
     steered, held_out = comparisons.steered_and_held_out(results)
     order = comparisons.in_order(results)[::-1]
-    figure, axes = new_figure(14, 0.6 + 0.36 * len(order), columns=4)
+    figure, axes = new_figure(WIDTH, 1.2 + 0.4 * len(order), rows=2, columns=2)
     places = np.arange(len(order))
     panels = [
         (
-            "steered tasks, change from uniform",
+            "steered tasks, change",
             [100 * comparisons.changes(results, arm, REFERENCE, steered) for arm in order],
         ),
         (
-            "held-out tasks, change from uniform",
+            "held-out tasks, change",
             [100 * comparisons.changes(results, arm, REFERENCE, held_out) for arm in order],
         ),
-        ("weight of noise at the end, 1 = uniform", [comparisons.last_weights(results, arm, NOISE) for arm in order]),
+        ("noise weight / uniform", [comparisons.last_weights(results, arm, NOISE) for arm in order]),
     ]
-    for panel, (title, values) in zip(axes[0, :3], panels, strict=True):
+    for panel, (title, values) in zip(axes.flat, panels, strict=False):
         for place, arm, each in zip(places, order, values, strict=True):
             if not len(each):
                 continue
@@ -59,9 +59,10 @@ def draw_changes(results: Results) -> Any:
         if "weight" in title:
             panel.set_xlim(-0.1, 1.1 * max(2.0, *(each.max() for each in values)))  # some intervals reach further
         panel.set_title(title, fontsize=10, loc="left")
+        panel.xaxis.get_major_locator().set_params(nbins=4)
         if "weight" not in title:
             panel.xaxis.set_major_formatter("{x:+g}%")
-    cost = axes[0, 3]
+    cost = axes[1, 1]
     cost.barh(
         places, [comparisons.mixing_flops(results, arm) for arm in order], height=0.6,
         color=[_COLOURS[4] if arm.startswith("tikmix") else _COLOURS[0] for arm in order],
@@ -69,9 +70,9 @@ def draw_changes(results: Results) -> Any:
     cost.set_xscale("log")
     cost.xaxis.set_minor_formatter("")
     cost.set_title("FLOPs spent on mixing", fontsize=10, loc="left")
-    for index, panel in enumerate(axes[0]):
+    for index, panel in enumerate(axes.flat):
         panel.set_ylim(-0.6, len(order) - 0.4)
-        panel.set_yticks(places, order if index == 0 else [""] * len(order))
+        panel.set_yticks(places, order if index % 2 == 0 else [""] * len(order))
         panel.tick_params(labelsize=9, left=False)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="x", color="#eeeeee", zorder=0)
@@ -81,22 +82,24 @@ def draw_changes(results: Results) -> Any:
 
 def draw_weights(results: Results, arms: Sequence[str]) -> Any:
     """Draw the mean mixture of some arms over training, stacked."""
-    figure, axes = new_figure(3.4 * len(arms) + 1.6, 3.4, columns=len(arms))
-    panels = axes[0] if len(arms) > 1 else [axes]
-    for panel, arm in zip(panels, arms, strict=True):
+    rows = -(-len(arms) // 2)
+    figure, axes = new_figure(WIDTH, 1.2 + 1.8 * rows, rows=rows, columns=2)
+    for panel in axes.flat[len(arms) :]:
+        panel.set_visible(False)
+    for panel, arm in zip(axes.flat, arms, strict=False):
         runs = list(results[arm].values())
         domains, steps = list(runs[0]["drawn"]), runs[0]["settings"]["main"]["steps"]
         grid = np.arange(steps)
         mean = np.mean([mixture_at(run["mixtures"], domains, grid) for run in runs], axis=0)
         colours = [*_COLOURS[: len(domains) - 1], _GREY]
         panel.stackplot(grid, mean, colors=colours, labels=domains, linewidth=0.4, edgecolor="white")
-        panel.set(xlim=(0, steps), ylim=(0, 1), xlabel="step")
+        panel.set(xlim=(0, steps), ylim=(0, 1), xticks=[0, steps // 2, steps])
+        panel.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
         panel.set_title(arm, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("weight in the mixture")
-    handles, labels = panels[-1].get_legend_handles_labels()
-    panels[-1].legend(
-        handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+    axes[-1, 0].set_xlabel("step")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
     return figure
 
@@ -118,7 +121,7 @@ def draw_influence(results: Results) -> Any:
         values = np.array([each["influence"] for each in run["log"]], dtype=np.float64)  # [stage, n, m]
         shares.append((values / np.nanmax(np.abs(values), axis=2, keepdims=True)).mean(1))
     mean, spread = np.mean(shares, axis=0), np.std(shares, axis=0)
-    figure, axes = new_figure(5.6, 3.4)
+    figure, axes = new_figure(WIDTH, 3.6)
     for name, colour in ((SHORT, _COLOURS[0]), ("python", _COLOURS[2]), (EARLY, _COLOURS[4]), (NOISE, "#777777")):
         j = domains.index(name)
         axes.errorbar(steps, mean[:, j], spread[:, j], color=colour, marker="o", markersize=4, capsize=3, label=name)
