@@ -104,6 +104,13 @@ def test_memory_does_not_grow_with_the_domains_or_the_draws():
     assert peak < 20_000_000
 
 
+def test_domains_of_one_length_have_orders_of_their_own():
+    domains = np.array(take(MixtureSampler([50, 50], [0.5, 0.5], seed=3), 100))
+    first, second = domains[domains < 50], domains[domains >= 50] - 50
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert np.mean(first == second) < 0.2
+
+
 # Changing weights
 
 
@@ -141,6 +148,17 @@ def test_the_last_change_for_the_same_sample_wins_and_the_first_sample_can_chang
     sampler.set_weights(FIRST, at=100)
     sampler.set_weights(SECOND, at=100)
     assert take(sampler, 300) == uninterrupted(300, [(100, SECOND)], weights=THIRD)
+
+
+@pytest.mark.parametrize("at", [0, 100])
+def test_counts_that_were_read_do_not_delay_a_change(at):
+    sampler = MixtureSampler(LENGTHS, FIRST, seed=3)
+    take(sampler, at)
+    sampler.set_weights(SECOND)
+    assert sampler.counts.sum() == at  # plans the draws from here on
+    sampler.set_weights(THIRD)
+    drawn = np.bincount(domains_of(take(sampler, 500)), minlength=4)
+    assert drawn.tolist() == [125, 125, 125, 125]
 
 
 def test_a_change_behind_what_was_drawn_is_refused_and_says_the_earliest():
@@ -231,6 +249,15 @@ def test_runs_interrupted_anywhere_draw_what_an_uninterrupted_run_draws(data):
         state, consumed = states[0], stop
     assert stream == uninterrupted(len(stream), sorted(changes.items()))
     assert_every_epoch_is_complete(stream)
+
+
+def test_a_state_keeps_the_changes_ahead():
+    sampler = MixtureSampler(LENGTHS, FIRST, seed=3)
+    sampler.set_weights(SECOND, at=200)
+    take(sampler, 100)
+    resumed = MixtureSampler(LENGTHS, FIRST, seed=3)
+    resumed.load_state_dict(sampler.state_dict())
+    assert take(resumed, 200) == uninterrupted(300, [(200, SECOND)])[100:]
 
 
 def test_the_state_is_small_plain_json():

@@ -140,6 +140,8 @@ MOVED = {
     "through frozen weights": lambda h, flat: flat[backwards(flat)] @ torch.eye(8),
     "as features and back": lambda h, flat: flat[backwards(flat)].view(-1, 2, 4).flatten(1),
     "flipped": lambda h, flat: flat.flip(0),
+    "flipped, counted from the end": lambda h, flat: flat.flip(-2),
+    "selected, counted from the end": lambda h, flat: flat.index_select(-2, backwards(flat)),
     "rolled": lambda h, flat: flat.roll(1, 0),
     "gathered": lambda h, flat: flat.gather(0, backwards(flat)[:, None].expand_as(flat)) + 1,
     "scattered": lambda h, flat: torch.zeros_like(flat).index_copy(0, backwards(flat), flat),

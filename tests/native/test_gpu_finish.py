@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tikmix_fast.testing import aligned_rows
@@ -127,6 +127,9 @@ def test_every_16_bit_query_is_packed_as_it_is(native: ModuleType) -> None:
     blocks=st.integers(1, 3),
     seed=st.integers(0, 2**20),
 )
+# More tiles than a lane's four sums of every 32nd one take at once.
+@example(kernel="mma", height=2560, width=5120, sizes=[7, 100], tasks=2, splits=2, blocks=1, seed=0)
+@example(kernel="wgmma", height=2560, width=5120, sizes=[7, 100], tasks=2, splits=2, blocks=1, seed=0)
 @settings(max_examples=60, deadline=None)
 def test_values_are_sums_over_the_items_that_met_the_domain(
     native: ModuleType,
