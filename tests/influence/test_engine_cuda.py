@@ -171,7 +171,7 @@ def test_the_same_numbers_from_host_memory(tasks, batches, cast, projection):
         model = make_model().to(DEVICE)
         engine = measure(model, tasks, batches, cast, projection=projection, queries_device=where)
         found.append((engine.matrix(), [p.grad for p in model.parameters()]))
-        away = engine._session._queries.held._away
+        away = engine._session._queries.store._away
         assert bool(away) == (where == "cpu")
         assert all(value.is_pinned() for value in away.values())
     (here, gradients), (there, others) = found

@@ -32,11 +32,11 @@ from tikmix_fast.influence.placement import choose_copiers
 from tikmix_fast.influence.preconditioners.adam import Adam
 from tikmix_fast.influence.preconditioners.ekfac import EKFAC
 from tikmix_fast.influence.preconditioners.protocol import Preconditioner
-from tikmix_fast.influence.queries.held import Queries
 from tikmix_fast.influence.queries.offload import Copier
 from tikmix_fast.influence.queries.pending import PendingMicrobatches
 from tikmix_fast.influence.queries.projected_sums import ProjectedSums
 from tikmix_fast.influence.queries.sketch import QuerySketch, Watched
+from tikmix_fast.influence.queries.store import Queries
 from tikmix_fast.influence.queries.task_gradients import TaskGradients
 from tikmix_fast.matrix.estimator import Estimator
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
@@ -169,10 +169,10 @@ class Session:
         )
         queries = self._freeze(parameters)
         checking = options.check_every > 0 and self._passes % options.check_every == 0
-        recorder = Recorder(labels, queries.held, queries.projections)
+        recorder = Recorder(labels, queries.store, queries.projections)
         passing = measured.open(recorder, fused=options.grad == "fused", take=False, keep=checking)
         with self._occupied(), passing as gradients:
-            queries.held.begin_pass()
+            queries.store.begin_pass()
             yield
         # The host did not wait for the device until here. Now one copy brings everything that it must know.
         sums = list(recorder.sums.values())
@@ -188,7 +188,7 @@ class Session:
             low = recorder.saw_half or any(p.dtype in _HALF for p in parameters.values())
             before, after = gradients.change()
             tolerance = 2e-2 if low else 1e-3
-            check_conservation(recorder.sums, queries.held, before, after, tolerance, queries.projections)
+            check_conservation(recorder.sums, queries.store, before, after, tolerance, queries.projections)
         self._add(products, account, recorder)
 
     @contextmanager

@@ -16,8 +16,8 @@ from tikmix_fast.influence.capture.captured_pass import captured_pass
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded
 from tikmix_fast.influence.passes.recorder import Recorder
-from tikmix_fast.influence.queries.held import Queries
 from tikmix_fast.influence.queries.projection import back_project
+from tikmix_fast.influence.queries.store import Queries
 from tikmix_fast.influence.torch_private import tree_map
 
 __all__ = ["Cell", "Verification", "recompute_cells", "verify_cells"]
