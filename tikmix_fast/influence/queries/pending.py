@@ -40,7 +40,7 @@ class PendingMicrobatches:
         add_by_name(self._projected, projected)
 
     def exchange(self, ranks: Ranks, estimator: Estimator, queries: Queries, projected: ProjectedSums) -> None:
-        """Give the estimator the micro-batches of all ranks, and ``projected`` the sums of their projected gradients."""
+        """Give the estimator all ranks' micro-batches, and ``projected`` the sums of their projected gradients."""
         q, m = len(queries.owners), estimator.m
         of_ranks = ranks.gather(np.stack(self._rows) if self._rows else np.empty((0, (q + 1) * m)))
         self._rows.clear()

@@ -173,6 +173,6 @@ def projected_weights(model: nn.Module, parameters: Mapping[str, Tensor], dim: i
 
 
 def back_project(queries: Tensor, projection: ops.LayerProjection) -> Tensor:
-    """Return P_out^T q P_in [n, O, I]: the queries whose exact influence the projected ones [n, k_out, k_in] measure."""
+    """Return P_out^T q P_in [n, O, I]: the queries whose exact influence the projected ones measure."""
     output, input = projection.matrices(queries.dtype)
     return output.T @ queries @ input
