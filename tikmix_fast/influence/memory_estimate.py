@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,24 +142,23 @@ def estimate_memory(
     dim = 0 if projection is None else projection.dim
     projected = set() if projection is None else projected_weights(model, parameters, dim, projection.tables)
     products = _product_weights(model, parameters) - projected
+    counts = {"queries": queries, "domains": domains, "tokens": tokens}
     by_name = {
         name: _weight(
             p,
-            queries=queries,
-            domains=domains,
             dim=dim if name in projected else 0,
             product=name in products,
             adam=adam,
             away=away or shares > 1,
             dtype=dtype or p.dtype,
-            tokens=tokens,
+            **counts,
         )
         for name, p in parameters.items()
     }
     weights = list(by_name.values())
     residents = [w for w in weights if not w.queries_leave]
     task_gradients = sum(w.sums for w in weights if not w.sums_leave)
-    one_sum = max((w.sums // queries for w in weights if w.sums_leave), default=0)
+    one_sum = _most(w.sums // queries for w in weights if w.sums_leave)
     at_rest, packed = sum(w.resting for w in residents), sum(w.packed for w in residents)
     freezing, host = _freezing(weights, queries)
     # The backward uses tied heads first, and then the parameters from the last to the first.
@@ -167,10 +166,8 @@ def estimate_memory(
     leaving = [name for name in [*tied, *reversed(by_name)] if by_name[name].queries_leave]
     visits = [by_name[name] for name in leaving]
     visitors = room_for_two([(name, by_name[name].resting) for name in leaving])
-    first_visit = max((aligned(w.frozen) for w in visits), default=0)
-    first_visit += max((w.packed + w.rounding for w in visits), default=0)
-    reading = max((w.reading for w in weights), default=0)
-    packing = max((w.packed for w in visits), default=0)
+    first_visit = _most(aligned(w.frozen) for w in visits) + _most(w.packed + w.rounding for w in visits)
+    reading, packing = _most(w.reading for w in weights), _most(w.packed for w in visits)
     measuring = max(
         _rounding(residents[::-1]) + first_visit + reading,
         at_rest + packed + visitors + max(packing + reading, _checking(parameters) if checked else 0),
@@ -297,5 +294,8 @@ def _checking(parameters: Mapping[str, Tensor]) -> int:
     Sharded parameters have no copy of the earlier gradient, but one of the pass's.
     """
     copies = sum(p.nbytes if is_sharded(p) else 0 if p.grad is None else p.grad.nbytes for p in parameters.values())
-    wide = max((8 * p.numel() * (2 if p.grad is None else 4) for p in parameters.values()), default=0)
-    return copies + wide
+    return copies + _most(8 * p.numel() * (2 if p.grad is None else 4) for p in parameters.values())
+
+
+def _most(sizes: Iterable[int]) -> int:
+    return max(sizes, default=0)

@@ -174,9 +174,7 @@ def recompute_cells(
                     continue
                 members = row_domains.to(slopes.device) == domain
                 leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
-                gradients = torch.autograd.grad(
-                    losses_at(leaves)[members].sum(), [*leaves.values()], allow_unused=True
-                )
+                gradients = torch.autograd.grad(losses_at(leaves)[members].sum(), [*leaves.values()], allow_unused=True)
                 norm = torch.stack([each.square().sum() for each in gradients if each is not None]).sum().sqrt()
                 results[query, domain] = float(slopes[members].sum()), float(length * norm)
     return [results[pair] for pair in chosen]
