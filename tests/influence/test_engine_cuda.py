@@ -316,9 +316,9 @@ def test_the_estimate(kit, cast, projection, where):
 
 def test_auto(tasks, batches, monkeypatch):
     model = make_model().to(DEVICE)
-    assert not measure(model, tasks, batches, queries_device="auto")._session._copiers
+    assert not measure(model, tasks, batches, queries_device="auto")._session.placement.copiers
     monkeypatch.setattr(offload, "free_memory", lambda device: (1000, 1000))
-    assert measure(model, tasks, batches, queries_device="auto")._session._copiers
+    assert measure(model, tasks, batches, queries_device="auto")._session.placement.copiers
 
 
 def test_free_memory():

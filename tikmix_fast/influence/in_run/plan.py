@@ -170,10 +170,11 @@ def plan_in_run(
 
 
 def _in_words(plan: InRunPlan, tasks: int, sequence_tokens: int) -> str:
+    sequences = plan.task_sequences
     words = (
-        f"measure every {_ordinal(plan.every)}step: {tasks} {'task' if tasks == 1 else 'tasks'} x {plan.task_sequences} "
-        f"{'sequence' if plan.task_sequences == 1 else 'sequences'} of {sequence_tokens} tokens, overhead {plan.overhead:.1%} of "
-        f"{plan.budget:.1%}: task passes {plan.of_tasks:.1%}, making queries {plan.of_queries:.1%}, domain side "
+        f"measure every {_ordinal(plan.every)}step: {tasks} {'task' if tasks == 1 else 'tasks'} x {sequences} "
+        f"{'sequence' if sequences == 1 else 'sequences'} of {sequence_tokens} tokens, overhead {plan.overhead:.1%} "
+        f"of {plan.budget:.1%}: task passes {plan.of_tasks:.1%}, making queries {plan.of_queries:.1%}, domain side "
         f"{plan.of_domains:.1%}"
     )
     if plan.relative_error is not None:
