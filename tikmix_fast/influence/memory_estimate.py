@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tikmix_fast import ops
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded
-from tikmix_fast.influence.passes.recorder import LOOKED_UP_TOGETHER
+from tikmix_fast.influence.passes.influence_sink import LOOKED_UP_TOGETHER
 from tikmix_fast.influence.queries.offload import aligned, can_leave, room_for_two
 from tikmix_fast.influence.queries.projection import Projection, projected_weights
 from tikmix_fast.influence.queries.store import sum_dtype

@@ -24,8 +24,8 @@ from tikmix_fast.influence.passes.covered import CoveredParameters
 from tikmix_fast.influence.passes.dropped import DroppedPasses
 from tikmix_fast.influence.passes.fingerprint import Fingerprint
 from tikmix_fast.influence.passes.ids import Ids, index_of, label_rows
+from tikmix_fast.influence.passes.influence_sink import InfluenceSink
 from tikmix_fast.influence.passes.measured_pass import MeasuredPass, all_finite, check_captured, not_captured, sum_of
-from tikmix_fast.influence.passes.recorder import Recorder
 from tikmix_fast.influence.passes.verify import Verification, verify_cells
 from tikmix_fast.influence.placement import Placement
 from tikmix_fast.influence.preconditioners.adam import Adam
@@ -176,27 +176,26 @@ class Session:
         )
         queries = self._freeze(parameters)
         checking = options.check_every > 0 and self._passes % options.check_every == 0
-        recorder = Recorder(labels, queries.store, queries.projections)
-        passing = measured.open(recorder, fused=options.grad == "fused", take=False, keep=checking)
+        sink = InfluenceSink(labels, queries.store, queries.projections)
+        passing = measured.open(sink, fused=options.grad == "fused", take=False, keep=checking)
         with self._occupied(), passing as gradients:
             queries.store.begin_pass()
             yield
         # The host has not waited for the device so far. Now one copy brings everything that it must know.
-        sums = list(recorder.sums.values())
-        total = [torch.stack([each.to(sums[0].device) for each in sums]).sum(0)] if sums else []
-        readings, rows = measured.read(products=total)
-        check_captured(gradients.touched(), recorder.sums)
+        total = sink.total()
+        readings, rows = measured.read(products=[] if total is None else [total])
+        check_captured(gradients.touched(), sink.sums)
         account.settle(readings, rows)
         products = readings["products"][0].numpy() * account.factor
         if self._dropped.drops(bool(np.isfinite(products).all()), "a micro-batch of domains", scaler):
             return
         account.check()
         if checking:
-            low = recorder.saw_half or any(p.dtype in _HALF for p in parameters.values())
+            low = sink.saw_half or any(p.dtype in _HALF for p in parameters.values())
             before, after = gradients.change()
             tolerance = 2e-2 if low else 1e-3
-            check_conservation(recorder.sums, queries.store, before, after, tolerance, queries.projections)
-        self._add(products, account, recorder)
+            check_conservation(sink.sums, queries.store, before, after, tolerance, queries.projections)
+        self._add(products, account, sink)
 
     @contextmanager
     def fisher(self, stage: Any, sequences: int | None, tokens: int | None) -> Iterator[None]:
@@ -345,14 +344,14 @@ class Session:
         self._queries, self.phase = queries, Phase.FROZEN
         return queries
 
-    def _add(self, products: NDArray[np.float64], account: LossAccount, recorder: Recorder) -> None:
-        projected = {name: gradients.mul_(account.factor) for name, gradients in recorder.projected.items()}
+    def _add(self, products: NDArray[np.float64], account: LossAccount, sink: InfluenceSink) -> None:
+        projected = {name: gradients.mul_(account.factor) for name, gradients in sink.projected.items()}
         if self._ranks is None:
             self._estimator.add(products, account.tokens)
             self._projected.add(projected)
         else:
             self._pending.add(products, account.tokens, projected)
-        self._captured |= set(recorder.sums)
+        self._captured |= set(sink.sums)
         self._passes += 1
         if self._passes == 1:
             coverage = self.coverage()

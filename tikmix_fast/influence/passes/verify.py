@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tikmix_fast.influence.capture.captured_pass import captured_pass
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded
-from tikmix_fast.influence.passes.recorder import Recorder
+from tikmix_fast.influence.passes.influence_sink import InfluenceSink
 from tikmix_fast.influence.queries.projection import back_project
 from tikmix_fast.influence.queries.store import Queries
 from tikmix_fast.influence.torch_private import tree_map
@@ -82,12 +82,12 @@ def verify_cells(
     if any(map(is_sharded, parameters.values())):
         raise RuntimeError("verify needs the whole weights in one process: verify a small model before sharding it")
     combined = queries.by_task(len(tasks))
-    recorder = Recorder(labels, combined, queries.projections)
-    with captured_pass(model, parameters, recorder, fused=fused) as (capture, _):
+    sink = InfluenceSink(labels, combined, queries.projections)
+    with captured_pass(model, parameters, sink, fused=fused) as (capture, _):
         loss_per_row(model, batch).sum().backward()
         capture.streams.join()
-    sums = list(recorder.sums.values())
-    captured = torch.stack([each.to(sums[0].device) for each in sums]).sum(0).cpu()
+    total = sink.total()
+    captured = torch.zeros(len(tasks), len(domains)) if total is None else total.cpu()
     present = sorted(set(labels.ids.flatten().tolist()))
     pairs = [(task, domain) for task in range(len(tasks)) for domain in present]
     chosen = sorted(pairs[each] for each in np.random.default_rng(seed).permutation(len(pairs))[:cells])

@@ -14,13 +14,13 @@ from tikmix_fast.influence.capture.views import ParameterView
 from tikmix_fast.influence.queries.store import QueryStore
 from tikmix_fast.ops.projected.lookup import projected_lookup_gradients
 
-__all__ = ["LOOKED_UP_TOGETHER", "Recorder"]
+__all__ = ["LOOKED_UP_TOGETHER", "InfluenceSink"]
 
 # Rows of an embedding's queries at a time on a GPU: 64 MiB for 4096 columns.
 LOOKED_UP_TOGETHER = 4096
 
 
-class Recorder:
+class InfluenceSink:
     """A `Sink` that sums <query, gradient of a domain's rows> over the uses of every parameter.
 
     Parameters
@@ -55,8 +55,13 @@ class Recorder:
         self.projected: dict[str, Tensor] = {}
         self.saw_half = False
 
+    def total(self) -> Tensor | None:
+        """Return the sum over all parameters [q, m], on the first one's device; None if nothing was captured."""
+        sums = list(self.sums.values())
+        return torch.stack([each.to(sums[0].device) for each in sums]).sum(0) if sums else None
+
     def close(self) -> None:
-        """Stop recording and release the queries: a graph or a view that outlives the pass must not keep them alive."""
+        """Stop, and release the queries: a graph or a view that outlives the pass must not keep them alive."""
         self.queries.end_pass()
         self.queries = QueryStore()
 
@@ -67,7 +72,7 @@ class Recorder:
     def product(
         self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
     ) -> None:
-        """Record ``output = rows @ weight.T`` (``rows @ weight`` if ``in_out``), given the gradient of the output.
+        """Add ``output = rows @ weight.T`` (``rows @ weight`` if ``in_out``), given the gradient of the output.
 
         ``total``, if given, gets the weight gradient added in the same pass.
         """
@@ -105,7 +110,7 @@ class Recorder:
             self._add(name, sums)
 
     def spread(self, view: ParameterView, gradient: Tensor) -> None:
-        """Record a view that the model broadcast to the shape of ``gradient``."""
+        """Add a view that the model broadcast to the shape of ``gradient``."""
         if not self.queries:
             return
         self._note(gradient)
@@ -129,7 +134,7 @@ class Recorder:
             self._add_rows(name, dots.reshape(-1, len(queries)), layout)
 
     def features(self, view: ParameterView, per_row: Tensor) -> Tensor:
-        """Record a parameter with one value per feature, or a single one, given its gradient by row [..., C].
+        """Add a parameter with one value per feature, or a single one, given its gradient by row [..., C].
 
         Returns the sum over all rows, [C].
         """
@@ -148,7 +153,7 @@ class Recorder:
         return runs.sum(0)
 
     def lookup(self, view: ParameterView, ids: Tensor, padding: int | None, gradient: Tensor) -> None:
-        """Record an embedding's rows at ``ids`` [...], given their gradient [..., C]."""
+        """Add an embedding's rows at ``ids`` [...], given their gradient [..., C]."""
         if not self.queries:
             return
         self._note(gradient)
@@ -176,7 +181,7 @@ class Recorder:
         return view.queries(self.queries, without=self.projections)
 
     def _add_derived(self, view: ParameterView, gradient_of: Callable[[int], Tensor]) -> None:
-        """Record the projected parameters among a view's sources; ``gradient_of`` returns its gradient for a domain.
+        """Add the projected parameters among a view's sources; ``gradient_of`` returns its gradient for a domain.
 
         Each domain's gradient takes as long as the ordinary gradient of all rows; one exists at a time.
         """
@@ -201,7 +206,7 @@ class Recorder:
                 self._add_projected(name, gradients)
 
     def _add_projected(self, name: str, gradients: Tensor) -> None:
-        """Record a parameter's projected gradients by domain [m, k_out, k_in], and their influence."""
+        """Add a parameter's projected gradients by domain [m, k_out, k_in], and their influence."""
         self.projected[name] = self.projected[name] + gradients if name in self.projected else gradients
         self._add(name, self.queries[name].flatten(1).double() @ gradients.flatten(1).double().t())
 
