@@ -105,8 +105,8 @@ class EngineReports:
         8008000
         """
         home = next(iter(self.parameters().values())).device if device is None else torch.device(device)
-        asked = None if queries_device is None else str(queries_device)
-        return self._session.placement.memory_estimate(dtype, tokens, home, asked)
+        rest = None if queries_device is None else str(queries_device)
+        return self._session.placement.memory_estimate(dtype, tokens, home, rest)
 
     def plan(self, budget: float = 0.05, *, step_tokens: int, sequence_tokens: int, **options: Any) -> InRunPlan:
         """Plan how often `in_run` measures, and on how much of each task; nothing runs.

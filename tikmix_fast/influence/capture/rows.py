@@ -89,7 +89,7 @@ class RowLabels:
         else:
             self.single = None if isinstance(self.ids, Tensor) else self.ids
         self.batch_dim = batch_dim or 0
-        self._told = batch_dim is not None
+        self._unambiguous = batch_dim is not None
         self.length: int | None = None
         self._layouts: dict[tuple[tuple[int, ...], torch.device], Layout] = {}
         if isinstance(self.ids, Tensor) and self.ids.ndim == 2:
@@ -148,7 +148,7 @@ class RowLabels:
         return len(leading) > 1 and leading[self.batch_dim] == self.batch and self._fits(leading)
 
     def _learn(self, length: int) -> None:
-        if self.single is None and length == self.batch and not self._told:
+        if self.single is None and length == self.batch and not self._unambiguous:
             raise RowShapeError(
                 f"the batch has as many sequences as positions (B = S = {length}), so shapes do not tell them apart: "
                 "make the engine with batch_dim=0 (activations are [B, S, ...]) or batch_dim=1 ([S, B, ...])"

@@ -23,18 +23,17 @@ class Adam:
     """P = lr / lr_ref / (sqrt(v / (1 - beta2^t)) + eps), elementwise, as the run's own optimizer scales a step.
 
     v and t are read from the optimizer when the queries freeze. lr is the parameter group's, lr_ref the largest lr.
-    No momentum, no weight decay, no clipping; with amsgrad v is the running maximum. The optimizer is read, never
-    changed.
+    P has no momentum, weight decay or clipping; with amsgrad v is the running maximum. The optimizer does not change.
 
-    With it S is the decrease of a task's loss per unit step along P times the domain's mean gradient, with v frozen. A
-    real Adam step on that domain moves v as well, so its decrease is smaller by a common factor.
+    S is then the decrease of a task's loss per unit step along P times the domain's mean gradient, with v frozen. A
+    real Adam step on that domain also updates v, so its decrease is smaller by a common factor.
 
-    Supported are torch.optim.Adam and AdamW (also fused, foreach, amsgrad) and saved states of them with names. Muon,
-    Shampoo, SOAP and Lion are not: Muon's step U V^T and Lion's sign are no linear map of a gradient, so there is no P
-    that S could be made of, and a state that such optimizers keep is refused rather than misread. Where Muon trains
-    the matrices and AdamW the rest, as is usual: pass that AdamW as ``optimizer`` with ``exclude`` patterns of Muon's
-    matrices for the influence through the rest alone, or use "ekfac" for all, or write a `Preconditioner` that asks an
-    `Adam` or an `EKFAC` by the name of the parameter.
+    Supported are torch.optim.Adam and AdamW (also fused, foreach, amsgrad), and their saved states with names. Muon,
+    Shampoo, SOAP and Lion are not: Muon's step U V^T and Lion's sign are not linear maps of a gradient, so there is no
+    P to build S from. Their states raise an error. If Muon trains the matrices and AdamW the rest, there are three
+    ways: pass that AdamW as ``optimizer`` with ``exclude`` patterns of Muon's matrices, and measure the influence
+    through the rest alone; use "ekfac" for all; or write a `Preconditioner` that calls an `Adam` or an `EKFAC`,
+    depending on the name of the parameter.
 
     An element that was never trained (v = 0: the row of a token that has not occurred) has P = 1 / eps, some 100,000
     times the ordinary size. Adam's own first step there is of ordinary size, because it updates v too. So a few rare

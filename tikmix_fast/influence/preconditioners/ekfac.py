@@ -18,7 +18,7 @@ from tikmix_fast.influence.loss.sampled_labels import sampled_labels
 from tikmix_fast.influence.loss.watch import WatchedLosses, targets_and_weight, watch_losses
 from tikmix_fast.influence.preconditioners.curvature import Basis, EigenvalueSink, FactorSink, Sides, add_sides
 from tikmix_fast.influence.preconditioners.fisher_files import read_fisher, write_fisher
-from tikmix_fast.influence.preconditioners.optimizer_state import canonical_name
+from tikmix_fast.influence.preconditioners.optimizer_state import canonical_name, listed
 from tikmix_fast.influence.torch_private import tree_leaves
 
 __all__ = ["EKFAC", "DiagonalFisher"]
@@ -212,10 +212,8 @@ class EKFAC:
         missing = [name for name in parameters if name not in self._squares]
         if missing:
             raise ValueError(
-                f"the Fisher matrix of {', '.join(map(repr, missing[:5]))}"
-                + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-                + " is missing: it was fitted on another model, or no gradient reached them. Fit anew, or leave them "
-                "out with exclude="
+                f"the Fisher matrix of {listed(missing)} is missing: it was fitted on another model, or no gradient "
+                "reached them. Fit anew, or leave them out with exclude="
             )
         for name, parameter in parameters.items():
             if self._squares[name].shape != parameter.shape:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tikmix_fast.influence.parallel.fully_sharded import whole
 
-__all__ = ["AdamMoment", "canonical_name", "read_adam"]
+__all__ = ["AdamMoment", "canonical_name", "listed", "read_adam"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def read_adam(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Ada
     missing = [name for name in parameters if name not in moments]
     if missing:
         raise ValueError(
-            f"the optimizer does not hold {_some(missing)}: it was made for another model or for a part of this one. "
+            f"the optimizer does not hold {listed(missing)}: it was made for another model or for a part of this one. "
             "Leave such parameters out with exclude=, or pass the optimizer that trains them"
         )
     return moments
@@ -142,6 +142,7 @@ def _moment(name: str, group: Mapping[str, Any], state: Mapping[str, Any], param
     return AdamMoment(v.detach(), step, float(group["betas"][1]), float(group["eps"]), float(group["lr"]))
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def listed(names: list[str], most: int = 5) -> str:
+    """Return the first names for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more
