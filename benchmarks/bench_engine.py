@@ -2,8 +2,8 @@
 
 pytest benchmarks/bench_engine.py --benchmark-json engine.json
 
-Each test makes one comparison: everything is compared with float64, then all ways take turns (`interleave`); the rows
-with their ratios are in ``extra_info``, and what pytest-benchmark itself times is that whole comparison, once.
+Each test makes one comparison: it checks all ways against float64, then they take turns (`interleave`). The rows with
+their ratios are in ``extra_info``; pytest-benchmark itself times the whole comparison, once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.suites.neighbours import find_neighbours
-from tikmix_fast.benchmarking import engine
+from tikmix_fast.benchmarking import measurement, training_step
 from tikmix_fast.benchmarking.suites import BenchSettings
 
 
@@ -25,15 +25,15 @@ def once(benchmark, function, *arguments, **options) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("index", range(len(engine.STEPS)), ids=[case.dtype for case in engine.STEPS])
+@pytest.mark.parametrize("index", range(len(training_step.STEPS)), ids=[case.dtype for case in training_step.STEPS])
 def test_step(benchmark, settings: BenchSettings, index: int) -> None:
-    cases = engine.TINY_STEPS if settings.size == "tiny" else engine.STEPS
-    once(benchmark, engine.measure_step, cases[index], rounds=settings.rounds)
+    cases = training_step.TINY_STEPS if settings.size == "tiny" else training_step.STEPS
+    once(benchmark, training_step.measure_step, cases[index], rounds=settings.rounds)
 
 
 def test_measurement(benchmark, settings: BenchSettings) -> None:
     once(
-        benchmark, engine.measure_measurement, measurement(settings), engine.measurement_methods(),
+        benchmark, measurement.measure_measurement, case_of(settings), measurement.measurement_methods(),
         rounds=settings.rounds,
     )  # fmt: skip
 
@@ -45,13 +45,13 @@ NEIGHBOURS, MISSING = find_neighbours()
 def test_neighbour(benchmark, settings: BenchSettings, name: str) -> None:
     if name in MISSING:
         pytest.skip(MISSING[name])
-    methods = {engine.FLOOR: engine.measurement_methods()[engine.FLOOR], name: NEIGHBOURS[name]}
-    once(benchmark, engine.measure_measurement, measurement(settings), methods, rounds=min(settings.rounds, 6))
+    methods = {measurement.FLOOR: measurement.measurement_methods()[measurement.FLOOR], name: NEIGHBOURS[name]}
+    once(benchmark, measurement.measure_measurement, case_of(settings), methods, rounds=min(settings.rounds, 6))
 
 
 def test_memory(benchmark, settings: BenchSettings) -> None:
-    once(benchmark, engine.weigh_measurement, measurement(settings), (4, 64), repeats=1)
+    once(benchmark, measurement.weigh_measurement, case_of(settings), (4, 64), repeats=1)
 
 
-def measurement(settings: BenchSettings) -> engine.MeasurementCase:
-    return engine.TINY_MEASUREMENT if settings.size == "tiny" else engine.MEASUREMENT
+def case_of(settings: BenchSettings) -> measurement.MeasurementCase:
+    return measurement.TINY_MEASUREMENT if settings.size == "tiny" else measurement.MEASUREMENT

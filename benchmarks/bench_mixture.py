@@ -1,4 +1,4 @@
-"""TiKMiX-D by every solver that can take the size.
+"""TiKMiX-D by every solver that takes the size.
 
 pytest benchmarks/bench_mixture.py --benchmark-json mixture.json
 """
@@ -17,8 +17,8 @@ from tikmix_fast.benchmarking.suites import BenchSettings
 def test_tikmix_d(benchmark, settings: BenchSettings, index: int, solver: str) -> None:
     shapes = TINY_SHAPES if settings.size == "tiny" else SHAPES
     domains, tasks = shapes[index % len(shapes)]
-    found = measure_mixture(domains, tasks, rounds=1)  # raises if a solver fails, or they disagree
-    if solver in found["skipped"]:
-        pytest.skip(found["skipped"][solver])
+    result = measure_mixture(domains, tasks, rounds=1)  # raises if a solver fails or the solvers disagree
+    if solver in result["skipped"]:
+        pytest.skip(result["skipped"][solver])
     matrix, prior = make_problem(domains, tasks)
     benchmark(tikmix_d, matrix, prior, diversity=0.3, solver=solver)

@@ -2,8 +2,8 @@
 
 pytest benchmarks/bench_ops.py --benchmark-json ops.json
 
-Every method is compared with float64 before it is timed. Timings of separate tests are minutes apart: ratios between
-methods are those of the interleaved run (benchmarks/run.py, tikmix-fast bench), not those between these rows.
+Every method is compared with float64 before it is timed. Tests are minutes apart, so do not compare their rows: the
+ratios of methods come from the interleaved run (``python -m benchmarks.run``, ``tikmix-fast bench``).
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ from functools import lru_cache
 
 import pytest
 
+from benchmarks.forced import instruction_set_methods
+from tikmix_fast.benchmarking.baselines import Method
 from tikmix_fast.benchmarking.ops import CASES, TINY_CASES, Case, CheckedMethod, check_methods, make_layer, methods_of
 from tikmix_fast.benchmarking.suites import BenchSettings
 
-PAIRS = [(case, name) for case in CASES for name in methods_of(case, every_instruction_set=True)]
+
+def all_methods(case: Case) -> dict[str, Method]:
+    return {**methods_of(case), **({} if case.projection else instruction_set_methods())}
+
+
+PAIRS = [(case, name) for case in CASES for name in all_methods(case)]
 
 
 @lru_cache(maxsize=1)
 def checked(case: Case) -> tuple[dict[str, CheckedMethod], dict[str, str]]:
-    return check_methods(make_layer(case), methods_of(case, every_instruction_set=True))
+    return check_methods(make_layer(case), all_methods(case))
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS, ids=[f"{case.name}-{name}" for case, name in PAIRS])
@@ -31,5 +38,5 @@ def test_method(benchmark, settings: BenchSettings, case: Case, name: str) -> No
     if name in skipped:
         pytest.skip(skipped[name])
     method = methods[name]
-    benchmark.extra_info.update(case=case.name, error=method.error, total_error=method.total_error)
+    benchmark.extra_info.update(case=case.name, **method.errors._asdict())
     benchmark(method.run)

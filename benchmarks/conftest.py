@@ -1,4 +1,4 @@
-"""What the suites have in common: how large they run."""
+"""The settings that the suites share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tikmix_fast.benchmarking.suites import BenchSettings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--tiny", action="store_true", help="sizes that show that everything runs, and no more")
+    parser.addoption("--tiny", action="store_true", help="sizes that only show that everything runs")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""Run the demonstration on several seeds and keep what the README shows of it.
+"""Run the demonstration on several seeds and write the results that the documents show.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/demo_seeds.py     # seeds 0, 1, 2 into benchmarks/results/
-python benchmarks/report.py                                 # the README's table from benchmarks/results/demo.json
+python benchmarks/report.py                                 # the table from benchmarks/results/demo.json
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Run, print a line per seed, and write ``demo.json`` and the pictures of the first seed."""
+    """Run and print a line per seed; write ``demo.json`` and the pictures of the first seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS)

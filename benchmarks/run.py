@@ -1,10 +1,11 @@
-"""Make the committed results in one go: every suite into a file of its own, some 15 minutes on 2 quiet cores.
+"""Make the committed results, one file per suite: some 15 minutes on 2 quiet cores.
 
-python benchmarks/run.py                    # into benchmarks/results/, then: python benchmarks/report.py
-python benchmarks/run.py --suites engine    # one of them
+python -m benchmarks.run                    # into benchmarks/results/, then: python benchmarks/report.py
+python -m benchmarks.run --suites engine    # one of them
 
-A suite whose file was made from the same commit with the same settings is not run again, so that an interrupted run
-goes on where it was; a suite that fails leaves its old file alone and the others run.
+Run it from the repository root; `python benchmarks/run.py` does the same from anywhere. An interrupted run resumes: it
+skips every suite whose file has the same commit, machine and settings. If a suite fails, its old file stays and the
+others run.
 """
 
 from __future__ import annotations
@@ -15,38 +16,42 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path, Python finds no `benchmarks`
+
+from benchmarks.suites import ALL_SUITES
 from tikmix_fast import files
-from tikmix_fast.benchmarking.suites import SUITES, BenchSettings, run_suite
+from tikmix_fast.benchmarking.suites import BenchSettings, run_suite
 from tikmix_fast.report.environment import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def is_done(path: Path, settings: BenchSettings) -> bool:
-    """Tell whether ``path`` holds what a run would measure again."""
+    """Tell whether ``path`` holds results of this commit, machine and settings."""
     if not path.exists():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
+    before = json.loads(path.read_text(encoding="utf-8"))
     now = describe_environment()
     return (
         "with changes" not in (now["commit"] or "with changes")
-        and found["settings"] == asdict(settings)
-        and all(found["environment"][key] == now[key] for key in ("commit", "machine", "packages", "variables"))
+        and before["settings"] == asdict(settings)
+        and all(before["environment"][key] == now[key] for key in ("commit", "machine", "packages", "variables"))
     )
 
 
 def main() -> None:
-    """Run the suites, with a line for every step."""
+    """Run the suites, and print a line for every step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
+    parser.add_argument("--suites", nargs="+", choices=ALL_SUITES, default=list(ALL_SUITES))
     parser.add_argument("--size", choices=("full", "quick", "tiny"), default="full")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--again", action="store_true", help="run also what is there already")
+    parser.add_argument("--again", action="store_true", help="also run suites whose results are up to date")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -54,22 +59,22 @@ def main() -> None:
     settings = BenchSettings.of(arguments.size)
     began = time.perf_counter()
 
-    def tell(what: str) -> None:
-        print(f"{time.perf_counter() - began:6.0f} s  {what}", flush=True)
+    def tell(name: str, step: object) -> None:
+        print(f"{time.perf_counter() - began:6.0f} s  {name}: {step}", flush=True)
 
     failed = []
     for name in arguments.suites:
         path = arguments.out / f"{name}.json"
         if not arguments.again and is_done(path, settings):
-            tell(f"{name}: {path} is of this commit already")
+            tell(name, f"{path} is up to date")
             continue
         try:
-            files.write_json(path, run_suite(name, settings, lambda what, name=name: tell(f"{name}: {what}")))
-        except Exception:  # the other suites take minutes each and do not depend on this one
+            files.write_json(path, run_suite(name, settings, partial(tell, name), ALL_SUITES))
+        except Exception:  # the other suites do not depend on this one
             traceback.print_exc()
             failed.append(name)
         else:
-            tell(f"{name}: {path}")
+            tell(name, path)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -1,16 +1,15 @@
 """Transformers' Trainer that follows influence: ``python examples/huggingface_trainer.py``.
 
-Callbacks never see the batch, so a mixin wraps `training_step`, which does; a callback tells when the optimizer steps.
+Callbacks do not get the batch, so a mixin wraps `training_step`, which does. A callback reports optimizer steps.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from typing import Any
 
 import torch
-from corpus import Mixture, load, task_rows
+from corpus import Mixture, load, options, task_rows
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from tikmix_fast import InfluenceEngine, MixtureSampler, shifted_mask, tikmix_d
@@ -32,7 +31,7 @@ class FollowsInfluence:
         return self.sampler
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        if self.run_ is None:  # the optimizer is there by now
+        if self.run_ is None:  # the optimizer exists by now
             self.run_ = self._measure_in(model)
         domains = inputs.pop("domain")
         # Trainer divides the sum of token losses by the targets of all micro-batches of a step.
@@ -98,8 +97,4 @@ def main(steps: int, every: int, stage: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=5, help="optimizer steps from one measured step to the next")
-    parser.add_argument("--stage", type=int, default=50, help="optimizer steps on one mixture")
-    main(**vars(parser.parse_args()))
+    main(**options(__doc__))

@@ -5,13 +5,12 @@ With automatic optimization, forward and backward run inside the optimizer's clo
 
 from __future__ import annotations
 
-import argparse
 from contextlib import ExitStack
 from typing import Any
 
 import lightning
 import torch
-from corpus import load, task_rows
+from corpus import load, options, task_rows
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -41,7 +40,7 @@ class FollowsInfluence(lightning.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: dict[str, Any], batch_idx: int) -> None:
         mask = shifted_mask(batch["labels"])
-        parts = trainer.accumulate_grad_batches  # the loss is a mean, divided by that
+        parts = trainer.accumulate_grad_batches  # Lightning divides the mean loss by this
         self._open.enter_context(self.run.micro_batch(batch["domain"], mask, normalizer=float(mask.sum()) * parts))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
@@ -52,7 +51,7 @@ class FollowsInfluence(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self._steps:
-            return  # gradients are still being accumulated
+            return  # the gradients still accumulate
         self._steps = trainer.global_step
         self.run.step()
         if self._steps % self.stage == 0 and self._steps < trainer.max_steps:
@@ -104,8 +103,4 @@ def main(steps: int, every: int, stage: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=5, help="optimizer steps from one measured step to the next")
-    parser.add_argument("--stage", type=int, default=50, help="optimizer steps on one mixture")
-    main(**vars(parser.parse_args()))
+    main(**options(__doc__))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from corpus import load, task_rows
+from corpus import load, options, task_rows
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -23,7 +21,7 @@ def main(steps: int, every: int, stage: int) -> dict[str, float]:
 
     engine = InfluenceEngine(model, domains=list(data.lengths), tasks=list(tasks), optimizer=optimizer)
 
-    def measure_tasks(step: int) -> None:  # small passes at the weights of a measured step; p.grad is left alone
+    def measure_tasks(step: int) -> None:  # small passes at a measured step; they leave p.grad alone
         for name, sequences in tasks.items():
             for half in task_rows(sequences, 4, seed=step).split(2):
                 with engine.task(name, mask=shifted_mask(half)):
@@ -47,8 +45,4 @@ def main(steps: int, every: int, stage: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=5, help="optimizer steps from one measured step to the next")
-    parser.add_argument("--stage", type=int, default=50, help="optimizer steps on one mixture")
-    main(**vars(parser.parse_args()))
+    main(**options(__doc__))

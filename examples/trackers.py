@@ -1,4 +1,4 @@
-"""Mixtures and influence for the experiment trackers people already look at. Each is imported only when it is made."""
+"""Mixtures and influence in experiment trackers. Each tracker imports its library when it is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["MLflow", "TensorBoard", "Tracker", "WandB"]
 
 
 class Tracker(ABC):
-    """Where numbers of a run go. A tracker of one's own defines `log`.
+    """The place for numbers of a run. Your own tracker defines `log`.
 
     Examples
     --------
@@ -31,7 +31,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take finite numbers by name; names are of letters, digits, ``_ - . /``."""
+        """Take finite numbers by name; names consist of letters, digits and ``_ - . /``."""
 
     def log_mixture(self, step: int, weights: Mapping[str, float]) -> None:
         """Log the weight of every domain as ``mixture/DOMAIN``, and exp(entropy) as ``mixture_effective_domains``.
@@ -39,7 +39,7 @@ class Tracker(ABC):
         Raises
         ------
         ValueError
-            If two domains have the same name once every other character is a ``_``.
+            If two domains have the same name after every other character becomes a ``_``.
         """
         entropy = -math.fsum(weight * math.log(weight) for weight in weights.values() if weight > 0)
         self.log(
@@ -53,12 +53,12 @@ class Tracker(ABC):
     def log_matrix(self, step: int, matrix: InfluenceMatrix) -> None:
         """Log every cell as ``influence/TASK/DOMAIN`` and its standard error as ``influence_stderr/TASK/DOMAIN``.
 
-        Cells that were not measured are left out.
+        Cells without a measurement are left out.
 
         Raises
         ------
         ValueError
-            If two tasks or domains have the same name once every other character is a ``_``.
+            If two tasks or domains have the same name after every other character becomes a ``_``.
         """
         cells: dict[tuple[str, ...], float] = {
             (kind, task, domain): float(values[i, j])
@@ -69,8 +69,8 @@ class Tracker(ABC):
         }
         self.log(step, _named(cells))
 
-    def close(self) -> None:  # noqa: B027  # nothing to do is right for most
-        """Write what is still held back."""
+    def close(self) -> None:  # noqa: B027  # most trackers have nothing to do
+        """Write the numbers that are still in a buffer."""
 
 
 class TensorBoard(Tracker):
@@ -79,7 +79,7 @@ class TensorBoard(Tracker):
     Parameters
     ----------
     folder : path
-        Where the files go: ``tensorboard --logdir FOLDER``.
+        Folder of the files: ``tensorboard --logdir FOLDER``.
 
     Raises
     ------
@@ -105,21 +105,21 @@ class WandB(Tracker):
     Parameters
     ----------
     run : wandb Run, optional
-        None: the run that `wandb.init` began; offline where that was told so (``mode="offline"``). Steps must not fall:
-        W&B drops what comes for a step before the last.
+        None: the run of `wandb.init`, which is offline after ``mode="offline"``. Steps must not decrease: W&B drops
+        numbers of earlier steps.
 
     Raises
     ------
     ImportError
         If wandb is not installed.
     ValueError
-        If no run was given and none has begun.
+        If there is no run.
     """
 
     def __init__(self, run: Any = None) -> None:
         self._run = optional("wandb", "Weights & Biases", _INSTALL).run if run is None else run
         if self._run is None:
-            raise ValueError("run must be given, or begun before by wandb.init(...)")
+            raise ValueError("run must be a run of W&B; got None, and wandb.init(...) started none")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
@@ -131,14 +131,14 @@ class MLflow(Tracker):
     Parameters
     ----------
     run_id : str, optional
-        None: the active run, begun by `mlflow.start_run`.
+        None: the active run of `mlflow.start_run`.
 
     Raises
     ------
     ImportError
         If mlflow is not installed.
     ValueError
-        If no run was given and none is active.
+        If there is no run.
     """
 
     def __init__(self, run_id: str | None = None) -> None:
@@ -146,7 +146,7 @@ class MLflow(Tracker):
         if run_id is None:
             active = self._mlflow.active_run()
             if active is None:
-                raise ValueError("run_id must be given, or a run begun before by mlflow.start_run()")
+                raise ValueError("run_id must name a run; got None, and mlflow.start_run() started none")
             run_id = active.info.run_id
         self._run_id = run_id
 
@@ -158,7 +158,7 @@ _INSTALL = "pip install 'tikmix_fast[trackers]'"
 
 
 def _named(numbers: Mapping[tuple[str, ...], float]) -> dict[str, float]:
-    """Join the parts of each name, of characters that every tracker takes."""
+    """Join the parts of each name, with characters that every tracker takes."""
     named: dict[str, float] = {}
     for parts, number in numbers.items():
         name = "/".join(re.sub(r"[^-\w.]", "_", part, flags=re.ASCII) for part in parts)

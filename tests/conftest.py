@@ -3,6 +3,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# OpenMP reads this when torch is loaded. Waiting threads that spin make a busy machine several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,9 @@ from tikmix_fast.demo.gpt import GPTSettings
 from tikmix_fast.demo.settings import DemoSettings
 from tikmix_fast.ops.backends import cpu
 
+# Programs that tests start as processes of their own.
+collect_ignore = ["influence/ranks_worker.py", "influence/sharded_worker.py", "package/fuzz_readers.py"]
+
 BACKENDS = ("reference", "cpu", "triton")
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 REQUIRED = tuple(filter(None, os.environ.get("TIKMIX_FAST_REQUIRE", "").split(",")))
@@ -27,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     reasons = ops.available_backends()
     for name in REQUIRED:
         if name not in reasons:

@@ -1,1 +1,1 @@
-"""Build, test, measure and profile on a machine with a GPU: python -m benchmarks.gpu."""
+"""Build, test, measure and profile on a machine with a GPU: ``python -m benchmarks.gpu``."""

@@ -1,4 +1,4 @@
-"""Build the native modules for one GPU and stage the package beside them, without installing anything."""
+"""Build the native modules for one GPU and stage the package beside them, without an installation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tikmix_fast import files
 
 __all__ = ["Build", "build_package", "gpu_architecture", "interpreter_for", "parse_kernels"]
 
-# As csrc/cuda/resources.py prints them.
+# The format of csrc/cuda/resources.py.
 _KERNEL = re.compile(
     r"^\s*(?P<architecture>sm_\w+)\s+(?P<registers>\d+) registers\s+(?P<spilled>\d+) B spilled\s+(?P<name>.+)$"
 )
@@ -26,17 +26,17 @@ _PACKAGE = "tikmix_fast"
 
 @dataclass(frozen=True)
 class Build:
-    """What was built.
+    """A build of the package.
 
     Attributes
     ----------
     site : Path
-        Put this first on the path, and ``import tikmix_fast`` finds the staged package.
+        First on the path, this makes ``import tikmix_fast`` find the staged package.
     seconds : float
     cuda : str or None
-        Why there is no CUDA module; None where there is one.
+        Why there is no CUDA module; None if there is one.
     kernels : list of dict
-        ``name``, ``architecture``, ``registers`` and ``spilled_bytes`` of every kernel, as the compiler reported.
+        ``name``, ``architecture``, ``registers`` and ``spilled_bytes`` of every kernel, from the compiler.
     """
 
     site: Path
@@ -50,7 +50,7 @@ class Build:
 
 
 def gpu_architecture(capability: tuple[int, int]) -> str:
-    """Return what a GPU of this compute capability is built for.
+    """Return the architecture to build for a GPU of this compute capability.
 
     Examples
     --------
@@ -64,13 +64,13 @@ def gpu_architecture(capability: tuple[int, int]) -> str:
 def build_package(root: Path, folder: Path, architecture: str, seconds: float = 600) -> Build:
     """Configure and compile ``root`` into ``folder``, and stage the package under ``folder/site``.
 
-    What is up to date in the folder is not compiled again. Where the CUDA module does not compile, the package is
-    staged without it, and `Build.cuda` says why.
+    Files that are up to date in the folder are not compiled again. If the CUDA module does not compile, the package is
+    staged without it and `Build.cuda` says why.
 
     Raises
     ------
     RuntimeError
-        If the package cannot be built without CUDA either, or the time is up, with the end of the output.
+        If the package does not build without CUDA either, or the time is up; with the end of the output.
     """
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def build_package(root: Path, folder: Path, architecture: str, seconds: float = 
     except RuntimeError as error:
         failure = str(error)
         _compile(root, folder / "cpu", site, ["TIKMIX_FAST_CUDA=OFF"], seconds)
-    # Files that were not compiled again print nothing.
+    # The compiler prints nothing for files that it did not compile again.
     known = {} if failure or not log.exists() else {each["name"]: each for each in json.loads(log.read_text())}
     kernels = list({**known, **{each["name"]: each for each in parse_kernels(output)}}.values())
     files.write_json(log, kernels)
@@ -108,7 +108,7 @@ def _compile(root: Path, folder: Path, site: Path, definitions: list[str], secon
 
 
 def _run(command: list[str], seconds: float) -> str:
-    # cmake and ninja of the environment that runs this, activated or not.
+    # Use cmake and ninja of the running environment, even if it is not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     try:
         done = subprocess.run(
@@ -123,7 +123,7 @@ def _run(command: list[str], seconds: float) -> str:
 
 
 def parse_kernels(output: str) -> list[dict[str, Any]]:
-    """Read what the build printed about its kernels.
+    """Read the kernels' resources from the output of the build.
 
     Examples
     --------
@@ -132,24 +132,30 @@ def parse_kernels(output: str) -> list[dict[str, Any]]:
     """
     return [
         {
-            "name": found["name"].strip(),
-            "architecture": found["architecture"],
-            "registers": int(found["registers"]),
-            "spilled_bytes": int(found["spilled"]),
+            "name": kernel["name"].strip(),
+            "architecture": kernel["architecture"],
+            "registers": int(kernel["registers"]),
+            "spilled_bytes": int(kernel["spilled"]),
         }
-        for found in map(_KERNEL.match, output.splitlines())
-        if found
+        for kernel in map(_KERNEL.match, output.splitlines())
+        if kernel
     ]
 
 
-def interpreter_for(site: Path) -> tuple[list[str], dict[str, str]]:
-    """Return how to start a Python that imports the staged package, and what its environment needs besides.
+def interpreter_for(site: Path, root: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the command of a Python that imports the staged package and ``benchmarks``, and its environment.
 
-    An editable install would answer for the package before the path does; where there is one, Python is started without
-    its own site-packages, and gets them by the path.
+    An editable install takes precedence over the path. If there is one, the Python starts without its own site-packages
+    and gets them through the path.
+
+    Parameters
+    ----------
+    site : Path
+        The staged package.
+    root : Path
+        The repository, which holds ``benchmarks``; it comes after ``site``, whose package has the native modules.
     """
-    hidden = any(type(finder).__module__.endswith(f"editable_skbc_{_PACKAGE}") for finder in sys.meta_path)
-    inherited = (
-        [each for each in sys.path[1:] if each] if hidden else list(filter(None, [os.environ.get("PYTHONPATH")]))
-    )
-    return [sys.executable, *(["-S"] if hidden else [])], {"PYTHONPATH": os.pathsep.join([str(site), *inherited])}
+    editable = any(type(finder).__module__.endswith(f"editable_skbc_{_PACKAGE}") for finder in sys.meta_path)
+    inherited = sys.path[1:] if editable else [os.environ.get("PYTHONPATH", "")]
+    path = [str(site), str(root), *filter(None, inherited)]
+    return [sys.executable, *(["-S"] if editable else [])], {"PYTHONPATH": os.pathsep.join(path)}

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks ask of a device; on a CPU for a rehearsal that shows that everything runs."""
+"""The device of the GPU benchmarks: a GPU, or a CPU in a rehearsal that shows that everything runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Answer = TypeVar("Answer")
 
 _WATCHED = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 _FIXED = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
-# The GPU waits this long before what is timed, so that the host is ahead of it and launches come without gaps.
+# The GPU waits this long before the timed work: the host gets ahead of it, so launches come without gaps.
 _HEAD_START_CYCLES = 400_000
 
 
 class Stopwatch(Protocol):
-    """Time between two points of the device's work; may be read once both have passed."""
+    """Time between two points of the device's work; readable once the device has passed both."""
 
     def start(self) -> None:
         """Mark the first point."""
@@ -32,24 +32,24 @@ class Stopwatch(Protocol):
         """Mark the second point."""
 
     def seconds(self) -> float:
-        """Return the time in between."""
+        """Return the time between them."""
 
 
 class Device(Protocol):
-    """Where methods run, and how they are measured there.
+    """A device, and how to measure methods on it.
 
     Attributes
     ----------
     where : torch.device
     cache_bytes : int
-        Of the last-level cache; inputs that are to come from memory must be larger.
+        Size of the last-level cache; inputs must be larger if they shall come from memory.
     """
 
     where: torch.device
     cache_bytes: int
 
     def describe(self) -> dict[str, Any]:
-        """Return what it is as plain JSON types, with ``name``."""
+        """Return facts about the device as plain JSON types, with ``name``."""
 
     def synchronize(self) -> None:
         """Wait until all work is done."""
@@ -58,13 +58,13 @@ class Device(Protocol):
         """Return a new stopwatch."""
 
     def peak_growth(self, function: Callable[[], Answer]) -> tuple[Answer, int | None]:
-        """Call and return the answer, and by how many bytes allocated memory rose above what it was, if known."""
+        """Call, and return the answer and the peak growth of allocated memory in bytes (None if unknown)."""
 
     def capture(self, function: Callable[[], object]) -> Callable[[], object]:
-        """Return a function that replays the device's work of the one given."""
+        """Return a function that replays the device's work of ``function``."""
 
     def watch_clocks(self) -> Any:
-        """Return a context that gives a dict, filled at its end with medians of clocks and power meanwhile."""
+        """Return a context whose dict holds, at its end, the medians of clocks and power inside."""
 
 
 class _Events:
@@ -112,57 +112,57 @@ class Cuda:
         return _Events()
 
     def peak_growth(self, function: Callable[[], Answer]) -> tuple[Answer, int | None]:
-        """Measure what torch allocated, which is all that our kernels take."""
+        """Measure what torch allocated: our kernels take no other memory."""
         torch.cuda.reset_peak_memory_stats(self.where)
         before = torch.cuda.memory_allocated(self.where)
         answer = function()
         return answer, torch.cuda.max_memory_allocated(self.where) - before
 
     def capture(self, function: Callable[[], object]) -> Callable[[], object]:
-        """Capture a CUDA graph; what it allocates is kept as long as the function returned.
+        """Capture a CUDA graph; its memory lives as long as the returned function.
 
         Raises
         ------
         RuntimeError
-            If the work cannot be captured, because it makes the host wait.
+            If the work makes the host wait and so cannot be captured.
         """
         stream = torch.cuda.Stream(self.where)
         stream.wait_stream(torch.cuda.current_stream(self.where))
         with torch.cuda.stream(stream):
-            function()  # what is done once is not captured
+            function()  # one-time work stays out of the graph
         torch.cuda.current_stream(self.where).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kept = function()
+            outputs = function()
 
         def replay() -> object:
             graph.replay()
-            return kept
+            return outputs
 
         return replay
 
     @contextmanager
     def watch_clocks(self) -> Iterator[dict[str, Any]]:
         """Let nvidia-smi read the clocks four times a second."""
-        found: dict[str, Any] = {}
+        medians: dict[str, Any] = {}
         command = [*_smi_command(_WATCHED), "-lms", "250"]
         try:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         except OSError:
-            yield found
+            yield medians
             return
         try:
-            yield found
+            yield medians
         finally:
             process.terminate()
             output = process.communicate()[0]
             rows = [row for row in csv.reader(io.StringIO(output)) if len(row) == len(_WATCHED)]
-            if not rows:  # it kept them to itself; the clocks take a while to fall
-                found.update(read_smi(_WATCHED) or {})
+            if not rows:  # it printed nothing; the clocks take a while to fall
+                medians.update(read_smi(_WATCHED) or {})
             for name, column in zip(_WATCHED, zip(*rows, strict=True), strict=False):
                 numbers = sorted(number for number in map(_number, column) if isinstance(number, float))
                 if numbers:
-                    found[name] = numbers[len(numbers) // 2]
+                    medians[name] = numbers[len(numbers) // 2]
 
 
 class _WallClock:
@@ -177,24 +177,24 @@ class _WallClock:
 
 
 class Rehearsal:
-    """A CPU in place of the GPU: the same path with small sizes, whose numbers mean nothing."""
+    """A CPU in place of the GPU: the same path with small sizes. Its numbers mean nothing."""
 
     where = torch.device("cpu")
     cache_bytes = 1 << 12
 
     def describe(self) -> dict[str, Any]:
-        """Return a name that cannot be taken for a result's."""
+        """Return a name that no result has."""
         return {"name": "rehearsal"}
 
     def synchronize(self) -> None:
-        """Do nothing: a CPU is done when a function returns."""
+        """Do nothing: a CPU has finished when a function returns."""
 
     def stopwatch(self) -> Stopwatch:
         """Return a wall clock."""
         return _WallClock()
 
     def peak_growth(self, function: Callable[[], Answer]) -> tuple[Answer, int | None]:
-        """Call; what it allocates is not known."""
+        """Call; the memory is unknown."""
         return function(), None
 
     def capture(self, function: Callable[[], object]) -> Callable[[], object]:
@@ -241,7 +241,7 @@ def _number(text: str) -> float | str:
 
 
 def read_smi(fields: tuple[str, ...]) -> dict[str, float | str] | None:
-    """Return what nvidia-smi says of the current device, or None where it does not answer."""
+    """Return what nvidia-smi says about the current device, or None if it does not answer."""
     try:
         done = subprocess.run(_smi_command(fields), capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""A kernel that reads an array again and again from the L2 cache, to see how fast that goes at most."""
+"""A kernel that reads an array again and again from the L2 cache, to measure the highest rate."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def _read(source, sums, blocks, passes, BLOCK: tl.constexpr):  # type: ignore[no
     program = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.float32)
     for each in range(passes):
-        block = (program + each * 37) % blocks  # another one every time, so that no multiprocessor keeps it
+        block = (program + each * 37) % blocks  # another block each time: no multiprocessor keeps it
         total += tl.load(source + block * BLOCK + tl.arange(0, BLOCK), cache_modifier=".cg")
     tl.store(sums + program, tl.sum(total))
 
 
 def read_often(source: Tensor, sums: Tensor, passes: int) -> int:
-    """Let every program read ``passes`` blocks of the float32 array, and return how many bytes that is in all.
+    """Let every program read ``passes`` blocks of the float32 array, and return the bytes that all read.
 
     Parameters
     ----------
     source : float32 Tensor
-        A multiple of `BLOCK` elements; smaller than the L2 cache.
+        Must have a multiple of `BLOCK` elements, and be smaller than the L2 cache.
     sums : float32 Tensor [programs]
-        Written: what each program read, summed, so that nothing is left out.
+        Output: the sum of what each program read. Without it, the compiler would drop the reads.
     passes : int
     """
     _read[(len(sums),)](source, sums, source.numel() // BLOCK, passes, BLOCK)

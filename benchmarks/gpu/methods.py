@@ -1,26 +1,27 @@
-"""The ways to compute influence that are compared on a GPU: those of `tikmix_fast.benchmarking.baselines`, and ours."""
+"""The methods that compete on a GPU: baselines of `tikmix_fast.benchmarking`, and every way of ours."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.forced import environment_variable
 from tikmix_fast import ops
 from tikmix_fast.benchmarking.baselines import Answer, Layer, Method, exact_methods, projected_methods
+from tikmix_fast.ops.backends import cuda, triton
+from tikmix_fast.ops.backends.cuda import exact, grouped_mm
 from tikmix_fast.ops.common.checks import Arguments
 
 __all__ = ["AUTOMATIC", "gpu_methods"]
 
 AUTOMATIC = "tikmix_fast"
-"""Ours as it is called without choosing anything."""
+"""Our kernel with the automatic choice of backend."""
 
 _BASELINES = (
     "plain weight gradient",
@@ -34,29 +35,46 @@ _KERNEL_VARIABLE = "TIKMIX_FAST_CUDA_KERNEL"
 
 
 class _Way(NamedTuple):
-    """One of our ways, forced: a function of `Arguments`, and where its backend says what it does not take."""
+    """One of our ways, forced.
 
-    backend: str | None  # None: torch's own
-    module: str
-    function: str
-    refuses: str
+    Attributes
+    ----------
+    backend : str or None
+        None for torch's own.
+    call : callable (Arguments) -> Tensor [n, m]
+    refusal : callable (Arguments) -> str or None
+        Why the way does not take the arguments.
+    kernel : str or None
+        Value of TIKMIX_FAST_CUDA_KERNEL during the call.
+    """
+
+    backend: str | None
+    call: Callable[[Arguments], Tensor]
+    refusal: Callable[[Arguments], str | None]
     kernel: str | None = None
+
+    def forcing(self) -> AbstractContextManager[None]:
+        return environment_variable(_KERNEL_VARIABLE, self.kernel) if self.kernel else nullcontext()
+
+
+def _triton_fused(arguments: Arguments) -> Tensor:
+    from tikmix_fast.ops.backends.triton.fused import group_influence
+
+    return group_influence(arguments)
+
+
+def _triton_two_pass(arguments: Arguments) -> Tensor:
+    from tikmix_fast.ops.backends.triton.two_pass import group_influence
+
+    return group_influence(arguments)
 
 
 _WAYS = {
-    "cuda fused": _Way("cuda", "tikmix_fast.ops.backends.cuda.exact", "fused", "tikmix_fast.ops.backends.cuda"),
-    "cuda fused, mma": _Way(
-        "cuda", "tikmix_fast.ops.backends.cuda.exact", "fused", "tikmix_fast.ops.backends.cuda", "mma"
-    ),
-    "vendor two-pass": _Way(
-        None, "tikmix_fast.ops.backends.cuda.grouped_mm", "group_influence", "tikmix_fast.ops.backends.cuda.grouped_mm"
-    ),
-    "triton fused": _Way(
-        "triton", "tikmix_fast.ops.backends.triton.fused", "group_influence", "tikmix_fast.ops.backends.triton"
-    ),
-    "triton two-pass": _Way(
-        "triton", "tikmix_fast.ops.backends.triton.two_pass", "group_influence", "tikmix_fast.ops.backends.triton"
-    ),
+    "cuda fused": _Way("cuda", exact.fused, cuda.refusal),
+    "cuda fused, mma": _Way("cuda", exact.fused, cuda.refusal, "mma"),
+    "vendor two-pass": _Way(None, grouped_mm.group_influence, grouped_mm.refusal),
+    "triton fused": _Way("triton", _triton_fused, triton.refusal),
+    "triton two-pass": _Way("triton", _triton_two_pass, triton.refusal),
 }
 
 
@@ -80,7 +98,7 @@ def gpu_methods(projection: int | None = None) -> dict[str, Method]:
 
 
 def _with_device_offsets(method: Method) -> Method:
-    """Give ours offsets that lie on the device already; loops over domains need them on the host."""
+    """Give our methods offsets on the device; a baseline loops over domains and needs them on the host."""
     if not method.ours:
         return method
 
@@ -103,45 +121,21 @@ def _arguments(layer: Layer, panels: Tensor | None, total: Tensor | None) -> Arg
     return Arguments(layer.input, layer.grad_output, offsets, layer.queries, panels, None, total)
 
 
-@contextmanager
-def _forced_kernel(name: str) -> Iterator[None]:
-    before = os.environ.get(_KERNEL_VARIABLE)
-    os.environ[_KERNEL_VARIABLE] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_KERNEL_VARIABLE]
-        else:
-            os.environ[_KERNEL_VARIABLE] = before
-
-
-def _forcing(way: _Way) -> Any:
-    return _forced_kernel(way.kernel) if way.kernel else nullcontext()
-
-
 def _refusal_of_way(way: _Way, layer: Layer) -> str | None:
     reason = ops.available_backends()[way.backend] if way.backend else None
-    if reason is not None:
-        return reason
-    try:
-        getattr(import_module(way.module), way.function)
-        refused: str | None = import_module(way.refuses).refusal(_arguments(layer, None, None))
-    except (ImportError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    if refused is None and way.kernel and torch.cuda.get_device_capability(layer.input.device) != (9, 0):
-        return f"{way.kernel} is what is fused here anyway"
-    return refused
+    reason = reason or way.refusal(_arguments(layer, None, None))
+    if reason is None and way.kernel and torch.cuda.get_device_capability(layer.input.device) != (9, 0):
+        return f"{way.kernel} is the fused kernel of this device anyway"
+    return reason
 
 
 def _prepare_way(way: _Way, layer: Layer) -> Callable[[], Answer]:
-    function = getattr(import_module(way.module), way.function)
     total = layer.input.new_zeros(layer.queries.shape[1:], dtype=torch.float32)
-    with _forcing(way):
+    with way.forcing():
         arguments = _arguments(layer, ops.pack_queries(layer.queries).panels, total)
 
     def run() -> Answer:
-        with _forcing(way):
-            return Answer(function(arguments), total)
+        with way.forcing():
+            return Answer(way.call(arguments), total)
 
     return run

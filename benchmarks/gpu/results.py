@@ -1,4 +1,4 @@
-"""The file that keeps what was measured on one kind of GPU, part by part."""
+"""The file of results of one kind of GPU, part by part."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tikmix_fast import files
 __all__ = ["PARTS", "GpuResults"]
 
 PARTS = ("tests", "ops", "engine", "profile")
-"""In the order in which they are run."""
+"""The parts, in the order in which they run."""
 
 _SUITE = "gpu"
 
 
 class GpuResults:
-    """Results that are on disk as soon as they are there.
+    """Results that are on disk as soon as they exist.
 
-    Every part tells its own commit and date, because parts may come from several runs.
+    Every part has its own commit and date, because parts may come from several runs.
 
     Parameters
     ----------
     folder : Path
     device : str
-        Name of the device, which makes the name of the file.
+        Name of the device; the file is named after it.
     """
 
     def __init__(self, folder: Path, device: str) -> None:
@@ -41,46 +41,46 @@ class GpuResults:
             self.content = _read(self.path)
 
     def describe(self, **facts: Any) -> None:
-        """Keep what holds for all parts of this run: ``device``, ``environment``, ``build``."""
+        """Save what all parts of this run share: ``device``, ``environment``, ``build``."""
         with self._lock:
             self.content.update(facts)
             self._save()
 
     def begin(self, part: str, commit: str | None, date: str) -> None:
-        """Forget what is there of a part."""
+        """Start a part anew, without earlier results."""
         with self._lock:
             self.content["parts"][part] = {"commit": commit, "date": date, "finished": False, "jobs": {}}
             self._save()
 
     def put(self, part: str, job: str, content: dict[str, Any]) -> None:
-        """Keep what one job of a part has so far; of tests that passed or were skipped, their number."""
-        kept = dict(content)
+        """Save the results of one job so far; passed and skipped tests are only counted."""
+        summary = dict(content)
         if "passed" in content:
-            kept["passed"] = len(content["passed"])
-            kept["skipped"] = dict(Counter(content["skipped"].values()))
+            summary["passed"] = len(content["passed"])
+            summary["skipped"] = dict(Counter(content["skipped"].values()))
         with self._lock:
-            self.content["parts"][part]["jobs"][job] = kept
+            self.content["parts"][part]["jobs"][job] = summary
             self._save()
 
     def finish(self, part: str, seconds: float, finished: bool) -> None:
-        """Mark a part as done."""
+        """Record how long a part took, and whether it got to its end."""
         with self._lock:
             self.content["parts"][part].update(finished=finished, seconds=seconds)
             self._save()
 
     def has(self, part: str, commit: str | None) -> bool:
-        """Tell whether a part was finished at this very commit; never of one that is unknown or was changed."""
-        found = self.content["parts"].get(part)
+        """Return whether a part is finished at this commit; False if the commit is unknown or has changes."""
+        before = self.content["parts"].get(part)
         known = commit is not None and "with changes" not in commit
-        return bool(known and found and found["finished"] and found["commit"] == commit)
+        return bool(known and before and before["finished"] and before["commit"] == commit)
 
     def merge(self, others: Sequence[Path]) -> None:
-        """Take from other files of the same device every part that is newer, or is not here.
+        """Take every part that is newer, or missing here, from other files of the same device.
 
         Raises
         ------
         ValueError
-            If a file holds something else.
+            If a file holds results of something else.
         """
         with self._lock:
             for path in others:
@@ -107,5 +107,5 @@ class GpuResults:
 def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content.get("suite") != _SUITE:
-        raise ValueError(f"{path} must hold results of benchmarks/gpu.py; got suite {content.get('suite')!r}")
+        raise ValueError(f"{path} must hold results of python -m benchmarks.gpu; got suite {content.get('suite')!r}")
     return content

@@ -1,27 +1,27 @@
-"""The GPU tests in one process: what passed and what failed is kept test by test, whatever ends the process."""
+"""The GPU tests in one process; every outcome is saved at once, so a crash loses none."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.gpu.progress import Save, take_death
 from tikmix_fast import files
 
 __all__ = ["run_suite_of_tests"]
 
-# Read instead of the project's own settings, which ask for plugins that a machine may lack.
+# These replace the project's own settings, which ask for plugins that a machine may lack.
 _SETTINGS = """\
 [pytest]
 addopts = -ra --strict-markers --import-mode=importlib -p no:cacheprovider
 xfail_strict = true
 markers = slow: needs more than a few seconds; run by --full
 """
-# After one of these nothing runs any more in the process.
+# After one of these errors, nothing runs any more in the process.
 _DEVICE_LOST = (
     "illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address",
     "illegal instruction", "CUDA error: an illegal",
@@ -30,9 +30,9 @@ _LONGEST_REASON = 3000
 
 
 class _Recorder:
-    """A pytest plugin that leaves out what was run already and saves after every test."""
+    """A pytest plugin that leaves out tests with an outcome and saves after every test."""
 
-    def __init__(self, content: dict[str, Any], end: float, save: Callable[[dict[str, Any]], object]) -> None:
+    def __init__(self, content: dict[str, Any], end: float, save: Save) -> None:
         self._content, self._end, self._save = content, end, save
         self._run = {*content["passed"], *content["skipped"], *content["failed"]}
         self._session: pytest.Session | None = None
@@ -76,40 +76,41 @@ class _Recorder:
 def run_suite_of_tests(
     content: dict[str, Any],
     seconds: float,
-    save: Callable[[dict[str, Any]], object],
+    save: Save,
     *,
     root: Path,
     paths: list[str],
     environment: dict[str, str],
 ) -> bool:
-    """Run tests that were not run yet, and save after each.
+    """Run the tests that have no outcome yet, and save after each.
 
     Parameters
     ----------
     content : dict
-        What an earlier process saved, or an empty dict; changed. Holds ``collected``, ``passed`` (list), ``skipped``
-        and ``failed`` (test to reason); a test in which a process died counts as failed.
+        What an earlier process saved, or an empty dict. Changed in place: ``collected``, ``passed`` (list), ``skipped``
+        and ``failed`` (test to reason). A test that killed its process counts as failed.
     seconds : float
-        Begin no test after this time.
+        Start no test after this time.
     save : callable (dict) -> object
     root : Path
-        Of the source tree.
+        Root of the source tree.
     paths : list of str
         Files, relative to ``root``.
     environment : dict of str to str
-        Set for the tests.
+        Environment variables of the tests.
 
     Returns
     -------
     bool
-        Whether a device error ended the run, so that the rest needs another process.
+        Whether a device error ended the run; the rest then needs another process.
     """
     for name in ("skipped", "failed"):
         content.setdefault(name, {})
     content.setdefault("passed", [])
-    died, lost = content.pop("trying", None), content.pop("lost", None)
-    if died and lost is None:
-        content["failed"][died["what"]] = f"the process died: {died.get('why', 'no reason known')}"
+    lost = content.pop("lost", None)
+    death = take_death(content)
+    if death and lost is None:
+        content["failed"][death["what"]] = f"the process died: {death['why']}"
     content.pop("stopped", None)
     missing = [each for each in paths if not (root / each).exists()]
     for each in missing:
@@ -118,7 +119,7 @@ def run_suite_of_tests(
     if present:
         os.environ.update(environment)
         settings = Path("pytest-gpu.ini").resolve()
-        files.write_text(settings, _SETTINGS)  # several processes may be at it
+        files.write_text(settings, _SETTINGS)  # atomically: several processes may write it
         recorder = _Recorder(content, time.monotonic() + seconds, save)
         status = pytest.main(["-c", str(settings), f"--rootdir={root}", "--full", "-q", *present], plugins=[recorder])
         if status not in (

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py found, as tables: the same for its own end and for the README."""
+"""The results of ``python -m benchmarks.gpu`` as tables, for its own output and for the docs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gpu_tables(result: dict[str, Any]) -> list[TextTable]:
 
 
 def gpu_facts(result: dict[str, Any]) -> str:
-    """Return in one line what a result was measured on, with the commit and date of every part."""
+    """Return one line: the machine of a result, with commit and date of every part."""
     device, environment = result.get("device", {}), result.get("environment", {})
     packages = environment.get("packages", {})
     parts = [
@@ -48,7 +48,7 @@ def _commit(commit: str | None) -> str:
 
 
 def is_passed(result: dict[str, Any], parts: Sequence[str]) -> bool:
-    """Tell whether these parts were finished with no test failed and no answer wrong; speed is not asked for."""
+    """Return whether these parts are finished without a failed test or a wrong answer, whatever their speed."""
     for name in parts:
         part = result["parts"].get(name)
         if part is None or not part["finished"]:
@@ -64,17 +64,18 @@ def is_passed(result: dict[str, Any], parts: Sequence[str]) -> bool:
 
 
 def gpu_bars(result: dict[str, Any]) -> TextTable:
-    """Return one row for every goal: what the automatic choice reached, and the best of our ways."""
+    """Return one row per goal: the value of the automatic choice, and that of our best way."""
     parts = {name: part["jobs"] for name, part in result["parts"].items()}
     rows = []
     for case in parts.get("ops", {}).get("ops", {}).get("cases", []):
         if case["bar"] is not None:
             rows.append(_bar_row(case))
     for step in parts.get("engine", {}).get("engine", {}).get("steps", []):
-        found = {row["method"]: row for row in step["rows"]}
+        by_name = {row["method"]: row for row in step["rows"]}
         for name, (bar, aim) in step["bars"].items():
-            reached = ratio_text(found[name]) if name in found else "not available"
-            verdict = _verdict(found[name]["ratio"] if name in found else None, bar, aim)
+            row = by_name.get(name)
+            reached = ratio_text(row) if row else "not available"
+            verdict = _verdict(row["ratio"] if row else None, bar, aim)
             rows.append([f"training step {name}", "x plain step", f"{bar:g}", f"{aim:g}", reached, reached, verdict])
     header = ["case", "measure", "bar", "aim", "automatic", "best of ours", "verdict"]
     return TextTable("Goals", header, rows)
@@ -86,10 +87,8 @@ def _bar_row(case: dict[str, Any]) -> list[str]:
     ours = [row for row in case["rows"] if row["ours"] and (measure == "floor" or "total" in row["gives"])]
 
     def value(row: dict[str, Any]) -> float | None:
-        found: float | None = {"ratio": row["ratio"], "floor": row["floor_ratio"], "scratch": row["scratch_bytes"]}[
-            measure
-        ]
-        return found
+        number: float | None = row[{"ratio": "ratio", "floor": "floor_ratio", "scratch": "scratch_bytes"}[measure]]
+        return number
 
     def text(row: dict[str, Any] | None) -> str:
         if row is None:
@@ -111,10 +110,10 @@ def _bar_row(case: dict[str, Any]) -> list[str]:
     return [case["case"], names[measure], *limits, text(automatic), text(best), verdict]
 
 
-def _verdict(found: float | None, bar: float, aim: float) -> str:
-    if found is None:
+def _verdict(value: float | None, bar: float, aim: float) -> str:
+    if value is None:
         return "not measured"
-    return "aim" if found <= aim else "bar" if found <= bar else "missed"
+    return "aim" if value <= aim else "bar" if value <= bar else "missed"
 
 
 def _test_table(jobs: dict[str, Any]) -> TextTable:

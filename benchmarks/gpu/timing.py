@@ -1,15 +1,12 @@
-"""Time the work of a device in turn, by its own clock; the method of `tikmix_fast.benchmarking.interleaved`."""
+"""Time the work of a device in turn, by the device's own clock, as `tikmix_fast.benchmarking.interleaved` does."""
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from benchmarks.gpu.device import Device, Stopwatch
-from tikmix_fast.benchmarking.interleaved import Timings
+from tikmix_fast.benchmarking.interleaved import Timings, collector_off, turns
 
 __all__ = ["time_in_turn"]
 
@@ -31,43 +28,31 @@ def time_in_turn(
     ----------
     device : Device
     functions : mapping of str to sequence of callable
-        The same work on several sets of inputs, which take turns, so that inputs come from memory and not from a cache.
+        The same work on several sets of inputs. The sets take turns, so inputs come from memory and not from a cache.
     rounds : int
     seconds : float, optional
-        Begin no further round after this time, warm-up included; 6 rounds are run whatever they take, or ``rounds`` if
-        that is less.
+        Start no further round after this time, warm-up included. 6 rounds (or ``rounds``, if fewer) run in any case.
     warm_up : int
-        Rounds that are run before and not counted.
+        Rounds that run first and do not count.
     seed : int
-        Of the orders.
+        Seed of the orders.
 
     Returns
     -------
     Timings
-        ``wall`` is the device's time; ``cpu`` the time that the host took to launch the work.
+        ``wall`` is the device's time; ``cpu`` is the time in which the host launched the work.
 
     Raises
     ------
     ValueError
         If there is no function or no round.
     """
-    if not functions or rounds < 1:
-        raise ValueError(f"there must be a function and a round; got {len(functions)} and {rounds}")
-    names = list(functions)
-    random = np.random.default_rng(seed)
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    host: dict[str, list[float]] = {name: [] for name in names}
-    end = None if seconds is None else time.perf_counter() + seconds
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for each in range(-warm_up, rounds):
-            if end is not None and each >= min(6, rounds) and time.perf_counter() > end:
-                break
+    wall: dict[str, list[float]] = {name: [] for name in functions}
+    host: dict[str, list[float]] = {name: [] for name in functions}
+    with collector_off():
+        for each, order in turns(list(functions), rounds, warm_up, seconds, least=6, seed=seed):
             watches: dict[str, Stopwatch] = {}
-            for index in random.permutation(len(names)):
-                name = names[index]
+            for name in order:
                 runs = functions[name]
                 watch = watches[name] = device.stopwatch()
                 watch.start()
@@ -81,7 +66,4 @@ def time_in_turn(
             if each >= 0:
                 for name, watch in watches.items():
                     wall[name].append(watch.seconds())
-    finally:
-        if collecting:
-            gc.enable()
-    return Timings(*({name: np.array(each) for name, each in times.items()} for times in (wall, host)))
+    return Timings.of(wall, host)

@@ -1,10 +1,10 @@
-"""One job of benchmarks/gpu.py in a process of its own: after a device error, only another process can go on.
+"""One job of ``python -m benchmarks.gpu`` in a process of its own: a device error ends the process, not the run.
 
 python -m benchmarks.gpu.worker JOB --content FILE --root TREE --seconds N
 
-The file is what the job has so far. What it is about to try is written there first, under ``trying``, so that a process
-that dies leaves behind what killed it; started again, the job leaves that out. Ends with status 3 where a device error
-was noted properly and the rest needs another process.
+FILE holds the results so far. The job writes there what it is about to try, under ``trying``. If the process dies, the
+next one finds what killed it and leaves that out. Exit status 3 means: the job noted a device error, and the rest
+needs another process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.device import Device, find_device
+from benchmarks.gpu.progress import Save, in_one_line
 from tikmix_fast import files
 
 __all__ = ["AGAIN", "jobs_of"]
@@ -27,7 +28,7 @@ _TOOLS = ("memcheck", "racecheck")
 
 
 def jobs_of(part: str, root: Path, rehearse: bool = False) -> dict[str, dict[str, str]]:
-    """Return the jobs of a part, which run at the same time, and what each is told by its environment."""
+    """Return the jobs of a part, which run at the same time, and the environment variables of each."""
     if part != "tests":
         return {part: {}}
     backends = ("cpu",) if rehearse else ("triton", "cuda")
@@ -42,7 +43,7 @@ def jobs_of(part: str, root: Path, rehearse: bool = False) -> dict[str, dict[str
     return jobs
 
 
-def _describe(device: Device, rehearse: bool) -> dict[str, Any]:
+def _describe(device: Device) -> dict[str, Any]:
     from tikmix_fast.report.environment import describe_environment
 
     return {"device": device.describe(), "environment": {**describe_environment(), "nvcc": _nvcc()}}
@@ -53,15 +54,15 @@ def _nvcc() -> str | None:
         done = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = re.search(r"release \S+, V(\S+)", done.stdout)
-    return found[1] if found else None
+    version = re.search(r"release \S+, V(\S+)", done.stdout)
+    return version[1] if version else None
 
 
-def _work(job: str, content: dict[str, Any], save: Any, arguments: argparse.Namespace) -> bool:
+def _work(job: str, content: dict[str, Any], save: Save, arguments: argparse.Namespace) -> bool:
     """Do the job; return whether the rest of it needs another process."""
     root, seconds, rehearse = arguments.root, arguments.seconds, arguments.rehearse
     if job in _TOOLS:
-        from benchmarks.gpu.tools import run_sanitizer
+        from benchmarks.gpu.sanitizer import run_sanitizer
 
         run_sanitizer(content, seconds, save, root=root, tool=job)
         return False
@@ -73,10 +74,11 @@ def _work(job: str, content: dict[str, Any], save: Any, arguments: argparse.Name
     device = find_device(rehearse)
     match job:
         case "describe":
-            content.update(_describe(device, rehearse))
+            content.update(_describe(device))
             save(content)
         case "ops":
-            from benchmarks.gpu.ops import GPU_CASES, TINY_GPU_CASES, run_ops
+            from benchmarks.gpu.cases import GPU_CASES, TINY_GPU_CASES
+            from benchmarks.gpu.ops import run_ops
 
             run_ops(device, content, seconds, save, TINY_GPU_CASES if rehearse else GPU_CASES)
         case "engine":
@@ -84,16 +86,16 @@ def _work(job: str, content: dict[str, Any], save: Any, arguments: argparse.Name
 
             run_engine(device, content, seconds, save, TINY_GPU_STEPS if rehearse else GPU_STEPS)
         case "profile":
-            from benchmarks.gpu.tools import run_profile
+            from benchmarks.gpu.profiles import run_profile
 
             run_profile(device, content, seconds, save, folder=arguments.content.parent)
         case _:
-            raise ValueError(f"job must be one that jobs_of returns, or describe; got {job!r}")
+            raise ValueError(f"job must be describe or a job of jobs_of; got {job!r}")
     return False
 
 
 def main() -> None:
-    """Do one job, and leave behind what happened."""
+    """Do one job and save what happened."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job")
     parser.add_argument("--content", type=Path, required=True)
@@ -110,7 +112,7 @@ def main() -> None:
     try:
         again = _work(arguments.job, content, save, arguments)
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        why = in_one_line(error)
         if "trying" in content:
             content["trying"]["why"] = why
         else:

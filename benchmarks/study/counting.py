@@ -1,8 +1,8 @@
 """Floating point operations, by the usual count of matrix products.
 
-N counts the weights that take part in matrix products: four times width squared for the attention of a layer, eight
-times for its MLP, and the head. Embeddings are looked up and count nothing. A token costs 2 N forward and 6 N forward
-and backward. Not counted, in training and mixing alike: attention scores, norms, the optimizer, solvers and curve fits.
+N is the number of weights in matrix products: four times width squared for the attention of a layer, eight times for
+its MLP, and the head. Embeddings are looked up and count nothing. A token costs 2 N forward and 6 N forward and
+backward. Training and mixing alike leave out attention scores, norms, the optimizer, solvers and curve fits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Fitting EK-FAC against kronfluence: benchmarks/results/ekfac.json.
+"""The fit of EK-FAC, ours against kronfluence's: benchmarks/results/ekfac.json.
 
-OMP_NUM_THREADS=1 python benchmarks/study/ekfac.py            # needs: pip install kronfluence
+OMP_NUM_THREADS=1 python -m benchmarks.study.ekfac            # needs: pip install kronfluence
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    found = measure_fit(FitCase(), rounds=rounds)
+    result = measure_fit(FitCase(), rounds=rounds)
     content = {
         "suite": "ekfac",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "environment": describe_environment(),
-        **found,
+        **result,
     }
-    for row in found["rows"]:
-        growth = found["growth_bytes"].get(row["method"], 0) / 2**20
+    for row in result["rows"]:
+        growth = result["growth_bytes"].get(row["method"], 0) / 2**20
         print(f"{row['method']}: {row['cpu_seconds']:.1f} s of the processor, peak {growth:.0f} MiB above the start")
-    print(f"ratio of times {found['ratio']:.2f}; {files.write_json(RESULT, content)}")
+    print(f"ratio of times {result['ratio']:.2f}; {files.write_json(RESULT, content)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fitting EK-FAC, ours and kronfluence's, on the same model and data: time in turn, memory in fresh processes."""
+"""The fit of EK-FAC, ours and kronfluence's, on the same model and data: time in turn, memory in fresh processes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ OURS, THEIRS, PASSES = "tikmix-fast", "kronfluence", "forward and backward alone
 
 @dataclass(frozen=True)
 class FitCase:
-    """What is fitted: a byte-level GPT on random sequences.
+    """The model and data of a fit: a byte-level GPT on random sequences.
 
     Attributes
     ----------
     layers, width, length : int
-        Of the model.
+        Size of the model.
     sequences, batch : int
-        How many, and how many at a time.
+        Number of sequences, and sequences per batch.
     tasks : int
-        Gradients that ours is applied to afterwards; kronfluence's application to its queries is not counted.
+        Ours is then applied to this many gradients; kronfluence's application to its queries does not count.
     """
 
     layers: int = 2
@@ -54,25 +54,25 @@ TINY = FitCase(layers=1, width=16, length=8, sequences=4, batch=2, tasks=2)
 
 
 def measure_fit(case: FitCase, *, rounds: int = 3, weigh: bool = True) -> dict[str, Any]:
-    """Time both fits in turn by the time of the processor, and weigh their peaks.
+    """Time both fits in turn by CPU time, and measure their peak memory.
 
-    Both run two passes over the data with labels sampled from the model, find the eigenvectors of all factors and the
-    eigenvalues in their basis. Both keep float32 factors; kronfluence decomposes in float64, and writes to disk, by its
-    own defaults. It covers linear layers; ours covers norms, biases and tables as well.
+    Both make two passes over the data with labels sampled from the model, and find the eigenvectors of all factors and
+    the eigenvalues in their basis. Both keep float32 factors. By its defaults, kronfluence decomposes in float64 and
+    writes to disk. It covers linear layers; ours covers norms, biases and tables too.
 
     Parameters
     ----------
     case : FitCase
     rounds : int
-        Of timing, after one that is not counted.
+        Timed rounds, after one that does not count.
     weigh : bool
         Whether to measure peak memory.
 
     Returns
     -------
     dict
-        Plain JSON types: ``case``, ``versions``, ``rows`` with seconds of the processor per round and their median, the
-        ratio of the medians ``ratio``, and ``growth_bytes`` by method, the median of 3 processes.
+        Plain JSON types: ``case``, ``versions``, ``rows`` with CPU seconds per round and their median, ``ratio`` (of
+        the medians), and ``growth_bytes`` by method (the median of 3 processes).
 
     Raises
     ------
@@ -170,7 +170,7 @@ _METHODS: dict[str, Callable[[FitCase], Callable[[], object]]] = {PASSES: _passe
 
 
 def _weigh_one(request: dict[str, Any]) -> dict[str, int]:
-    """Return the peak growth of one fit, the libraries warmed up on a tiny one."""
+    """Return the peak growth of one fit, after a tiny one has warmed up the libraries."""
     torch.set_num_threads(request["threads"])
     prepare = _METHODS[request["method"]]
     prepare(TINY)()

@@ -25,26 +25,26 @@ def probe_arm(
     repeats: int = 1,
     rows: int | None = None,
 ) -> ProbeLabels:
-    """Label mixtures [N, m] by ``steps`` real steps of an arm on each; the arm is left as it was, bit by bit.
+    """Label mixtures [N, m] by ``steps`` real steps of an arm on each. The arm stays as it was, bit by bit.
 
-    The first repeat trains on what the arm would draw next; every further one on what comes after the one before.
+    The first repeat trains on what the arm would draw next. Each further repeat trains on the draws after that.
 
     Parameters
     ----------
     arm : Arm
     tasks : mapping from name to Sequences
-        What losses are taken on; use text that is not reported.
+        Text for the losses; use text that is not reported.
     mixtures : array_like [N, m]
         Domains in the arm's order.
     steps, repeats : int
         See `probe`.
     rows : int, optional
-        Sequences per task that are evaluated; None: all.
+        Evaluated sequences per task; None: all.
     """
     start = arm.step
 
     def prepare(mixture: Array, repeat: int) -> None:
-        # Under the arm's own weights, so that every domain is at the same place for all mixtures.
+        # With the arm's own weights, every domain is at the same place for all mixtures.
         deque(islice(arm.sampler, repeat * steps * arm.settings.batch), maxlen=0)
         arm.sampler.set_weights(mixture)
 

@@ -1,4 +1,4 @@
-"""The text of the study: the built-in corpora, with one domain made scarce and one that only helps early."""
+"""The text of the study: the built-in corpora, one scarce domain, and one that helps only early."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _OWN = {"numpy docs": "docstrings", "torch docs": "docstrings", "matplotlib": "p
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained on and what for.
+    """The domains to train on and the tasks to train for.
 
     Attributes
     ----------
     domains : dict of str to Sequences
     steered : dict of str to Sequences
-        Text of the tasks steered for that methods may look at.
+        Text of the steered tasks that methods may see.
     reported : dict of str to Sequences
-        Text of all tasks that losses are reported on, and nothing else is done with.
+        Text of all tasks on which losses are reported. It has no other use.
     own : tuple of str
-        The domains of the same kind of text as a steered task.
+        The domains with the same kind of text as a steered task.
     fingerprint : str
-        Of all text: results of different texts must not be mixed.
+        Fingerprint of all text: results of different texts must not be mixed.
     """
 
     domains: dict[str, Sequences]
@@ -45,7 +45,7 @@ class Problem:
 
     @classmethod
     def of(cls, corpora: Corpora, settings: StudySettings) -> Problem:
-        """Cut ``corpora`` into sequences, with the scarce and the early domain made from its docstrings."""
+        """Cut ``corpora`` into sequences, and make the scarce and the early domain from its docstrings."""
         length = settings.main.model.length
         text = dict(corpora.domains)
         if SHORT in text:
@@ -76,7 +76,7 @@ class Problem:
 
     @property
     def held_out(self) -> tuple[str, ...]:
-        """Names of the tasks that are not steered for."""
+        """Names of the other tasks."""
         return tuple(name for name in self.reported if name not in self.steered)
 
     @property
@@ -87,7 +87,7 @@ class Problem:
 
 
 def cut_up(text: Bytes, length: int) -> Bytes:
-    """Shuffle pieces of ``length`` bytes: which bytes follow each other can be learnt from it, and nothing beyond."""
+    """Shuffle pieces of ``length`` bytes: they teach which bytes follow each other, and nothing more."""
     pieces = text[: len(text) // length * length].reshape(-1, length)
     return np.random.default_rng(23).permutation(pieces).ravel()
 

@@ -1,12 +1,11 @@
-"""What projecting costs in rank: S through projections against exact S, on a small GPT trained here.
+"""The loss of rank by projections: projected S against exact S, on a small GPT trained here.
 
-OMP_NUM_THREADS=1 python benchmarks/study/projection.py            # benchmarks/results/projection.json, minutes
-OMP_NUM_THREADS=1 python benchmarks/study/projection.py --quick    # to see that everything runs; writes nothing
+OMP_NUM_THREADS=1 python -m benchmarks.study.projection            # benchmarks/results/projection.json, minutes
+OMP_NUM_THREADS=1 python -m benchmarks.study.projection --quick    # shows that everything runs; writes nothing
 
-Every task's and every domain's gradient is formed once, in two halves of its sequences; every projection is then drawn
-and applied to the same gradients, which is what the engine measures (checked against it first). Spearman's correlation
-is over domains, per task. The noise ceiling is that of exact S from the one half against exact S from the other: no
-projection needs to be better than what sampling leaves.
+The study forms the gradient of every task and domain once, in two halves of its sequences, and applies every projection
+to the same gradients. A check first shows that the engine measures the same. Spearman's correlation is over domains,
+per task. The noise ceiling compares exact S of one half with exact S of the other: no projection needs to do better.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks.study.ranks import spearman_by_task
 from tikmix_fast import InfluenceEngine, Projection, files
 from tikmix_fast.demo.corpora import Bytes, Corpora, Sequences, gather
 from tikmix_fast.demo.gpt import GPT, GPTSettings
@@ -38,12 +37,12 @@ from tikmix_fast.report.environment import describe_environment
 RESULT = Path(__file__).parents[1] / "results" / "projection.json"
 Array = NDArray[np.float64]
 Gradients = dict[str, Tensor]
-"""By the name of the parameter: [count, *shape]."""
+"""Gradients [count, *shape] by the name of the parameter."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is trained and measured."""
+    """The size of training and measurement."""
 
     layers: int = 2
     heads: int = 8
@@ -78,15 +77,15 @@ def train(corpora: Corpora, settings: Settings, random: np.random.Generator) -> 
 
 
 def draw(text: Sequences, rows: int, random: np.random.Generator) -> Tensor:
-    """Draw sequences without replacement, where the text has enough."""
+    """Draw sequences, without replacement if the text has enough."""
     return text.all()[torch.from_numpy(random.choice(len(text), rows, replace=rows > len(text)))]
 
 
 def gradients_of(model: GPT, halves: list[Tensor]) -> list[Gradients]:
-    """Return, for each half, the mean gradients over the sequences of each of its entries [rows, S + 1], stacked."""
+    """Return for each half the stacked mean gradients of its entries [rows, S + 1]."""
     named = dict(model.named_parameters())
-    found = [[torch.autograd.grad(model.loss(rows), list(named.values())) for rows in half] for half in halves]
-    return [dict(zip(named, map(torch.stack, zip(*half, strict=True)), strict=True)) for half in found]
+    gradients = [[torch.autograd.grad(model.loss(rows), list(named.values())) for rows in half] for half in halves]
+    return [dict(zip(named, map(torch.stack, zip(*half, strict=True)), strict=True)) for half in gradients]
 
 
 def mean_of(halves: list[Gradients]) -> Gradients:
@@ -100,25 +99,20 @@ def precondition(preconditioner: Preconditioner, halves: list[Gradients]) -> lis
 
 
 def project(gradients: Gradients, layers: Mapping[str, LayerProjection]) -> Gradients:
-    """Return the gradients with those of ``layers`` projected."""
+    """Project the gradients of ``layers`` and return all."""
     return {name: layers[name].project(value) if name in layers else value for name, value in gradients.items()}
 
 
 def products(queries: Gradients, domains: Gradients, names: list[str]) -> Array:
     """Return sum over the parameters of <query, gradient>, [n, m]."""
-    found = [queries[name].flatten(1) @ domains[name].flatten(1).T for name in names]
-    return torch.stack(found).double().sum(0).numpy()
+    parts = [queries[name].flatten(1) @ domains[name].flatten(1).T for name in names]
+    return torch.stack(parts).double().sum(0).numpy()
 
 
 def lengths(gradients: Gradients, names: list[str]) -> Array:
     """Return the norm of each gradient."""
     squares = [gradients[name].flatten(1).double().square().sum(1) for name in names]
     return torch.stack(squares).sum(0).sqrt().numpy()
-
-
-def ranks(found: Array, exact: Array) -> Array:
-    """Return Spearman's correlation over domains, per task."""
-    return np.array([spearmanr(a, b).statistic for a, b in zip(found, exact, strict=True)])
 
 
 def study(model: GPT, queries: list[Gradients], domains: list[Gradients], settings: Settings) -> list[dict[str, Any]]:
@@ -130,19 +124,19 @@ def study(model: GPT, queries: list[Gradients], domains: list[Gradients], settin
     exact = {part: products(*whole, names) for part, names in parts.items()}
     scale = {part: lengths(whole[0], names)[:, None] * lengths(whole[1], names) for part, names in parts.items()}
     ceilings = {
-        part: ranks(products(queries[0], domains[0], names), products(queries[1], domains[1], names))
+        part: spearman_by_task(products(queries[0], domains[0], names), products(queries[1], domains[1], names))
         for part, names in parts.items()
     }
     cases = []
     for kind, dim in product(get_args(ProjectionKind), settings.dims):
-        found: dict[str, list[Array]] = {part: [] for part in parts}
+        projected: dict[str, list[Array]] = {part: [] for part in parts}
         for seed in range(settings.seeds):
             layers = Projection(dim=dim, kind=kind, seed=seed).layers(model, named)
-            small = [project(each, layers) for each in whole]
+            queries_here, domains_here = (project(each, layers) for each in whole)
             for part, names in parts.items():
-                found[part].append(products(*small, names))
-        for part, values in found.items():
-            agreement = np.stack([ranks(each, exact[part]) for each in values])
+                projected[part].append(products(queries_here, domains_here, names))
+        for part, values in projected.items():
+            agreement = np.stack([spearman_by_task(each, exact[part]) for each in values])
             errors = (np.stack(values) - exact[part]) / scale[part]
             case = {
                 "part": part,
@@ -169,7 +163,7 @@ def study(model: GPT, queries: list[Gradients], domains: list[Gradients], settin
 def check_engine(
     model: GPT, optimizer: torch.optim.Optimizer, name: str, tasks: list[Tensor], domains: list[Tensor]
 ) -> float:
-    """Return how far the engine's projected matrix is from the one formed here, as a share of the largest entry."""
+    """Return the distance of the engine's projected matrix from ours, as a share of the largest entry."""
     projection = Projection(dim=32, seed=3)
     tasks, domains = [half[:2] for half in tasks], [half[:3] for half in domains]
     engine = InfluenceEngine(model, ["a", "b", "c"], ["x", "y"], name, optimizer, projection, check_every=0)
@@ -206,15 +200,15 @@ def main() -> None:
     tasks = halves(task.measure for task in corpora.tasks.values())
     domains = halves(corpora.domains.values())
     of_tasks, of_domains = gradients_of(model, tasks), gradients_of(model, domains)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in ("identity", "adam"):
         print(name, flush=True)
         differs = check_engine(model, optimizer, name, tasks, domains)
         if not differs < 1e-4:
-            raise RuntimeError(f"the engine's projected matrix differs from the one formed here by {differs:.1e}")
+            raise RuntimeError(f"the engine's projected matrix differs from this script's own by {differs:.1e}")
         preconditioner = make_preconditioner(name)
         preconditioner.prepare(dict(model.named_parameters()), optimizer)
-        found[name] = study(model, precondition(preconditioner, of_tasks), of_domains, settings)
+        results[name] = study(model, precondition(preconditioner, of_tasks), of_domains, settings)
     if settings == QUICK:
         return
     content = {
@@ -225,7 +219,7 @@ def main() -> None:
         "tasks": list(corpora.tasks),
         "domains": list(corpora.domains),
         "cpu_seconds": time.process_time() - began,
-        "preconditioners": found,
+        "preconditioners": results,
     }
     print(files.write_json(RESULT, content))
 

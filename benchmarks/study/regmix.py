@@ -1,7 +1,7 @@
-"""Rank RegMix's published proxy runs: 512 to fit and cross-validate on, 256 that were held out.
+"""Rank RegMix's published proxy runs: 512 for the fit and its cross-validation, 256 held out.
 
-OMP_NUM_THREADS=1 python benchmarks/study/regmix.py --data FOLDER                 # the 512 only
-OMP_NUM_THREADS=1 python benchmarks/study/regmix.py --data FOLDER --held-out      # the last look, at the 256 too
+OMP_NUM_THREADS=1 python -m benchmarks.study.regmix --data FOLDER                 # the 512 only
+OMP_NUM_THREADS=1 python -m benchmarks.study.regmix --data FOLDER --held-out      # the last look, at the 256 too
 
 FOLDER holds {train,test}_mixture_1m.csv and {train,test}_pile_loss_1m.csv of sail-sg/regmix. Times are CPU seconds.
 """
@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.study.ranks import spearman_by_task
 from tikmix_fast import files
-from tikmix_fast.matrix.rank_correlation import rank_correlation
+from tikmix_fast.benchmarking.interleaved import interleave
 from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
 from tikmix_fast.report.environment import describe_environment
 
@@ -47,7 +46,7 @@ def read_runs(folder: Path, part: str) -> tuple[Array, Array, tuple[str, ...], t
 
 
 def main() -> None:
-    """Fit, cross-validate, time, look at the held-out runs if asked to, and write ``regmix.json``."""
+    """Fit, cross-validate and time; evaluate the held-out runs on request; write ``regmix.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=RESULTS / "regmix.json")
@@ -62,7 +61,8 @@ def main() -> None:
     print(model.table(), f"\nfit with cross-validation: {spent:.0f} CPU s", flush=True)
     trees = MixtureModel("lightgbm", folds=2).fit(mixtures, losses)
     candidates = np.random.default_rng(0).dirichlet(mixtures.mean(axis=0) * 17, size=CANDIDATES)
-    times = _interleaved({"auto": lambda: model.predict(candidates), "lightgbm": lambda: trees.predict(candidates)})
+    calls = {"auto": lambda: model.predict(candidates), "lightgbm": lambda: trees.predict(candidates)}
+    times = {name: float(np.median(cpu)) for name, cpu in interleave(calls, ROUNDS).cpu.items()}
     print(f"predict {CANDIDATES} candidates: {times} CPU s", flush=True)
     content: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -80,9 +80,9 @@ def main() -> None:
         unseen, truth, *_ = read_runs(arguments.data, "test")
         content["held_out"] = {"runs": len(unseen)}
         for name, fitted in (("auto", model), ("lightgbm", trees)):
-            found = _by_task(tasks, {"spearman": rank_correlation(fitted.predict(unseen), truth, axis=0)})
-            content["held_out"][name] = found
-            print(f"held out, {name}: Spearman {found['spearman']}", flush=True)
+            ranks = _by_task(tasks, {"spearman": spearman_by_task(fitted.predict(unseen).T, truth.T)})
+            content["held_out"][name] = ranks
+            print(f"held out, {name}: Spearman {ranks['spearman']}", flush=True)
     files.write_json(arguments.out, content)
 
 
@@ -101,17 +101,6 @@ def _by_task(tasks: tuple[str, ...], measures: dict[str, Array]) -> dict[str, An
         }
         for name, numbers in measures.items()
     }
-
-
-def _interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median CPU seconds of each call, in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Run the study: every arm on every seed, each into a file of its own; what is there already is not run again.
+"""Run the study: every arm on every seed, one file each.
 
-python benchmarks/study/run.py --setting small --out DIR --workers 2  # under 2 hours on 2 cores, into DIR
-python benchmarks/study/run.py --setting small --out DIR --seeds 100  # a tuning seed
-python benchmarks/study/report.py DIR                                 # the table and the pictures
+python -m benchmarks.study.run --setting small --out DIR --workers 2  # under 2 hours on 2 cores, into DIR
+python -m benchmarks.study.run --setting small --out DIR --seeds 100  # a tuning seed
+python -m benchmarks.study.report DIR                                 # the table and the pictures
 
-It may be killed at any time and started again, also with other arms or seeds: an arm that was cut off begins anew and,
-as everything follows from the seed, comes out the same. Threads make no difference to the choice of what is run, but
-another number of them rounds differently: each worker uses one.
+You may kill it at any time and start it again, also with other arms or seeds. It skips arms that have a file. An arm
+that was cut off starts anew with the same result, because everything follows from the seed. Each worker uses one
+thread: another number of threads rounds differently.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.study.baselines import arms
 from benchmarks.study.problem import Problem
@@ -40,19 +37,19 @@ def result_path(folder: Path, arm: str, seed: int) -> Path:
 
 
 def run_arm(settings: StudySettings, problem: Problem, folder: Path, arm: str, seed: int) -> Path:
-    """Train one arm on one seed, unless its file is there, and return the file.
+    """Train one arm on one seed, unless its file exists, and return the file.
 
     Raises
     ------
     ValueError
-        If the file is of other settings or other text.
+        If the file comes from other settings or other text.
     """
     path = result_path(folder, arm, seed)
     made_with = {"format": FORMAT, "arm": arm, "seed": seed, "fingerprint": problem.fingerprint}
     made_with["settings"] = settings.to_dict()
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name, value in made_with.items() if found.get(name) != value]
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name, value in made_with.items() if before.get(name) != value]
         if differing:
             raise ValueError(f"{path} was made with another {' and '.join(differing)}: choose another --out")
         return path
@@ -61,7 +58,7 @@ def run_arm(settings: StudySettings, problem: Problem, folder: Path, arm: str, s
     return files.write_json(path, {**made_with, **made_by, **train(study, arms(settings)[arm](study))})
 
 
-_problem: Problem | None = None  # of this worker
+_problem: Problem | None = None  # each worker has one
 
 
 def _work(settings: StudySettings, folder: Path, names: list[str], seed: int) -> list[tuple[str, float]]:
@@ -78,7 +75,7 @@ def _work(settings: StudySettings, folder: Path, names: list[str], seed: int) ->
 
 
 def main() -> None:
-    """Run what is missing, with a line for every file."""
+    """Run what is missing, and print a line for every file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=SETTINGS, default="small")
     parser.add_argument("--out", type=Path, required=True)
@@ -96,7 +93,7 @@ def main() -> None:
     environment = {**describe_environment(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
     files.write_json(arguments.out / "environment.json", environment)
 
-    # Arms that share proxy runs are one job, so that no two workers train the same proxies.
+    # Arms that share proxy runs form one job: no two workers then train the same proxies.
     jobs: dict[tuple[int, str], list[str]] = {}
     for seed in arguments.seeds or settings.seeds:
         for name in chosen:
@@ -104,11 +101,11 @@ def main() -> None:
     began = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        waiting = {pool.submit(_work, settings, arguments.out, names, seed): seed for (seed, _), names in jobs.items()}
-        for each in as_completed(waiting):
+        pending = {pool.submit(_work, settings, arguments.out, names, seed): seed for (seed, _), names in jobs.items()}
+        for each in as_completed(pending):
             for name, seconds in each.result():
                 now = time.perf_counter() - began
-                print(f"{now:6.0f} s  seed {waiting[each]}  {name}: {seconds:.0f} s", flush=True)
+                print(f"{now:6.0f} s  seed {pending[each]}  {name}: {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every number of the study in one place; fixed before the seeds that are reported were run."""
+"""Every number of the study, fixed before the first reported seed ran."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class StudySettings:
     Attributes
     ----------
     main : DemoSettings
-        The model, its training, and what TiKMiX measures; the seed is that of an arm.
+        The model, its training, and the size of TiKMiX's measurements; an arm sets the seed.
     proxy : DemoSettings
-        The same of one proxy run of RegMix and DoGE.
+        The same for one proxy run of RegMix and DoGE.
     device : "cpu" or "cuda"
     short_bytes : int
-        Text of the domain in short supply.
+        Size of the scarce domain.
     proxies : tuple of int
-        Numbers of proxy runs that RegMix is shown with; the smaller ones are the first of the largest.
+        Numbers of proxy runs of the RegMix arms; a smaller arm uses the first runs of the largest.
     update_every : int
         Steps between changes of the mixture of the online baselines (ODM, ADO, DGA).
     ado_start : int
-        Step at which ADO first fits, and how many it leaves out of its fits.
+        Step of ADO's first fit; its fits leave out as many steps.
     ado_refit : int
-        Steps between its fits.
+        Steps between ADO's fits.
     dga_rate, dga_rows, dga_smoothing : float, int, float
         Step size of DGA, sequences of each domain and task per update, and share of the old mixture in the new one.
     doge_rate, doge_rows : float, int
@@ -40,9 +40,9 @@ class StudySettings:
     in_run_every, in_run_rows : int
         Steps between two measured training steps of TiKMiX-D in-run, and sequences of each task in one.
     in_run_time : float
-        Time constant of their average, in steps.
+        Time constant of the average over measured steps, in steps.
     in_run_change : int
-        Steps between its changes of the mixture.
+        Steps between TiKMiX-D in-run's changes of the mixture.
     candidates : int
         Mixtures that TiKMiX-M labels at a stage boundary with linear labels.
     probe_candidates, probe_steps : int
@@ -77,7 +77,7 @@ class StudySettings:
 
     @property
     def tokens(self) -> int:
-        """Tokens that every arm is trained on."""
+        """Training tokens of every arm."""
         return self.main.steps * self.main.batch * self.main.model.length
 
 
@@ -104,7 +104,7 @@ SETTINGS = {
         in_run_change=8, candidates=16, probe_candidates=10, probe_steps=2,
     ),
     "small": _SMALL,
-    # Not run yet: no machine with a GPU was at hand.
+    # Not run yet, for lack of a machine with a GPU.
     "gpu": dataclasses.replace(
         _SMALL,
         main=DemoSettings(

@@ -1,4 +1,4 @@
-"""Train one arm: the same code for every way to choose the mixture."""
+"""Train one arm: all ways to choose the mixture share this code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _alone(domains: Tensor) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Study:
-    """What a method may know when it starts.
+    """The knowledge of a method at its start.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Study:
     problem : Problem
     seed : int
     folder : Path
-        Where runs that several arms share are kept.
+        Folder of the runs that several arms share.
     """
 
     settings: StudySettings
@@ -65,14 +65,14 @@ class Study:
 
 
 class Method:
-    """A way to choose the mixture. This one keeps what it starts with.
+    """A way to choose the mixture. This one never changes it.
 
     Attributes
     ----------
     flops : float
-        Spent on choosing so far.
+        Operations spent on the choice so far.
     log : list
-        Whatever is worth keeping of how it chose; plain JSON types.
+        Notes about the choice; plain JSON types.
     """
 
     def __init__(self, weights: Array) -> None:
@@ -85,19 +85,19 @@ class Method:
         return self.weights
 
     def update(self, arm: Trainee) -> Array | None:
-        """Return the mixture from the next step on, or None to go on as before; the arm must stay as it is."""
+        """Return the mixture from the next step on, or None to keep it. Must not change the arm."""
         return None
 
     def around(self, arm: Trainee) -> Around:
-        """Return what the next step's forward and backward happen in, given the domain [B] of each sequence."""
+        """Return a function from the domain [B] of each sequence to the context of the next step's passes."""
         return _alone
 
     def observe(self, step: int, domains: NDArray[np.int64], losses: Array) -> None:
-        """Take note of step number ``step``, from 1: the domain and the loss of each sequence, both [B]."""
+        """Note the result of step ``step``, from 1: the domain and the loss of each sequence, both [B]."""
 
 
 class Trainee(Arm):
-    """An arm whose steps tell what they were trained on."""
+    """An arm whose steps return the domains of their batch."""
 
     def __init__(self, settings: DemoSettings, domains: Mapping[str, Sequences], weights: Array, device: str) -> None:
         super().__init__(settings, domains)
@@ -119,7 +119,7 @@ class Trainee(Arm):
         return domains, losses.detach().double().cpu().numpy()
 
     def take_step(self) -> None:
-        """Let the optimizer follow the gradients that are there."""
+        """Take an optimizer step on the present gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
@@ -135,7 +135,7 @@ def sequence_losses(model: torch.nn.Module, batch: Tensor) -> Tensor:
 
 
 def train(study: Study, method: Method) -> dict[str, Any]:
-    """Train on the mixtures of ``method`` and return what came of it, as plain JSON types."""
+    """Train on the mixtures of ``method`` and return the results as plain JSON types."""
     settings, problem = study.main, study.problem
     arm = Trainee(settings, problem.domains, method.start(), study.settings.device)
     mixtures = [(0, arm.weights)]

@@ -1,4 +1,4 @@
-"""What the ways to group influence cost on a grid of shapes, and what counting says that they cost."""
+"""The measured cost of both ways to group influence on a grid of shapes, beside their counted cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.benchmarking.baselines import Layer, exact_methods
 from tikmix_fast.benchmarking.interleaved import interleave
 from tikmix_fast.ops.backends import cpu
 from tikmix_fast.ops.backends.cpu.cost import count_costs
@@ -30,7 +29,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def measure_choice(case: tuple[int, int, int, int, int], dtype: str, *, rounds: int = 5) -> dict[str, Any]:
-    """Check the three ways against float64, then time them in turn on one thread.
+    """Check both ways against float64, then time them in turn on one thread.
 
     Parameters
     ----------
@@ -42,8 +41,8 @@ def measure_choice(case: tuple[int, int, int, int, int], dtype: str, *, rounds: 
     Returns
     -------
     dict
-        Plain JSON types: the case; ``seconds`` (medians of CPU time) and ``counted`` (multiply-adds) by way; the way
-        ``chosen``.
+        Plain JSON types: the case; ``seconds`` (medians of CPU time) and ``counted`` (multiply-adds) of each way; the
+        ``chosen`` way.
 
     Raises
     ------
@@ -60,18 +59,16 @@ def measure_choice(case: tuple[int, int, int, int, int], dtype: str, *, rounds: 
     offsets = torch.arange(0, rows + 1, per_domain)
     packed = ops.pack_queries(queries)
     arguments = Arguments(input, grad_output, offsets, queries, packed.panels, None, None)
-    two_pass = exact_methods()["panels of 128, two passes"].prepare(Layer(input, grad_output, offsets, queries))
     bounds = offsets.tolist()
     ways: dict[str, Callable[[], Tensor | None]] = {
         "fused": lambda: fused(arguments),
-        "two_pass": lambda: two_pass().values,
         "row_wise": lambda: row_wise(arguments, bounds),
     }
     gradients = domain_gradients(input, grad_output, offsets)
     right = torch.einsum("noi,moi->nm", queries.double(), gradients)
     for name, way in ways.items():
-        found = way()
-        error = None if found is None else influence_error(found, right, queries, gradients)
+        values = way()
+        error = None if values is None else influence_error(values, right, queries, gradients)
         if error is None or not error.error < 100 * torch.finfo(input.dtype).eps:
             raise AssertionError(f"{name} is wrong at {case}: {error}")
     pairs = dtype == "bfloat16" and cpu.instruction_sets()[0] == "avx512_bf16"
@@ -86,6 +83,6 @@ def measure_choice(case: tuple[int, int, int, int, int], dtype: str, *, rounds: 
         **dict(zip(("rows", "height", "width", "rows_per_domain", "tasks"), case, strict=True)),
         "dtype": dtype,
         "seconds": {name: timings.summary(name, "fused")["cpu_seconds"] for name in ways},
-        "counted": counted._asdict(),
-        "chosen": min(("fused", "row_wise"), key=lambda name: float(getattr(counted, name))),
+        "counted": {name: float(getattr(counted, name)) for name in ways},
+        "chosen": min(ways, key=lambda name: float(getattr(counted, name))),
     }

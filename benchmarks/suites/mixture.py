@@ -1,4 +1,4 @@
-"""How long TiKMiX-D takes."""
+"""The time of TiKMiX-D."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tikmix_fast.mixture.result import MixtureResult
 __all__ = ["SHAPES", "TINY_SHAPES", "make_problem", "measure_mixture"]
 
 SHAPES = ((26, 9), (1000, 32))
-"""Numbers of domains and tasks that the project set bars for."""
+"""Numbers of domains and tasks for which the project has goals."""
 
 TINY_SHAPES = ((6, 3),)
 
@@ -25,7 +25,7 @@ _SLSQP_LIMIT = 128
 
 
 def make_problem(domains: int, tasks: int, seed: int = 0) -> tuple[Any, Any]:
-    """Draw influence [n, m] around a common mean per domain, as measured matrices have, and a prior [m]."""
+    """Draw influence [n, m] with a mean per domain, like that of measured matrices, and a prior [m]."""
     random = np.random.default_rng(seed)
     matrix = 1 + random.normal(size=domains) + random.normal(size=(tasks, domains))
     return matrix, random.dirichlet(np.full(domains, 5.0))

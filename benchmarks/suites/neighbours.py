@@ -1,4 +1,4 @@
-"""Neighbouring libraries on the measurement of all influence, where they are installed."""
+"""Neighbouring libraries that measure all influence too, where they are installed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tikmix_fast.benchmarking.engine import Measurement, MeasurementMethod, summed_loss
+from tikmix_fast.benchmarking.autograd_truth import summed_loss
+from tikmix_fast.benchmarking.measurement import Measurement, MeasurementMethod
 from tikmix_fast.demo.gpt import GPT
 
 __all__ = ["find_neighbours"]
 
 _WITHOUT_RUNNER = {
     "bergson": "it needs a model and data sets in Hugging Face's formats",
-    "kronfluence": "it takes one group per call and hands over results by way of the disk",
+    "kronfluence": "it takes one group per call and returns results through the disk",
 }
 
 
 def find_neighbours() -> tuple[dict[str, MeasurementMethod], dict[str, str]]:
-    """Return the libraries that can be compared with here, and why the others cannot.
+    """Return the libraries that run here as methods, and why the others do not run.
 
-    They run on their own terms: opacus gives a gradient per example, which is summed per group; captum gives a score
-    per example of all linear layers' weights, which is summed per domain.
+    Each library works in its own way. opacus gives a gradient per example; the method sums them per group. captum gives
+    a score per example over the weights of all linear layers; the method sums them per domain.
     """
     prepare = {"opacus, grad_sample": (_opacus, "opacus"), "captum, TracInCP": (_captum, "captum")}
-    found, missing = {}, dict(_WITHOUT_RUNNER)
+    methods, missing = {}, dict(_WITHOUT_RUNNER)
     for name, (method, package) in prepare.items():
         try:
             with warnings.catch_warnings():
@@ -39,12 +40,12 @@ def find_neighbours() -> tuple[dict[str, MeasurementMethod], dict[str, str]]:
             missing[package] = str(error)
         else:
             covers = _in_linear if package == "captum" else (lambda parameter: True)
-            found[name] = MeasurementMethod(_quietly(method), covers)
-    return found, missing
+            methods[name] = MeasurementMethod(_quietly(method), covers)
+    return methods, missing
 
 
 class _PositionsPerSequence(GPT):
-    """The same model, with positions looked up for every sequence, as gradients per example need them."""
+    """The same model, but it looks up positions for every sequence: gradients per example need that."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.bytes(tokens) + self.positions(torch.arange(tokens.shape[1]).expand_as(tokens))
@@ -63,7 +64,7 @@ def _copy(model: GPT) -> GPT:
 def _quietly(
     prepare: Callable[[Measurement], Callable[[], Tensor]],
 ) -> Callable[[Measurement], Callable[[], Tensor]]:
-    """Keep the libraries' warnings, which are about uses other than this one, off the screen."""
+    """Hide the libraries' warnings: they concern other uses."""
 
     def prepare_quietly(data: Measurement) -> Callable[[], Tensor]:
         def run_quietly() -> Tensor:

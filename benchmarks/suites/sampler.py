@@ -1,4 +1,4 @@
-"""How fast the sampler draws, and what it keeps in memory."""
+"""The speed and the memory of the sampler."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["measure_sampler"]
 def measure_sampler(
     domains: int = 64, samples: int = 10**9, draws: int = 10**6, *, rounds: int = 10, seconds: float | None = None
 ) -> dict[str, Any]:
-    """Check proportions and absence of repeats, then time draws and trace memory.
+    """Check proportions and that no index repeats, then time draws and trace memory.
 
     Parameters
     ----------
     domains : int
     samples : int
-        In all domains together, unevenly.
+        Samples of all domains together; the domains are uneven.
     draws : int
-        Per timed round.
+        Draws per timed round.
     rounds, seconds
         As in `interleave`.
 
@@ -37,7 +37,7 @@ def measure_sampler(
     -------
     dict
         Plain JSON types: ``rows`` with draws per second (one rank, and a rank of 8 by its own draws), and ``memory``:
-        the peak that Python and numpy allocate while a sampler is made and draws, for few and many samples and domains.
+        the peak that Python and numpy allocate for a sampler and its draws, for few and many samples and domains.
 
     Raises
     ------
@@ -58,11 +58,11 @@ def measure_sampler(
         rows.append({"method": name, "ours": True, "draws_per_second": draws / summary["seconds"], **summary})
     start = time.perf_counter()
     MixtureSampler(lengths.tolist(), weights)
-    made = time.perf_counter() - start
+    construction = time.perf_counter() - start
     return {
         "case": f"{domains} domains, {samples:.0e} samples in all",
         "rows": rows,
-        "construction_seconds": made,
+        "construction_seconds": construction,
         "memory": [
             {"domains": m, "samples": s, "peak_bytes": _peak(m, s, min(draws, 10**5))}
             for m, s in ((domains, samples), (domains, samples // 1000), (16 * domains, samples))

@@ -1,18 +1,19 @@
 // Influence between projected gradients: every row of X and dY is read once, and nothing of its size is written.
 //
-// A block takes kRows rows at a time, of whatever domains. It streams X through shared memory in slices of 64 columns
-// and multiplies it by P_in^T, then dY by P_out^T; what is left of the rows, x [kRows, k_in] and y [kRows, k_out],
-// stays in shared memory. There the rows of one domain after the other are multiplied, y^T x, and added to a k_out x
-// k_in matrix in registers, which is carried on to the next rows until the domain or the block's range of rows ends.
-// Then its products with the n queries are written as partial sums, or the matrix itself.
+// A block takes kRows rows at a time, regardless of their domains. It streams X through shared memory in slices of 64
+// columns and multiplies it by P_in^T, then dY by P_out^T. The projected rows, x [kRows, k_in] and y [kRows, k_out],
+// stay in shared memory. From there it multiplies the rows of one domain after the other, y^T x, and adds the product
+// to a k_out x k_in matrix in registers. It carries this matrix on to the next rows until the domain or the block's
+// range of rows ends. Then it writes the products of the matrix with the n queries as partial sums, or the matrix
+// itself.
 //
-// Domains are told apart only in y^T x, by zeros in place of foreign rows. A row that is not finite spoils nothing but
-// its own x and y before that.
+// Only y^T x tells domains apart, by zeros in place of foreign rows. Before that, a row that is not finite spoils only
+// its own x and y.
 //
 // Bytes. X and dY are 2 T (I + O) from device memory, 268 MB and 62 us at 4.3 TB/s for T = 16384, O = I = 4096. For
 // every kRows rows all of P comes from L2, kDim / kRows bytes for each byte of the inputs: half of them at 64 of 128
-// (1.5 times 4.3 TB/s through L2), as much again at 128 of 128. A segment end reads the queries from L2, n k_out k_in 4
-// bytes: 147 KB for n = 9 and k = 64, for every domain that a block meets.
+// (1.5 times 4.3 TB/s through L2), as many again at 128 of 128. For every domain that a block meets, the end of the
+// segment reads the queries from L2, 4 n k_out k_in bytes: 147 KB for n = 9 and k = 64.
 //
 // A slice of kDim = 64 and kRows = 128 brings 16 KB of inputs, 880 clocks at 132 x 1.75 GHz and 4.3 TB/s. It takes 576
 // clocks of shared memory at 128 bytes (24 KB written, 48 KB read by ldmatrix), 256 to 416 of the tensor cores, and 280
@@ -20,14 +21,15 @@
 // halve the columns of a slice: a warp with all of the 64 sums of 32 rows reads less than one with half of them.
 //
 // y^T x keeps x and y to 16 bits, as the sum of two bfloat16 numbers, in three products: 192 mma of every tensor core
-// per 128 rows, some 1300 clocks of 113000. One bfloat16, as torch's product returns it, would save 2/3 of that; the
-// rounding would then be 2e-5 of |W| |G|, a thousandth of the projection's own error, but fail the budget of float16
+// per 128 rows, some 1300 clocks of 113000. A single bfloat16, as torch's product returns it, would save 2/3 of that.
+// Its rounding would be 2e-5 of |W| |G|, a thousandth of the projection's own error, but exceed the budget of float16
 // inputs.
 #pragma once
 
 #include "epilogue.h"
 #include "fragments.h"
 #include "problem.h"
+#include "projected_loader.h"
 #include "projected_plan.h"
 #include "ptx.h"
 #include "schedule.h"
@@ -35,95 +37,6 @@
 #include "target.h"
 
 namespace tikmix_fast::gpu {
-
-// Where the eight numbers `chunk` of a row begin. Eight rows that are read at a time fall on different banks.
-TIKMIX_FAST_ANYWHERE constexpr uint32_t swizzled(int row_bytes, int row, int chunk) {
-    return static_cast<uint32_t>(row * row_bytes + ((chunk ^ (row & 7)) << 4));
-}
-
-template <class Shape>
-TIKMIX_FAST_DEVICE int count_slices(int64_t columns) {
-    return static_cast<int>(most(1, divide_up(columns, Shape::kSliceColumns)));
-}
-
-// Fills the stages with the slices of X and dY, rows after rows.
-template <class Shape>
-class SliceLoader {
-    static constexpr int kChunksOfRow = Shape::kRowBytes / 16, kRowsAtOnce = Shape::kThreads / kChunksOfRow;
-    static constexpr int kCopies = Shape::kRows / kRowsAtOnce, kMatrixCopies = Shape::kDim / kRowsAtOnce;
-    static constexpr uint32_t kStep = kRowsAtOnce * Shape::kRowBytes;
-
-  public:
-    TIKMIX_FAST_DEVICE SliceLoader(const ProjectedProblem& problem, RowRange range, SharedAddress stages)
-        : problem_(problem),
-          end_(range.end),
-          begin_(range.begin),
-          chunk_(thread_index() % kChunksOfRow),
-          to_(stages + swizzled(Shape::kRowBytes, thread_index() / kChunksOfRow, chunk_)) {
-        if (begin_ < end_) start();
-    }
-
-    // Asks for the next slice, if there is one; always one group of copies.
-    TIKMIX_FAST_DEVICE void load(int stage) {
-        if (begin_ < end_) {
-            --slices_left_;
-            const int bytes = slices_left_ > 0 ? 16 : last_bytes_;
-            const SharedAddress to = to_ + stage * Shape::kStageBytes;
-            TIKMIX_FAST_UNROLL
-            for (int i = 0; i < kCopies; ++i) {
-                copy_async_16(to + i * kStep, from_[i], i * kRowsAtOnce < rows_left_ ? bytes : 0);
-                from_[i] += Shape::kRowBytes;
-            }
-            TIKMIX_FAST_UNROLL
-            for (int i = 0; i < kMatrixCopies; ++i) {
-                copy_async_16(to + (kCopies + i) * kStep, matrix_ + i * kRowsAtOnce * matrix_row_bytes(),
-                              bytes > 0 ? 16 : 0);
-            }
-            matrix_ += Shape::kRowBytes;
-            if (slices_left_ == 0) next();
-        }
-        copy_async_commit();
-    }
-
-  private:
-    TIKMIX_FAST_DEVICE int64_t columns() const { return is_output_ ? problem_.height : problem_.width; }
-    TIKMIX_FAST_DEVICE int64_t matrix_row_bytes() const { return matrix_stride(columns()) * 2; }
-
-    TIKMIX_FAST_DEVICE void next() {
-        is_output_ = !is_output_;
-        if (!is_output_) begin_ += Shape::kRows;
-        if (begin_ < end_) start();
-    }
-
-    TIKMIX_FAST_DEVICE void start() {
-        const int row = opaque(thread_index()) / kChunksOfRow;
-        const Rows& rows = is_output_ ? problem_.grad_output : problem_.input;
-        matrix_ = static_cast<const unsigned char*>(is_output_ ? problem_.output_matrix : problem_.input_matrix) +
-                  row * matrix_row_bytes() + chunk_ * 16;
-        slices_left_ = count_slices<Shape>(columns());
-        const int64_t last_column = int64_t{slices_left_ - 1} * Shape::kSliceColumns + chunk_ * 8;
-        last_bytes_ = static_cast<int>(clamp((columns() - last_column) * 2, 0, 16));
-        rows_left_ = static_cast<int>(least(end_ - begin_, Shape::kRows)) - row;
-        TIKMIX_FAST_UNROLL
-        for (int i = 0; i < kCopies; ++i) {
-            const int64_t place =
-                place_of_row(problem_.domains, problem_.rows, least(begin_ + row + i * kRowsAtOnce, end_ - 1));
-            from_[i] = static_cast<const unsigned char*>(rows.data) + place * rows.stride * 2 + chunk_ * 16;
-        }
-    }
-
-    const ProjectedProblem& problem_;
-    const int64_t end_;
-    int64_t begin_;
-    const int chunk_;
-    const SharedAddress to_;
-    bool is_output_ = false;
-    int slices_left_ = 0;  // of this side
-    int last_bytes_ = 0;   // of this thread's part of the last slice
-    int rows_left_ = 0;    // from this thread's first row on
-    const unsigned char* matrix_ = nullptr;
-    const unsigned char* from_[kCopies] = {};
-};
 
 // One range of rows. Number is BFloat16 or Float16.
 template <class Shape, class Number>

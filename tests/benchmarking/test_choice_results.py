@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "choice.json"
 
 def test_the_chosen_way_is_about_the_fastest_that_was_measured() -> None:
     if not RESULTS.exists():
-        pytest.skip(f"no {RESULTS.name}: python benchmarks/run.py makes it")
+        pytest.skip(f"no {RESULTS.name}: python -m benchmarks.run makes it")
     result = json.loads(RESULTS.read_text(encoding="utf-8"))
     pairs_here = "avx512_bf16" in result["environment"]["machine"]["instruction sets"]
     for case in result["cases"]:
@@ -27,13 +27,12 @@ def test_the_chosen_way_is_about_the_fastest_that_was_measured() -> None:
         )
         chosen = "row_wise" if counted.row_wise < counted.fused else "fused"
         assert case["seconds"][chosen] <= 1.35 * min(case["seconds"].values()), (case, counted)
-        assert case["seconds"]["two_pass"] >= case["seconds"]["fused"], case
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_all_ways_are_checked_and_timed(dtype: str) -> None:
+def test_both_ways_are_checked_and_timed(dtype: str) -> None:
     for case in TINY_GRID:
-        found = measure_choice(case, dtype, rounds=1)
-        assert set(found["seconds"]) == {"fused", "two_pass", "row_wise"}
-        assert found["chosen"] in found["seconds"]
-        assert min(found["seconds"].values()) > 0
+        result = measure_choice(case, dtype, rounds=1)
+        assert set(result["seconds"]) == set(result["counted"]) == {"fused", "row_wise"}
+        assert result["chosen"] in result["seconds"]
+        assert min(result["seconds"].values()) > 0

@@ -31,6 +31,8 @@ install(FILES module.py DESTINATION tikmix_fast RENAME _cpu.py)
 def tree(tmp_path: Path) -> Path:
     root = tmp_path / "tree"
     (root / "tikmix_fast" / "ops").mkdir(parents=True)
+    (root / "benchmarks").mkdir()
+    (root / "benchmarks" / "__init__.py").write_text("")
     (root / "CMakeLists.txt").write_text(PROJECT)
     (root / "module.py").write_text("made = 'native'\n")
     (root / "tikmix_fast" / "__init__.py").write_text("")
@@ -45,12 +47,15 @@ def test_the_package_is_staged_and_found(tree: Path, tmp_path: Path) -> None:
     assert built.kernels == [{"name": "kernel", "architecture": "sm_90a", "registers": 168, "spilled_bytes": 0}]
     staged = sorted(path.name for path in (built.site / "tikmix_fast").iterdir())
     assert staged == ["__init__.py", "_cpu.py", "_cuda.py", "ops"]
-    command, environment = interpreter_for(built.site)
-    script = "import torch, tikmix_fast._cpu as module; print(module.made, module.__file__)"
+    command, environment = interpreter_for(built.site, tree)
+    script = (
+        "import torch, benchmarks, tikmix_fast._cpu as module; print(module.made, module.__file__, benchmarks.__file__)"
+    )
     done = subprocess.run(
         [*command, "-c", script], cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True
     )
-    assert done.stdout.split() == ["native", str(built.site / "tikmix_fast" / "_cpu.py")], done.stderr
+    files = [str(built.site / "tikmix_fast" / "_cpu.py"), str(tree / "benchmarks" / "__init__.py")]
+    assert done.stdout.split() == ["native", *files], done.stderr
 
     (tree / "tikmix_fast" / "new.py").write_text("")
     again = build_package(tree, tmp_path / "build", "90a")

@@ -1,38 +1,28 @@
-"""benchmarks/gpu.py without a GPU: what it is told, what it does when workers die, what it keeps and resumes."""
+"""``python -m benchmarks.gpu`` without a GPU: arguments, workers that die, results saved and resumed."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.jobs import MOST_STARTS, Runner, run_job
 from benchmarks.gpu.results import GpuResults
+from benchmarks.gpu.suite import run_suite_of_tests
 from benchmarks.gpu.worker import jobs_of
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", ROOT / "benchmarks" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
-
-
-def test_arguments(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = gpu.arguments_of(["--only", "engine", "--only", "tests", "--budget", "ops=20", "engine=7.5"])
     assert arguments.only == ["tests", "engine"]  # in the order in which they run
     assert arguments.budget == {"ops": 20.0, "engine": 7.5}
@@ -45,7 +35,7 @@ def test_arguments(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--rehearse needs --out" in capsys.readouterr().err
 
 
-def test_time_that_a_part_does_not_use_is_left_to_the_next(gpu: ModuleType) -> None:
+def test_time_that_a_part_does_not_use_is_left_to_the_next() -> None:
     parts = ["tests", "ops", "engine", "profile"]
     total = sum(gpu.SHARES.values())
     assert gpu.seconds_for("tests", parts, 420.0, {}) == pytest.approx(420 * gpu.SHARES["tests"] / total)
@@ -54,14 +44,14 @@ def test_time_that_a_part_does_not_use_is_left_to_the_next(gpu: ModuleType) -> N
     assert gpu.seconds_for("tests", parts, -3.0, {}) == 0
 
 
-def test_without_a_gpu_it_says_so(gpu: ModuleType, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
     assert "no CUDA device is visible to torch: run this on a machine with a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("capability", "built"), [((9, 0), "90a"), ((8, 6), "86"), ((12, 0), "120")])
-def test_it_builds_for_the_card(gpu: ModuleType, monkeypatch, capability: tuple[int, int], built: str) -> None:
+def test_it_builds_for_the_card(monkeypatch, capability: tuple[int, int], built: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert gpu.find_architecture(gpu.arguments_of([])) == built
@@ -85,18 +75,18 @@ def save():
     return lambda: subprocess.Popen([sys.executable, "-S", "-c", script], start_new_session=True), path
 
 
-def run(gpu: ModuleType, tmp_path: Path, source: str, seconds: float = 30, patience: float | None = None):
+def run(tmp_path: Path, source: str, seconds: float = 30, patience: float | None = None):
     start, path = worker(tmp_path, source)
     published: list[dict[str, Any]] = []
-    done = gpu.run_job(start, path, time.monotonic() + seconds, patience, published.append)
+    done = run_job(start, path, time.monotonic() + seconds, patience, published.append)
     return done, published[-1] if published else {}, len((tmp_path / "starts").read_text())
 
 
-def test_a_job_that_ends_well(gpu: ModuleType, tmp_path: Path) -> None:
-    assert run(gpu, tmp_path, "content['a'] = 1; save()") == (True, {"a": 1}, 1)
+def test_a_job_that_ends_well(tmp_path: Path) -> None:
+    assert run(tmp_path, "content['a'] = 1; save()") == (True, {"a": 1}, 1)
 
 
-def test_a_job_goes_on_after_a_crash_and_is_told_of_it(gpu: ModuleType, tmp_path: Path) -> None:
+def test_a_job_goes_on_after_a_crash_and_is_told_of_it(tmp_path: Path) -> None:
     source = """
 died = content.pop("trying", None)
 if died: content["crashed"] = died
@@ -104,36 +94,36 @@ if starts == 1:
     content["trying"] = {"what": "a kernel"}; save(); os.abort()
 save()
 """
-    done, content, starts = run(gpu, tmp_path, source)
+    done, content, starts = run(tmp_path, source)
     assert (done, starts) == (True, 2)
     assert content == {"crashed": {"what": "a kernel", "why": "ended with status -6"}}
 
 
-def test_a_kernel_that_waits_for_ever_is_ended(gpu: ModuleType, tmp_path: Path) -> None:
+def test_a_kernel_that_waits_for_ever_is_ended(tmp_path: Path) -> None:
     source = """
 content["before"] = content.pop("trying", None)
 content["trying"] = {"what": "a kernel"}; save()
 if starts == 1: time.sleep(100)
 del content["trying"]; save()
 """
-    done, content, starts = run(gpu, tmp_path, source, patience=3.0)
+    done, content, starts = run(tmp_path, source, patience=3.0)
     assert (done, starts) == (True, 2)
     assert content["before"] == {"what": "a kernel", "why": "no news for 3 s"}
 
 
-def test_another_process_on_demand_but_not_for_ever(gpu: ModuleType, tmp_path: Path) -> None:
-    done, content, starts = run(gpu, tmp_path, "content['starts'] = starts; save(); sys.exit(3)")
-    assert (done, content, starts) == (False, {"starts": gpu.MOST_STARTS}, gpu.MOST_STARTS)
+def test_another_process_on_demand_but_not_for_ever(tmp_path: Path) -> None:
+    done, content, starts = run(tmp_path, "content['starts'] = starts; save(); sys.exit(3)")
+    assert (done, content, starts) == (False, {"starts": MOST_STARTS}, MOST_STARTS)
 
 
-def test_what_is_there_is_kept_when_the_time_is_up(gpu: ModuleType, tmp_path: Path) -> None:
-    done, content, starts = run(gpu, tmp_path, "content['a'] = 1; save(); time.sleep(100)", seconds=3.0)
+def test_what_is_there_is_kept_when_the_time_is_up(tmp_path: Path) -> None:
+    done, content, starts = run(tmp_path, "content['a'] = 1; save(); time.sleep(100)", seconds=3.0)
     assert (done, starts) == (False, 1)
     assert content == {"a": 1, "stopped": "the time was up"}
 
 
-def test_a_job_that_fails_for_no_kernel_is_not_tried_again(gpu: ModuleType, tmp_path: Path) -> None:
-    done, content, starts = run(gpu, tmp_path, "content['a'] = 1; save(); raise KeyError")
+def test_a_job_that_fails_for_no_kernel_is_not_tried_again(tmp_path: Path) -> None:
+    done, content, starts = run(tmp_path, "content['a'] = 1; save(); raise KeyError")
     assert (done, content, starts) == (False, {"a": 1, "failure": "ended with status 1"}, 1)
 
 
@@ -149,21 +139,18 @@ def test_six(): pass
 """
 
 
-def test_tests_after_a_crash_and_after_a_lost_device_are_run_all_the_same(gpu: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_tests_after_a_crash_and_after_a_lost_device_are_run_all_the_same(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "tests").mkdir(parents=True)
     (tree / "tests" / "test_some.py").write_text(TESTS)
     option = "def pytest_addoption(parser): parser.addoption('--full', action='store_true')\n"
     (tree / "tests" / "conftest.py").write_text(option)
-    arguments = argparse.Namespace(rehearse=True)
-    runner = gpu.Runner(arguments, tmp_path / "work", None)
+    runner = Runner(ROOT, tmp_path / "work", None, rehearse=True)
     runner.environment["OMP_NUM_THREADS"] = "1"
-    gpu.ROOT, before = tree, gpu.ROOT
+    runner.root = tree
     published: list[dict[str, Any]] = []
-    try:
-        assert runner.run("some tests/test_some.py", 120, published.append)
-    finally:
-        gpu.ROOT = before
+    assert runner.run("some tests/test_some.py", 120, published.append)
     content = published[-1]
     name = "tests/test_some.py::test_"
     assert content["passed"] == [f"{name}one", f"{name}six"]
@@ -172,6 +159,28 @@ def test_tests_after_a_crash_and_after_a_lost_device_are_run_all_the_same(gpu: M
     assert "not equal" in content["failed"][f"{name}two"]
     assert content["failed"][f"{name}four"].startswith("the process died: ended with status 9")
     assert content["collected"] == 6
+
+
+def test_outcomes_are_recorded_and_a_lost_device_asks_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = TESTS.replace("os._exit(9)", "raise AssertionError('not run again')")
+    (tmp_path / "test_some.py").write_text(source)
+    option = "def pytest_addoption(parser): parser.addoption('--full', action='store_true')\n"
+    (tmp_path / "conftest.py").write_text(option)
+    monkeypatch.chdir(tmp_path)
+    content = {"trying": {"what": "test_some.py::test_four", "why": "ended with status 9"}}
+    name = "test_some.py::test_"
+    lost = run_suite_of_tests(
+        content, 60, lambda content: None, root=tmp_path, paths=["test_some.py", "missing.py"], environment={}
+    )
+    assert lost
+    assert content["lost"] == f"{name}five"
+    assert content["passed"] == [f"{name}one"]
+    assert content["skipped"] == {f"{name}three": "Skipped: a reason"}
+    assert content["failed"][f"{name}four"] == "the process died: ended with status 9"
+    assert content["failed"]["missing.py"] == "there is no such file"
+    assert set(content["failed"]) == {f"{name}two", f"{name}four", f"{name}five", "missing.py"}
 
 
 FACTS = {"device": {"name": "Fake GPU 7"}, "environment": {"packages": {}, "nvcc": None}}
@@ -185,8 +194,10 @@ CONTENT = {
 class FakeRunner:
     """Answers every job with made-up content."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path, fails: tuple[str, ...] = ()) -> None:
-        self.arguments, self.folder, self.fails = arguments, folder, fails
+    root, rehearse = ROOT, True
+
+    def __init__(self, folder: Path, fails: tuple[str, ...] = ()) -> None:
+        self.folder, self.fails = folder, fails
         folder.mkdir(exist_ok=True)
         self.ran: list[str] = []
 
@@ -203,15 +214,15 @@ class FakeRunner:
         return True
 
 
-def measure(gpu: ModuleType, folder: Path, *argv: str, fails: tuple[str, ...] = ()) -> tuple[int, list[str]]:
+def measure(folder: Path, *argv: str, fails: tuple[str, ...] = ()) -> tuple[int, list[str]]:
     arguments = gpu.arguments_of(["--out", str(folder / "out"), "--rehearse", *argv])
-    runner = FakeRunner(arguments, folder / "work", fails)
+    runner = FakeRunner(folder / "work", fails)
     status = gpu.measure(arguments, runner, {}, time.monotonic(), lambda what: None)
     return status, [job.split(" ")[0] for job in runner.ran]
 
 
-def test_parts_are_kept_resumed_and_done_again(gpu: ModuleType, tmp_path: Path) -> None:
-    status, ran = measure(gpu, tmp_path, "--commit", "abc", fails=("ops",))
+def test_parts_are_kept_resumed_and_done_again(tmp_path: Path) -> None:
+    status, ran = measure(tmp_path, "--commit", "abc", fails=("ops",))
     assert status == 1
     assert [*dict.fromkeys(ran)] == ["cpu", "ops", "engine", "profile"]
     path = tmp_path / "out" / "gpu-fake-gpu-7.json"
@@ -222,20 +233,20 @@ def test_parts_are_kept_resumed_and_done_again(gpu: ModuleType, tmp_path: Path) 
     assert (job["passed"], job["skipped"]) == (2, {"why": 1})
     assert (tmp_path / "out" / "gpu-fake-gpu-7-profile-ncu.txt").read_text() == "numbers"
 
-    assert measure(gpu, tmp_path, "--commit", "abc") == (0, ["ops"])  # only what was not finished
-    assert measure(gpu, tmp_path, "--commit", "abc") == (0, [])
-    assert measure(gpu, tmp_path, "--commit", "abc", "--only", "engine", "--again")[1] == ["engine"]
-    assert measure(gpu, tmp_path, "--commit", "def", "--only", "engine")[1] == ["engine"]
+    assert measure(tmp_path, "--commit", "abc") == (0, ["ops"])  # only what was not finished
+    assert measure(tmp_path, "--commit", "abc") == (0, [])
+    assert measure(tmp_path, "--commit", "abc", "--only", "engine", "--again")[1] == ["engine"]
+    assert measure(tmp_path, "--commit", "def", "--only", "engine")[1] == ["engine"]
     parts = json.loads(path.read_text())["parts"]
     assert {name: part["commit"] for name, part in parts.items()} == {
         "tests": "abc", "ops": "abc", "engine": "def", "profile": "abc",
     }  # fmt: skip
-    assert measure(gpu, tmp_path, "--commit", "def with changes", "--only", "engine")[1] == ["engine"]
-    assert measure(gpu, tmp_path, "--commit", "def with changes", "--only", "engine")[1] == ["engine"]
+    assert measure(tmp_path, "--commit", "def with changes", "--only", "engine")[1] == ["engine"]
+    assert measure(tmp_path, "--commit", "def with changes", "--only", "engine")[1] == ["engine"]
 
 
-def test_no_part_begins_without_time(gpu: ModuleType, tmp_path: Path) -> None:
-    assert measure(gpu, tmp_path, "--commit", "abc", "--limit", "0") == (1, [])
+def test_no_part_begins_without_time(tmp_path: Path) -> None:
+    assert measure(tmp_path, "--commit", "abc", "--limit", "0") == (1, [])
 
 
 def results_of(folder: Path, device: str, **parts: tuple[str, bool]) -> Path:
@@ -248,7 +259,7 @@ def results_of(folder: Path, device: str, **parts: tuple[str, bool]) -> Path:
     return results.path
 
 
-def test_merging_takes_what_is_newer_and_finished(gpu: ModuleType, tmp_path: Path) -> None:
+def test_merging_takes_what_is_newer_and_finished(tmp_path: Path) -> None:
     old = results_of(tmp_path / "old", "D 1", ops=("2026-01-01", True), engine=("2026-01-05", True))
     new = results_of(
         tmp_path / "new", "D 1", ops=("2026-01-02", True), engine=("2026-01-06", False), profile=("2026-01-02", True)
@@ -267,7 +278,7 @@ def test_results_of_something_else_are_not_merged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold results of D 1; got D 2"):
         mine.merge([results_of(tmp_path, "D 2")])
     (tmp_path / "other.json").write_text('{"suite": "ops"}')
-    with pytest.raises(ValueError, match=r"must hold results of benchmarks/gpu\.py; got suite 'ops'"):
+    with pytest.raises(ValueError, match=r"must hold results of python -m benchmarks\.gpu; got suite 'ops'"):
         mine.merge([tmp_path / "other.json"])
 
 
@@ -283,8 +294,8 @@ def test_jobs() -> None:
 @pytest.mark.slow
 def test_a_rehearsal_on_the_cpu(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu.py", "--rehearse", "--out", tmp_path, "--limit", "500"],
-        capture_output=True, text=True,
+        [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", tmp_path, "--limit", "500"],
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "gpu-rehearsal.json").read_text())

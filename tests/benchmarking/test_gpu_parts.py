@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py on a CPU in place of the GPU: answers right and wrong, crashes, clocks, tools."""
+"""The parts of ``python -m benchmarks.gpu`` on a CPU: answers right and wrong, crashes, clocks, tools."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import pytest
 import torch
 
 from benchmarks.gpu import ops as gpu_ops
-from benchmarks.gpu import tools as gpu_tools
+from benchmarks.gpu import profiles as gpu_profiles
+from benchmarks.gpu.cases import GPU_CASES, TINY_GPU_CASES, Bar
 from benchmarks.gpu.device import Rehearsal, find_device, read_smi
 from benchmarks.gpu.methods import gpu_methods
-from benchmarks.gpu.ops import GPU_CASES, TINY_GPU_CASES, Bar, LayerTruth, measure_gpu_case, run_ops
+from benchmarks.gpu.ops import measure_gpu_case, run_ops
+from benchmarks.gpu.profiles import run_profile
+from benchmarks.gpu.sanitizer import run_sanitizer
 from benchmarks.gpu.timing import time_in_turn
-from benchmarks.gpu.tools import run_profile, run_sanitizer
+from tikmix_fast.benchmarking import layer_truth
 from tikmix_fast.benchmarking.baselines import PLAIN, Answer, Method
+from tikmix_fast.benchmarking.layer_truth import LayerTruth
 from tikmix_fast.benchmarking.ops import Case, make_layer
 from tikmix_fast.testing import domain_gradients
 
@@ -33,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: method for name, method in gpu_methods(projection).items() if "triton" not in name}
 
     monkeypatch.setattr(gpu_ops, "gpu_methods", without)
-    monkeypatch.setattr(gpu_tools, "gpu_methods", without)
+    monkeypatch.setattr(gpu_profiles, "gpu_methods", without)
 
 
 def never(content: dict[str, Any]) -> None:
@@ -44,15 +48,15 @@ def never(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize("shape", [(70, 40, 24, 3, 2), (8, 8, 8, 6, 4)])
 def test_every_method_is_right(dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes with several slices of weights, and with empty domains; what is not available says why."""
-    monkeypatch.setattr(gpu_ops, "_SLICE", 16)
+    monkeypatch.setattr(layer_truth, "_SLICE", 16)
     monkeypatch.setattr(gpu_ops, "_SHORT", 0.0)
-    found = measure_gpu_case(Rehearsal(), Bar(Case(*shape, dtype)), CEILINGS, rounds=1)
-    assert found["wrong"] == {}
-    methods = {row["method"]: row for row in found["rows"]}
+    result = measure_gpu_case(Rehearsal(), Bar(Case(*shape, dtype)), CEILINGS, rounds=1)
+    assert result["wrong"] == {}
+    methods = {row["method"]: row for row in result["rows"]}
     assert {PLAIN, "torch, domain by domain", "torch, stacked + GEMM", "panels of 128, two passes", "row-wise (ghost)",
             "tikmix_fast", "tikmix_fast, influence only"} <= set(methods)  # fmt: skip
-    assert set(methods) | set(found["skipped"]) == set(gpu_methods())
-    assert all(found["skipped"].values())
+    assert set(methods) | set(result["skipped"]) == set(gpu_methods())
+    assert all(result["skipped"].values())
     assert ("tikmix_fast, vendor two-pass" in methods) == (dtype == "bfloat16")
     assert methods[PLAIN]["error"] is None
     assert all(row["error"] is not None for name, row in methods.items() if name != PLAIN)
@@ -60,10 +64,10 @@ def test_every_method_is_right(dtype: str, shape: tuple[int, ...], monkeypatch: 
 
 @pytest.mark.usefixtures("quick")
 def test_every_projected_method_is_right() -> None:
-    found = measure_gpu_case(Rehearsal(), Bar(Case(300, 200, 136, 5, 3, "bfloat16", 32)), CEILINGS, rounds=1)
-    assert found["wrong"] == found["skipped"] == {}
-    assert [row["sampling_error"] is None for row in found["rows"]] == [True, False, False, False]
-    assert all(0 < row["sampling_error"] < 0.2 for row in found["rows"][1:])
+    result = measure_gpu_case(Rehearsal(), Bar(Case(300, 200, 136, 5, 3, "bfloat16", 32)), CEILINGS, rounds=1)
+    assert result["wrong"] == result["skipped"] == {}
+    assert [row["sampling_error"] is None for row in result["rows"]] == [True, False, False, False]
+    assert all(0 < row["sampling_error"] < 0.2 for row in result["rows"][1:])
 
 
 def test_the_truth_is_that_of_all_gradients_at_once() -> None:
@@ -90,11 +94,11 @@ def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
         return lambda: Answer(run().values.flip(1), None)
 
     add_methods(monkeypatch, broken=Method(wrong, ours=True), missing=Method(lambda layer: [][1]))
-    found = measure_gpu_case(Rehearsal(), EXACT, CEILINGS, rounds=1)
-    assert list(found["wrong"]) == ["broken"]
-    assert "influence: error" in found["wrong"]["broken"]
-    assert found["skipped"]["missing"] == "IndexError: list index out of range"
-    assert not {"broken", "missing"} & {row["method"] for row in found["rows"]}
+    result = measure_gpu_case(Rehearsal(), EXACT, CEILINGS, rounds=1)
+    assert list(result["wrong"]) == ["broken"]
+    assert "influence: error" in result["wrong"]["broken"]
+    assert result["skipped"]["missing"] == "IndexError: list index out of range"
+    assert not {"broken", "missing"} & {row["method"] for row in result["rows"]}
 
 
 @pytest.mark.usefixtures("quick")
@@ -119,7 +123,7 @@ def test_cases_that_are_there_are_not_measured_again_and_what_crashed_is_left_ou
     third = TINY_GPU_CASES[2].case.name
     content["trying"] = {"case": third, "what": "timing"}
     run_ops(Rehearsal(), content, 60, never, TINY_GPU_CASES)
-    assert content["left_out"] == [{"case": third, "why": "crashed: the process died"}]
+    assert content["left_out"] == [{"case": third, "why": "crashed: no reason known"}]
 
 
 def test_no_case_begins_when_the_time_is_up() -> None:
@@ -181,7 +185,7 @@ def test_the_devices_own_clock_is_read_and_inputs_take_turns() -> None:
     orders = {tuple(each[0] for each in used[i : i + 2]) for i in range(0, 44, 2)}
     assert orders == {("a", "b"), ("b", "a")}
     assert np.all(timings.cpu["a"] >= 0)
-    with pytest.raises(ValueError, match="there must be a function and a round"):
+    with pytest.raises(ValueError, match="functions must hold at least one entry"):
         time_in_turn(FakeDevice(), {}, rounds=1)
 
 
@@ -192,15 +196,15 @@ def test_short_time_still_gives_an_interval() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_rows_hold_shares_of_the_ceilings() -> None:
-    found = measure_gpu_case(Rehearsal(), EXACT, CEILINGS, rounds=6)
-    case, rows = EXACT.case, {row["method"]: row for row in found["rows"]}
+    result = measure_gpu_case(Rehearsal(), EXACT, CEILINGS, rounds=6)
+    case, rows = EXACT.case, {row["method"]: row for row in result["rows"]}
     ours, plain = rows["tikmix_fast"], rows[PLAIN]
-    assert found["floor_seconds"] == max(case.useful_flops / 1e10, case.least_bytes / 1e9)
-    assert ours["floor_ratio"] == pytest.approx(ours["seconds"] / found["floor_seconds"])
+    assert result["floor_seconds"] == max(case.useful_flops / 1e10, case.least_bytes / 1e9)
+    assert ours["floor_ratio"] == pytest.approx(ours["seconds"] / result["floor_seconds"])
     assert ours["peak_share"] == pytest.approx(case.useful_flops / ours["seconds"] / 1e10)
     assert plain["bandwidth_share"] == pytest.approx(case.plain_bytes / plain["seconds"] / 1e9)
     assert (plain["ratio"], plain["floor_ratio"], plain["gives"]) == (1, None, ["total"])
-    assert found["input_sets"] > 1  # one set would stay in the cache
+    assert result["input_sets"] > 1  # one set would stay in the cache
 
 
 def test_the_cases_are_those_of_the_issue() -> None:

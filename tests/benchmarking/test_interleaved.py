@@ -39,9 +39,9 @@ def test_a_limit_in_seconds_leaves_three_rounds(rounds: int, expected: int) -> N
 
 
 def test_the_collector_is_off_while_timing_and_on_afterwards() -> None:
-    seen: list[bool] = []
-    interleave({"a": lambda: seen.append(gc.isenabled())}, rounds=2)
-    assert not any(seen)
+    states: list[bool] = []
+    interleave({"a": lambda: states.append(gc.isenabled())}, rounds=2)
+    assert not any(states)
     assert gc.isenabled()
     with pytest.raises(ZeroDivisionError):
         interleave({"a": lambda: 1 / 0})
@@ -79,11 +79,11 @@ def test_too_few_rounds_have_no_interval() -> None:
 @given(st.integers(6, 200), st.sampled_from([0.8, 0.95, 0.99]))
 def test_the_interval_is_the_narrowest_of_its_kind_that_has_the_confidence(count: int, confidence: float) -> None:
     """P(the k-th smallest of n < median < the k-th largest) = 1 - 2 P(Binomial(n, 1/2) < k)."""
-    found = median_interval(np.random.default_rng(count).permutation(count).astype(float), confidence)
-    if found is None:
+    interval = median_interval(np.random.default_rng(count).permutation(count).astype(float), confidence)
+    if interval is None:
         assert 1 - 2 * binom.pmf(0, count, 0.5) < confidence
         return
-    low, high = found
+    low, high = interval
     assert low + high == count - 1
     k = int(low) + 1
     assert 1 - 2 * binom.cdf(k - 1, count, 0.5) >= confidence

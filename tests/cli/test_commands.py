@@ -48,14 +48,14 @@ def text(monkeypatch: pytest.MonkeyPatch) -> Corpora:
     def some(letters: str) -> np.ndarray:
         return np.frombuffer("".join(random.choice(list(letters), 4000)).encode(), dtype=np.uint8)
 
-    made = Corpora(
+    small = Corpora(
         domains={"words": some("abc "), "digits": some("0123"), "signs": some("+-*/")},
         tasks={"words": Task(True, some("abc "), some("abc ")), "signs": Task(False, some("+-*/"), some("+-*/"))},
         sources={},
         missing={"lost": "it is not installed"},
     )
-    monkeypatch.setattr(corpora, "gather", lambda **sizes: made)
-    return made
+    monkeypatch.setattr(corpora, "gather", lambda **sizes: small)
+    return small
 
 
 # mix
@@ -69,10 +69,10 @@ def test_mix_solves_as_the_function_does(matrix_file: Path) -> None:
     expected = tikmix_d(
         InfluenceMatrix.load(matrix_file), {"web": 0.5, "code": 0.2, "noise": 0.3}, diversity=0.5, cap={"code": 0.6}
     )
-    found = json.loads(result.stdout)
-    assert found["weights"] == pytest.approx(expected.as_dict())
-    assert found["settings"]["cap"] == {"code": 0.6}
-    assert (found["success"], found["matrix"]) == (True, str(matrix_file))
+    content = json.loads(result.stdout)
+    assert content["weights"] == pytest.approx(expected.as_dict())
+    assert content["settings"]["cap"] == {"code": 0.6}
+    assert (content["success"], content["matrix"]) == (True, str(matrix_file))
 
 
 def test_every_option_of_mix_arrives(matrix_file: Path, tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_every_option_of_mix_arrives(matrix_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "w.json"
     assert run("mix", matrix_file, *words, "--no-pareto", "--out", out).exit_code == 0
     expected = tikmix_d(InfluenceMatrix.load(matrix_file), dict.fromkeys(DOMAINS, 1 / 3), **options, pareto=False)
-    found = json.loads(out.read_text())
-    assert found["weights"] == pytest.approx(expected.as_dict())
-    assert options.items() <= found["settings"].items()
+    content = json.loads(out.read_text())
+    assert content["weights"] == pytest.approx(expected.as_dict())
+    assert options.items() <= content["settings"].items()
 
 
 def test_the_prior_may_be_a_file_or_what_mix_wrote(matrix_file: Path, tmp_path: Path) -> None:
@@ -196,9 +196,9 @@ def test_demo_refuses_a_backend_that_cannot_run_before_training(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "0"], "steps must be at least 1"),
-        (["--stages", "1"], "stages must be at least 2"),
-        (["--seed", "-1"], "seed must be at least 0"),
+        (["--steps", "0"], "steps must be an int of at least 1"),
+        (["--stages", "1"], "stages must be an int of at least 2"),
+        (["--seed", "-1"], "seed must be an int of at least 0"),
         (["--preconditioner", "newton"], "preconditioner must be"),
         (["--diversity", "nan"], "diversity must not be negative"),
     ],
@@ -212,10 +212,10 @@ def test_mistakes_in_demo_are_told_in_one_line(tmp_path: Path, options: list[str
 
 
 def test_env_prints_versions_and_reasons() -> None:
-    found = json.loads(run("env", "--json").stdout)
-    assert found["tikmix_fast"] == __version__
+    facts = json.loads(run("env", "--json").stdout)
+    assert facts["tikmix_fast"] == __version__
     shown = " ".join(run("env").stdout.split())
-    for name, reason in found["backends"].items():
+    for name, reason in facts["backends"].items():
         assert name in shown
         assert "usable" in shown if reason is None else reason.split(";")[0][:30] in shown
 

@@ -144,9 +144,9 @@ def test_the_matrix_is_that_of_per_example_autograd(kind: str, models: Path, tex
     assert float(difference.max()) < 1e-6
     assert matrix.tokens.tolist() == [160.0] * 3
     assert (matrix.tasks, matrix.domains) == (("numbers", "lines"), tuple(LETTERS))
-    found = json.loads(result.stdout)
-    assert found["matrix"] == matrix.to_dict()
-    assert found["significant"] == matrix.significant(correction="bh").tolist()
+    printed = json.loads(result.stdout)
+    assert printed["matrix"] == matrix.to_dict()
+    assert printed["significant"] == matrix.significant(correction="bh").tolist()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -246,8 +246,8 @@ def test_token_files_are_measured_as_their_dtype_says(models: Path, texts: Path,
     # A .npy tells its own dtype, whatever is said of the .bin files.
     stated = [*words, "--domain", f"a={tmp_path / 'a.bin'}", "--task", f"t={tmp_path / 't.bin'}"]
     assert run(*stated, "--token-dtype", "uint16", "--out", tmp_path / "stated").exit_code == 0
-    told = [*words, "--domain", f"a={tmp_path / 'a.npy'}", "--task", f"t={tmp_path / 't.npy'}"]
-    assert run(*told, "--out", tmp_path / "told").exit_code == 0
+    own = [*words, "--domain", f"a={tmp_path / 'a.npy'}", "--task", f"t={tmp_path / 't.npy'}"]
+    assert run(*own, "--out", tmp_path / "told").exit_code == 0
     matrices = [InfluenceMatrix.load(tmp_path / each / "influence.json") for each in ("stated", "told")]
     assert matrices[0].to_dict() == matrices[1].to_dict()
     assert json.loads((tmp_path / "stated" / "settings.json").read_text())["token_dtype"] == "uint16"
@@ -336,6 +336,7 @@ def test_a_run_interrupted_at_every_save_ends_with_the_same_matrix(
     assert matrix.to_dict() == whole.to_dict()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_matrix(models: Path, texts: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = {"save_every": 1, "threads": 1, "tokens": 1000}

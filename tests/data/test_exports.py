@@ -31,15 +31,15 @@ def mixtures(most):
 
 @given(mixtures(most=40), st.integers(2, 15))
 def test_decimals_sum_to_one_and_are_the_nearest(weights, digits):
-    found = {name: Decimal(text) for name, text in decimals(weights, digits).items()}
+    rounded = {name: Decimal(text) for name, text in decimals(weights, digits).items()}
     unit = Decimal(1).scaleb(-digits)
-    assert list(found) == list(weights)
-    assert sum(found.values()) == 1
+    assert list(rounded) == list(weights)
+    assert sum(rounded.values()) == 1
     raised = [name for name in weights if 0 < weights[name] < unit]
     for name, weight in weights.items():
-        assert (found[name] == 0) == (weight == 0)
+        assert (rounded[name] == 0) == (weight == 0)
         if weight >= unit and not raised:
-            assert abs(found[name] - Decimal(weight)) < unit + Decimal("1e-15")
+            assert abs(rounded[name] - Decimal(weight)) < unit + Decimal("1e-15")
 
 
 def test_decimals_that_cannot_tell_a_domain_from_zero_are_refused():
@@ -96,11 +96,11 @@ def read_blend(words):
 
 
 def test_megatron_reads_weights_and_prefixes():
-    found = read_blend(blend_list(WEIGHTS, PATHS))
-    assert found == {PATHS["web"]: 0.5, PATHS["code"]: 0.333333, PATHS["books"]: 0.166667}
+    blend = read_blend(blend_list(WEIGHTS, PATHS))
+    assert blend == {PATHS["web"]: 0.5, PATHS["code"]: 0.333333, PATHS["books"]: 0.166667}
     utils = pytest.importorskip("megatron.core.datasets.utils", reason="megatron-core is not installed")
     prefixes, weights = utils.get_blend_from_list(blend_list(WEIGHTS, PATHS))
-    assert dict(zip(prefixes, weights, strict=True)) == found
+    assert dict(zip(prefixes, weights, strict=True)) == blend
 
 
 def test_energon_reads_weights_and_paths():
@@ -131,14 +131,14 @@ def test_energon_reads_a_schedule():
 
 def test_streams_get_their_proportions():
     streams = {name: {"local": path, "split": "train"} for name, path in PATHS.items()}
-    found = stream_arguments(WEIGHTS, streams)
-    assert found["code"] == {"local": "/data/my code", "split": "train", "proportion": pytest.approx(1 / 3)}
-    assert sum(each["proportion"] for each in found.values()) == pytest.approx(1, abs=1e-15)
+    arguments = stream_arguments(WEIGHTS, streams)
+    assert arguments["code"] == {"local": "/data/my code", "split": "train", "proportion": pytest.approx(1 / 3)}
+    assert sum(each["proportion"] for each in arguments.values()) == pytest.approx(1, abs=1e-15)
     with pytest.raises(ValueError, match=r"streams\['web'\] must leave the share to weights; got repeat"):
         stream_arguments(WEIGHTS, {**streams, "web": {"local": "/data/web", "repeat": 2}})
     streaming = pytest.importorskip("streaming", reason="mosaicml-streaming is not installed")
-    made = [streaming.Stream(**each) for each in found.values()]
-    assert [stream.proportion for stream in made] == [each["proportion"] for each in found.values()]
+    datasets = [streaming.Stream(**each) for each in arguments.values()]
+    assert [stream.proportion for stream in datasets] == [each["proportion"] for each in arguments.values()]
 
 
 MIXTERA = "mixtera.core.algo.dynamic_mixing.dynamic_mixing"
@@ -174,8 +174,8 @@ def test_mixtera_follows_the_file(tmp_path):
     algorithm.initial_mixture = np.array([0.2, 0.5, 0.3], dtype=np.float32)  # Mixtera has a third key
 
     def asked():
-        found = algorithm.process_losses(np.ones(3, np.float32), np.ones(3, np.int64), 1)
-        return None if found is None else found.tolist()
+        mixture = algorithm.process_losses(np.ones(3, np.float32), np.ones(3, np.int64), 1)
+        return None if mixture is None else mixture.tolist()
 
     assert asked() is None
     files.write_json(file, {"web": 0.75, "code": 0.25})

@@ -222,12 +222,12 @@ def test_runs_interrupted_anywhere_draw_what_an_uninterrupted_run_draws(data):
         drawn = samplers[0].drawn
         # Rank r has the samples g with g % world_size == r, from the consumed ones on.
         first = {rank: consumed + (rank - consumed) % world_size for rank in range(world_size)}
-        found = {first[rank] + world_size * i: x for rank, row in enumerate(rows) for i, x in enumerate(row)}
-        assert sorted(found) == list(range(consumed, drawn))
+        by_number = {first[rank] + world_size * i: x for rank, row in enumerate(rows) for i, x in enumerate(row)}
+        assert sorted(by_number) == list(range(consumed, drawn))
         stop = data.draw(whole(consumed, drawn))
         states = [sampler.state_dict(stop) for sampler in samplers]
         assert all(other == states[0] for other in states)
-        stream += [found[g] for g in range(consumed, stop)]
+        stream += [by_number[g] for g in range(consumed, stop)]
         state, consumed = states[0], stop
     assert stream == uninterrupted(len(stream), sorted(changes.items()))
     assert_every_epoch_is_complete(stream)
@@ -285,7 +285,7 @@ def test_a_pickled_sampler_goes_on_where_it_was():
 
 @pytest.mark.parametrize(("num_samples", "world_size"), [(0, 1), (10, 1), (40_000, 1), (10, 3), (10, 16), (40_001, 4)])
 def test_num_samples_ends_the_stream_of_all_ranks(num_samples, world_size):
-    found = []
+    draws = []
     for rank in range(world_size):
         sampler = MixtureSampler(LENGTHS, FIRST, seed=3, rank=rank, world_size=world_size, num_samples=num_samples)
         many = len(sampler)
@@ -294,8 +294,8 @@ def test_num_samples_ends_the_stream_of_all_ranks(num_samples, world_size):
         assert len(sampler) == 0
         assert list(sampler) == []
         assert sampler.drawn == min(num_samples, len(row) * world_size)
-        found += zip(range(rank, num_samples, world_size), row, strict=True)
-    assert [index for _, index in sorted(found)] == uninterrupted(num_samples)
+        draws += zip(range(rank, num_samples, world_size), row, strict=True)
+    assert [index for _, index in sorted(draws)] == uninterrupted(num_samples)
 
 
 def test_a_new_iterator_continues_and_iterators_share_their_place():

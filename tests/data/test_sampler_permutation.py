@@ -58,9 +58,9 @@ def test_every_order_of_few_items_is_about_equally_frequent(length, tolerance):
         np.full(many * length, length, dtype=np.uint64),
         np.repeat(keys(many), length),
     )
-    seen = Counter(map(tuple, images.reshape(many, length).tolist()))
+    counts = Counter(map(tuple, images.reshape(many, length).tolist()))
     orders = list(permutations(range(length)))
-    shares = np.array([seen[order] for order in orders]) * len(orders) / many
+    shares = np.array([counts[order] for order in orders]) * len(orders) / many
     assert np.abs(shares - 1).max() < tolerance
 
 

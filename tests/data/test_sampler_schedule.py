@@ -171,11 +171,11 @@ def test_native_heap_draws_as_pythons_own(arrivals):
     keys = np.array([key for key, _ in arrivals])
     # Each slot after the first sees 0 to 3 more, but never fewer than the slots so far.
     arrived = np.maximum(np.cumsum([more for _, more in arrivals]), np.arange(1, len(keys) + 1)).clip(max=len(keys))
-    waiting, expected, seen = [], [], 0
+    waiting, expected, before = [], [], 0
     for now in arrived.tolist():
-        for key in keys[seen:now].tolist():
+        for key in keys[before:now].tolist():
             heapq.heappush(waiting, key)
-        seen = now
+        before = now
         expected.append(heapq.heappop(waiting))
     assert _earliest_first(keys, arrived).tolist() == expected
 

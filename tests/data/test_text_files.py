@@ -39,19 +39,19 @@ PACK = {"": bytes, ".gz": gzip.compress, ".zst": zst}
 def test_jsonl_gives_its_documents_with_their_lines(tmp_path, packing):
     file = tmp_path / f"a.jsonl{packing}"
     file.write_bytes(PACK[packing](lines(DOCUMENTS, id=1) + b"\n" + lines(["last"])))
-    found = list(read_text(file))
-    assert [piece.text for piece in found] == [*filter(None, DOCUMENTS), "last"]
-    assert [piece.where for piece in found] == [f"{file}:{line}" for line in (1, 3, 4, 6)]
-    assert all(piece.ends for piece in found)
+    pieces = list(read_text(file))
+    assert [piece.text for piece in pieces] == [*filter(None, DOCUMENTS), "last"]
+    assert [piece.where for piece in pieces] == [f"{file}:{line}" for line in (1, 3, 4, 6)]
+    assert all(piece.ends for piece in pieces)
 
 
 @pytest.mark.parametrize("rows", [2, 10_000])
 def test_parquet_gives_its_documents_with_their_rows(tmp_path, rows):
     file = tmp_path / "a.parquet"
     write_parquet(file, DOCUMENTS * 200, row_group_size=rows)
-    found = list(read_text(file))
-    assert [piece.text for piece in found] == list(filter(None, DOCUMENTS * 200))
-    assert found[-1].where == f"{file}, row 800"
+    pieces = list(read_text(file))
+    assert [piece.text for piece in pieces] == list(filter(None, DOCUMENTS * 200))
+    assert pieces[-1].where == f"{file}, row 800"
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -61,10 +61,10 @@ def test_a_txt_is_one_document_however_it_is_cut(tmp_path, monkeypatch, packing,
     text = "\n".join(DOCUMENTS[:3]) + "\r\nno line break 数" * 20
     file = tmp_path / f"a.txt{packing}"
     file.write_bytes(PACK[packing](text.encode()))
-    found = list(read_text(file))
-    assert "".join(piece.text for piece in found) == text
-    assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True]
-    assert (len(found) > 1) == (block < 10)
+    pieces = list(read_text(file))
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert (len(pieces) > 1) == (block < 10)
 
 
 def test_a_piece_of_a_txt_is_named_by_its_first_line(tmp_path, monkeypatch):

@@ -38,9 +38,9 @@ def hidden(folder):
 def test_tokens_are_those_of_the_documents_in_order_with_separators(tmp_path):
     sources = texts(tmp_path, ["ab", "c", "", "zz"])
     file = tokenize(sources, tmp_path / "cache", LETTERS)
-    found = np.load(file)
-    assert found.dtype == np.uint16
-    assert found.tolist() == [0, 1, 299, 298, 2, 299, 298, 25, 25, 299, 298]
+    tokens = np.load(file)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [0, 1, 299, 298, 2, 299, 298, 25, 25, 299, 298]
     assert hidden(tmp_path / "cache") == []
     assert bytes(np.load(tokenize(sources, tmp_path / "cache"))) == b"ab\n\nc\n\nzz\n\n"
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -58,9 +58,9 @@ def test_a_txt_in_pieces_gets_one_separator(tmp_path, monkeypatch):
 def test_the_smallest_dtype_that_holds_the_vocabulary(tmp_path, vocabulary, dtype):
     (tmp_path / "a.txt").write_text("a")
     last = Tokenizer("last", lambda text: [0, vocabulary - 1], vocabulary)
-    found = np.load(tokenize([tmp_path / "a.txt"], tmp_path / "cache", last))
-    assert found.tolist() == [0, vocabulary - 1]
-    assert found.dtype == np.dtype(f"<{dtype}")
+    tokens = np.load(tokenize([tmp_path / "a.txt"], tmp_path / "cache", last))
+    assert tokens.tolist() == [0, vocabulary - 1]
+    assert tokens.dtype == np.dtype(f"<{dtype}")
 
 
 @pytest.mark.parametrize("count", [0, 9, 10**6, 10**17])
@@ -258,7 +258,7 @@ def test_a_tokenizer_of_transformers(tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="needs transformers")
     transformers = pytest.importorskip("transformers", reason="needs transformers")
 
-    def made(words, **options):
+    def wrapped(words, **options):
         backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         backend.post_processor = tokenizers.processors.TemplateProcessing("<b> $A", special_tokens=[("<b>", 1)])
@@ -267,11 +267,11 @@ def test_a_tokenizer_of_transformers(tmp_path):
 
     words = {"?": 0, "<b>": 1, "<e>": 2, "hello": 3, "world": 4}
     sources = texts(tmp_path, ["hello world hello world", "new world"], files=1)
-    tokenizer = made(words, eos_token="<e>")
+    tokenizer = wrapped(words, eos_token="<e>")
     assert tokenizer.vocabulary == 5
     assert np.load(tokenize(sources, tmp_path / "cache", tokenizer)).tolist() == [3, 4, 3, 4, 2, 0, 4, 2]
-    assert np.load(tokenize(sources, tmp_path / "cache", made(words))).tolist() == [3, 4, 3, 4, 0, 4]
-    assert made(words).name == made(words).name != made({**words, "world": 5, "new": 4}).name
+    assert np.load(tokenize(sources, tmp_path / "cache", wrapped(words))).tolist() == [3, 4, 3, 4, 0, 4]
+    assert wrapped(words).name == wrapped(words).name != wrapped({**words, "world": 5, "new": 4}).name
 
 
 @pytest.mark.parametrize("kind", ["txt", pytest.param("parquet", marks=pytest.mark.slow)])

@@ -32,7 +32,7 @@ def loader_(workers, batch_size=4, rank=0, world_size=1, **options):
     return sampler, loader
 
 
-def seen(batches):
+def pairs(batches):
     return [item for domain, number in batches for item in zip(domain.tolist(), number.tolist(), strict=True)]
 
 
@@ -49,33 +49,33 @@ def expected(n, changes=()):
 def test_a_resumed_run_draws_what_it_would_have_drawn(before, after, consumed, every):
     """``every``: torchdata takes its state only so often, and goes over what came later again."""
     sampler, loader = loader_(before, snapshot_every_n_steps=every)
-    found = seen(islice(loader, consumed))
+    items = pairs(islice(loader, consumed))
     if before:
         assert sampler.drawn > 4 * consumed  # workers are ahead of the loop
     state = loader.state_dict()
     _, resumed = loader_(after, snapshot_every_n_steps=every)
     resumed.load_state_dict(state)
-    found += seen(islice(resumed, 10))
-    assert found == expected(4 * consumed + 40)
+    items += pairs(islice(resumed, 10))
+    assert items == expected(4 * consumed + 40)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_finite_run_ends_where_it_would_have_ended(workers):
     _, loader = loader_(workers, num_samples=50)
-    found = seen(islice(loader, 5))
+    items = pairs(islice(loader, 5))
     _, resumed = loader_(workers, num_samples=50)
     resumed.load_state_dict(loader.state_dict())
-    assert found + seen(resumed) == expected(50)
+    assert items + pairs(resumed) == expected(50)
 
 
 def test_ranks_resume_together():
     ranks = []
     for rank in range(2):
         _, loader = loader_(2, rank=rank, world_size=2)
-        found = seen(islice(loader, 3))
+        items = pairs(islice(loader, 3))
         _, resumed = loader_(2, rank=rank, world_size=2)
         resumed.load_state_dict(loader.state_dict())
-        ranks.append(found + seen(islice(resumed, 3)))
+        ranks.append(items + pairs(islice(resumed, 3)))
     assert [item for pair in zip(*ranks, strict=True) for item in pair] == expected(48)
 
 
@@ -83,13 +83,13 @@ def test_ranks_resume_together():
 def test_new_weights_are_in_the_loaders_state_when_the_loop_has_come_to_them(workers):
     sampler, loader = loader_(workers)
     batches = iter(loader)
-    found = seen(islice(batches, 5))
+    items = pairs(islice(batches, 5))
     sampler.set_weights(SECOND, at=50)
-    found += seen(islice(batches, 10))
+    items += pairs(islice(batches, 10))
     _, resumed = loader_(workers)
     resumed.load_state_dict(loader.state_dict())
-    found += seen(islice(resumed, 10))
-    assert found == expected(100, [(50, SECOND)])
+    items += pairs(islice(resumed, 10))
+    assert items == expected(100, [(50, SECOND)])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -100,10 +100,10 @@ def test_new_weights_are_in_the_samplers_state_at_once(workers):
     """
     sampler, loader = loader_(workers)
     batches = iter(loader)
-    found = seen(islice(batches, 5))
+    items = pairs(islice(batches, 5))
     sampler.set_weights(SECOND, at=50)
     state = json.loads(json.dumps(sampler.state_dict(consumed=20)))
     later, resumed = loader_(workers)
     later.load_state_dict(state)
-    found += seen(islice(resumed, 20))
-    assert found == expected(100, [(50, SECOND)])
+    items += pairs(islice(resumed, 20))
+    assert items == expected(100, [(50, SECOND)])

@@ -104,11 +104,11 @@ def test_a_missing_source_is_named_with_its_reason(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(corpora, "DOMAINS", (*corpora.DOMAINS[-2:], *few))
     quick = [replace(task, steered=True) for task in corpora.TASKS if task.name in ("sums", "reference")]
     monkeypatch.setattr(corpora, "TASKS", (*quick, *few[:1]))
-    found = gather(**SMALL, fewest=2)
-    assert set(found.domains) == {"sums", "noise"}
-    assert set(found.tasks) == {"sums", "reference"}
-    assert found.missing["lost"] == "the package nowhere is not installed"
-    assert "only 50 bytes" in found.missing["tiny"]
+    gathered = gather(**SMALL, fewest=2)
+    assert set(gathered.domains) == {"sums", "noise"}
+    assert set(gathered.tasks) == {"sums", "reference"}
+    assert gathered.missing["lost"] == "the package nowhere is not installed"
+    assert "only 50 bytes" in gathered.missing["tiny"]
     with pytest.raises(ValueError, match=r"domains must be at least 4; this installation has 2 \(lost: the package"):
         gather(**SMALL)
 

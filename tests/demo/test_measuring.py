@@ -14,8 +14,8 @@ from tikmix_fast.demo.settings import DemoSettings
 
 
 def gradient(model: torch.nn.Module, sequences: Tensor) -> dict[str, Tensor]:
-    found = torch.autograd.grad(model.loss(sequences), list(model.parameters()))
-    return {name: each.double() for (name, _), each in zip(model.named_parameters(), found, strict=True)}
+    gradients = torch.autograd.grad(model.loss(sequences), list(model.parameters()))
+    return {name: each.double() for (name, _), each in zip(model.named_parameters(), gradients, strict=True)}
 
 
 @pytest.mark.parametrize("preconditioner", ["adam", "identity"])
@@ -31,23 +31,23 @@ def test_the_matrix_is_that_of_plain_autograd(
         arm.train_step()
     before = {name: value.clone() for name, value in arm.model.state_dict().items()}
 
-    seen: list[Tensor] = []
+    batches: list[Tensor] = []
     ordinary = type(arm.model).loss
 
     def watched(model: torch.nn.Module, sequences: Tensor) -> Tensor:
-        seen.append(sequences)
+        batches.append(sequences)
         return ordinary(model, sequences)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(arm.model), "loss", watched)
         matrix = measure(arm.model, arm.optimizer, domains, tasks, settings, np.random.default_rng(0))
     assert all(torch.equal(value, before[name]) for name, value in arm.model.state_dict().items())
-    assert sum(map(len, seen)) == rows_measured(settings, len(domains), len(tasks))
+    assert sum(map(len, batches)) == rows_measured(settings, len(domains), len(tasks))
 
     per_task = settings.task_batches
-    task_rows = [torch.cat(seen[i * per_task : (i + 1) * per_task]) for i in range(len(tasks))]
+    task_rows = [torch.cat(batches[i * per_task : (i + 1) * per_task]) for i in range(len(tasks))]
     domain_rows = [
-        torch.cat([rows.split(settings.domain_rows)[j] for rows in seen[len(tasks) * per_task :]])
+        torch.cat([rows.split(settings.domain_rows)[j] for rows in batches[len(tasks) * per_task :]])
         for j in range(len(domains))
     ]
     for rows, text in zip(task_rows + domain_rows, [*tasks.values(), *domains.values()], strict=True):

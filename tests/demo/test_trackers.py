@@ -74,8 +74,8 @@ def test_tensorboard(tmp_path):
 
     log_all(TensorBoard(tmp_path / "events"))
     events = EventAccumulator(str(tmp_path / "events")).Reload()
-    found = {(tag, each.step): each.value for tag in events.Tags()["scalars"] for each in events.Scalars(tag)}
-    assert found == LOGGED
+    logged = {(tag, each.step): each.value for tag in events.Tags()["scalars"] for each in events.Scalars(tag)}
+    assert logged == LOGGED
 
 
 def run(script, folder, **environment):
@@ -98,17 +98,17 @@ def test_wandb_offline(tmp_path):
     script = """
 import wandb
 run = wandb.init(mode="offline", project="p", dir=".")
-found = {}
+logged = {}
 log = run.log
-run.log = lambda numbers, step: (found.update({(name, step): number for name, number in numbers.items()}),
+run.log = lambda numbers, step: (logged.update({(name, step): number for name, number in numbers.items()}),
                                  log(numbers, step=step))
 here.log_all(here.WandB())
 wandb.finish()
-assert found == here.LOGGED, found
+assert logged == here.LOGGED, logged
 try:
     here.WandB()
 except ValueError as error:
-    assert "begun before by wandb.init" in str(error)
+    assert "wandb.init(...) started none" in str(error)
 else:
     raise AssertionError("a run that has ended was taken")
 """
@@ -127,7 +127,7 @@ mlflow.set_tracking_uri("file:./runs")
 try:
     here.MLflow()
 except ValueError as error:
-    assert "begun before by mlflow.start_run" in str(error)
+    assert "mlflow.start_run() started none" in str(error)
 else:
     raise AssertionError("no run was active")
 with mlflow.start_run() as run:
@@ -135,8 +135,8 @@ with mlflow.start_run() as run:
 here.MLflow(run.info.run_id).log(11, {"late": 1.0})
 client = mlflow.tracking.MlflowClient()
 names = {name for name, _ in here.LOGGED} | {"late"}
-found = {(name, each.step): each.value for name in names for each in client.get_metric_history(run.info.run_id, name)}
-assert found == {**here.LOGGED, ("late", 11): 1.0}, found
+logged = {(name, each.step): each.value for name in names for each in client.get_metric_history(run.info.run_id, name)}
+assert logged == {**here.LOGGED, ("late", 11): 1.0}, logged
 """
     run(script, tmp_path, MLFLOW_ALLOW_FILE_STORE="true")
 

@@ -1,7 +1,7 @@
-"""Fixtures of the tests that need a GPU; benchmarks/gpu.py runs them there.
+"""Fixtures of the tests that need a GPU; ``python -m benchmarks.gpu`` runs them there.
 
-TIKMIX_FAST_GPU_BACKENDS   which backends, by commas (triton,cuda)
-TIKMIX_FAST_GPU_REHEARSAL  run on the CPU what can be run there, to see that the tests themselves are right
+TIKMIX_FAST_GPU_BACKENDS   backends to test, separated by commas (triton,cuda)
+TIKMIX_FAST_GPU_REHEARSAL  run on the CPU what runs there, to check the tests themselves
 """
 
 from __future__ import annotations
@@ -15,26 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tikmix_fast import ops
+from tikmix_fast import ops, testing
 from tikmix_fast.ops.backends import triton
 from tikmix_fast.ops.backends.cuda import exact as cuda
 from tikmix_fast.ops.common.gpu_cost import GpuCosts
-from tikmix_fast.testing import (
-    check_budget,
-    domain_gradients,
-    eager_group_influence,
-    gradient_error,
-    influence_error,
-    rounding_floor,
-)
 
-# Read when the first handle of cuBLAS is made; without it torch warns in every deterministic test.
+# cuBLAS reads this for its first handle; without it, torch warns in every deterministic test.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 REHEARSAL = bool(os.environ.get("TIKMIX_FAST_GPU_REHEARSAL"))
 BACKENDS = tuple(filter(None, os.environ.get("TIKMIX_FAST_GPU_BACKENDS", "triton,cuda").split(",")))
 REQUIRED = os.environ.get("TIKMIX_FAST_REQUIRE", "").split(",")
-NO_GPU = "no CUDA device: `python benchmarks/gpu.py` runs these tests on a machine with a GPU"
+NO_GPU = "no CUDA device: `python -m benchmarks.gpu` runs these tests on a machine with a GPU"
 
 
 class _SkippedFile(pytest.Module):
@@ -59,7 +51,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def gpu(device: torch.device) -> torch.device:
-    """The GPU, for what has no counterpart on a CPU."""
+    """The GPU, for tests without a counterpart on a CPU."""
     if device.type != "cuda":
         pytest.skip("the rehearsal on a CPU has no streams, graphs or asynchronous errors")
     return device
@@ -75,9 +67,9 @@ def _require(name: str) -> None:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every backend of GPUs in turn; that of CUDA by its own kernels alone."""
+    """Every GPU backend in turn; the CUDA backend with its own kernels only."""
     _require(request.param)
-    # By counting, some of the calls meant for them would go to the vendor's grouped product.
+    # Otherwise some calls would go to the vendor's grouped product, by counting.
     monkeypatch.setattr(cuda, "count_gpu_costs", lambda *sizes, **how: GpuCosts(fused=0.0, two_pass=1.0))
     return str(request.param)
 
@@ -91,7 +83,7 @@ WAYS = {
 
 @pytest.fixture(params=[name for name, (backend, *_) in WAYS.items() if backend in BACKENDS])
 def way(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every way between which a backend chooses by counting, in turn, forced; its backend."""
+    """The backend of a way that it would choose by counting; every way in turn, forced."""
     backend, module, costs = WAYS[request.param]
     _require(backend)
     monkeypatch.setattr(module, "count_gpu_costs", lambda *sizes, **how: costs)
@@ -100,7 +92,7 @@ def way(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytes
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, so that an output nobody wrote is seen."""
+    """Fill what torch.empty returns with NaN, which shows outputs that nobody wrote."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -108,7 +100,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 class Call(NamedTuple):
-    """The tensors of one call, with what is right by float64."""
+    """The tensors of one call, with its right results in float64."""
 
     input: Tensor
     grad_output: Tensor
@@ -122,19 +114,21 @@ class Call(NamedTuple):
         return self[:4]
 
     def check(self, values: Tensor, grad_weight: Tensor | None = None, before: Tensor | None = None) -> None:
-        """Hold the values, and what was added to ``before``, to the budget of every backend."""
+        """Check the values, and the sum with ``before``, against the error budget of every backend."""
         offsets = self.offsets.cpu()
-        eager, eager_total = eager_group_influence(self.input, self.grad_output, offsets, self.queries)
+        eager, eager_total = testing.eager_group_influence(self.input, self.grad_output, offsets, self.queries)
         total = self.gradients.sum(0)
-        floor = rounding_floor(total.numel())
-        check_budget(
-            influence_error(values, self.values, self.queries, self.gradients),
-            influence_error(eager, self.values, self.queries, self.gradients),
+        floor = testing.rounding_floor(total.numel())
+        testing.check_budget(
+            testing.influence_error(values, self.values, self.queries, self.gradients),
+            testing.influence_error(eager, self.values, self.queries, self.gradients),
             floor,
         )
         if grad_weight is not None and before is not None:
             right, eager_sum = before.double() + total, before + eager_total.to(before.dtype)
-            check_budget(gradient_error(grad_weight, right), gradient_error(eager_sum, right), floor)
+            testing.check_budget(
+                testing.gradient_error(grad_weight, right), testing.gradient_error(eager_sum, right), floor
+            )
 
 
 class MakeCall:
@@ -152,9 +146,9 @@ class MakeCall:
             return torch.randn(*shape, generator=generator).to(self.device, dtype)
 
         input, grad_output = normal(sum(sizes), width), normal(sum(sizes), height)
-        queries = normal(tasks, height, width) / 64  # influence would be beyond float16
+        queries = normal(tasks, height, width) / 64  # else influence exceeds the range of float16
         offsets = torch.tensor([0, *sizes]).cumsum(0)
-        gradients = domain_gradients(input, grad_output, offsets)
+        gradients = testing.domain_gradients(input, grad_output, offsets)
         values = torch.einsum("noi,moi->nm", queries.double(), gradients)
         return Call(input, grad_output, offsets.to(self.device), queries, gradients, values)
 
@@ -165,7 +159,7 @@ def make_call(device: torch.device) -> MakeCall:
 
 
 def takes(backend: str, dtype: torch.dtype) -> bool:
-    """Tell whether a backend has a kernel for rows of this dtype; the native CUDA kernels read 16 bits."""
+    """Return whether a backend has a kernel for rows of this dtype; the native CUDA kernels read 16 bits."""
     return backend != "cuda" or dtype != torch.float32
 
 

@@ -1,4 +1,4 @@
-"""Small calls of every kernel, to be run under compute-sanitizer; wrong numbers fail too.
+"""Small calls of every kernel for compute-sanitizer; wrong numbers fail too.
 
 compute-sanitizer --tool memcheck --error-exitcode 86 python tests/gpu/sanitize_cases.py
 """
@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from tikmix_fast import ops
-from tikmix_fast.ops.backends.cuda import grouped_mm as two_pass
+from tikmix_fast.ops.backends.cuda import grouped_mm
 from tikmix_fast.testing import domain_gradients
 
 CASES = [  # O, I, sizes of the domains, n
@@ -43,7 +43,7 @@ def run(backend: str, dtype: torch.dtype) -> None:
                 )
                 assert ((values - right).abs() <= 1e-3 * scale).all()
         wrong = on_device.clone()
-        wrong[-1] += 1000  # must not lead out of memory
+        wrong[-1] += 1000  # must not read outside the memory
         assert ops.group_influence(input, grad_output, wrong, queries, backend=backend).isnan().all()
         for kind in ("countsketch", "rademacher"):
             projection = ops.LayerProjection(height, width, k_out=64, k_in=32, kind=kind, device="cuda")
@@ -55,13 +55,13 @@ def run(backend: str, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    """Run every backend that can be used; at least one must be."""
+    """Run every backend that is available; there must be one."""
     ran = []
     for backend in ("cuda", "triton"):
         reason = ops.available_backends()[backend]
         if reason is None:
-            # The vendor's kernels would be taken for some of the calls, and are not what is examined.
-            with mock.patch.object(two_pass, "refusal", return_value="left to our own kernels"):
+            # The vendor's kernels would take some of the calls; this program examines ours.
+            with mock.patch.object(grouped_mm, "refusal", return_value="left to our own kernels"):
                 for dtype in (torch.bfloat16, torch.float16):
                     run(backend, dtype)
             ran.append(backend)

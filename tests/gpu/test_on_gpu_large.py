@@ -27,7 +27,7 @@ def normal(gpu: torch.device, *shape: int) -> Tensor:
 
 
 def row_wise(input: Tensor, grad_output: Tensor, offsets: list[int], queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Influence without gradients, in float64 a few rows at a time, and the sums of the absolute products."""
+    """Return influence row by row in float64, and the root of the summed squares of the products."""
     values = torch.zeros(len(queries), len(offsets) - 1, dtype=torch.float64, device=input.device)
     sizes = torch.zeros_like(values)
     for task, query in enumerate(queries):

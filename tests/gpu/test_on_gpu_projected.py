@@ -26,7 +26,7 @@ SHAPES = [  # O, I, k_out, k_in, sizes, tasks
 
 
 def check(values: Tensor, call: tuple[Tensor, ...], projection: ops.LayerProjection) -> None:
-    """Hold it to the budget of torch's own products in the rows' dtype (float32 for sketches and float16)."""
+    """Check the values against the budget of torch's products in the rows' dtype (float32 for sketches, float16)."""
     input, grad_output, offsets, queries = call
     offsets = offsets.cpu()
     wide_output, wide_input = projection.matrices(torch.float64)
@@ -38,7 +38,7 @@ def check(values: Tensor, call: tuple[Tensor, ...], projection: ops.LayerProject
     eager, _ = testing.eager_group_influence(
         input.to(dtype) @ input_matrix.T, grad_output.to(dtype) @ output_matrix.T, offsets, queries.to(dtype)
     )
-    # Kernels keep projected rows in 16 bits at the least: what torch loses by that is allowed to a sketch, too.
+    # Kernels round projected rows to no less than 16 bits. A sketch may lose what torch loses by that rounding.
     rounded = dtype if input.dtype == torch.float32 else input.dtype
     small = [
         rows.to(rounded).to(dtype)
@@ -47,7 +47,7 @@ def check(values: Tensor, call: tuple[Tensor, ...], projection: ops.LayerProject
     coarse, _ = testing.eager_group_influence(*small, offsets, queries.to(dtype))
     eager_error = max(
         (testing.influence_error(each, expected, queries, gradients) for each in (eager, coarse)),
-        key=lambda found: found.error,
+        key=lambda worst: worst.error,
     )
     testing.check_budget(
         testing.influence_error(values, expected, queries, gradients),

@@ -1,4 +1,4 @@
-"""The ops on a GPU as torch meets them: schema, compilation, graphs, streams, devices, and late errors."""
+"""The ops under torch on a GPU: schema, compilation, graphs, streams, devices, and late errors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_projected_op_compiles_too(make_call, backend: str, device: torch.de
 
 
 class Replayed:
-    """A call on tensors that stay where they are, captured once."""
+    """A call on fixed tensors, captured once."""
 
     def __init__(self, run: Callable[[], Tensor], device: torch.device) -> None:
         stream = torch.cuda.Stream(device)
@@ -141,12 +141,12 @@ def test_a_graph_of_the_projected_op(make_call, backend: str, gpu: torch.device,
 
 
 def test_work_is_on_the_current_stream(make_call, backend: str, gpu: torch.device) -> None:
-    """The inputs become right late, on a stream of their own: work on any other stream would not see them."""
+    """The inputs get their values late, on their own stream: work on another stream would miss them."""
     call = make_call(HEIGHT, WIDTH, SIZES, TASKS)
     projection = projection_on(gpu)
     queries = projection.project(call.queries)
     input, grad_weight = torch.zeros_like(call.input), torch.zeros(HEIGHT, WIDTH, device=gpu)
-    # Compiled and tuned before: tuning waits.
+    # Compile and tune first: tuning makes the host wait.
     ops.group_influence(input, *call.arguments[1:], grad_weight=grad_weight, backend=backend)
     ops.projected_group_influence(*call.arguments[:3], queries, projection, backend=backend)
     torch.cuda.synchronize()
@@ -264,9 +264,9 @@ def test_autocast_changes_nothing(make_call, backend: str, device: torch.device)
 
 
 def test_runs_inside_backward(make_call, backend: str, device: torch.device) -> None:
-    """Backward runs in a thread of autograd's, with that thread's device and stream."""
+    """Backward runs in a thread of autograd, with the device and stream of that thread."""
     call = make_call(HEIGHT, WIDTH, SIZES, TASKS)
-    seen = []
+    influence = []
 
     class Linear(torch.autograd.Function):
         @staticmethod
@@ -279,9 +279,9 @@ def test_runs_inside_backward(make_call, backend: str, device: torch.device) -> 
             input, weight = ctx.saved_tensors
             grad_weight = torch.zeros_like(weight)
             arguments = (input, grad_output.contiguous(), call.offsets, call.queries)
-            seen.append(ops.group_influence(*arguments, grad_weight=grad_weight, backend=backend))
+            influence.append(ops.group_influence(*arguments, grad_weight=grad_weight, backend=backend))
             return grad_output @ weight, grad_weight
 
     weight = torch.zeros(HEIGHT, WIDTH, dtype=torch.bfloat16, device=device, requires_grad=True)
     Linear.apply(call.input.clone().requires_grad_(), weight).backward(call.grad_output)
-    call.check(seen[0], weight.grad, torch.zeros_like(weight))
+    call.check(influence[0], weight.grad, torch.zeros_like(weight))

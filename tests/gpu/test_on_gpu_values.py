@@ -28,7 +28,7 @@ LAYERS = [
     pytest.param(768, 768, [700, 11, 1313, 24], 16, id="a-layer"),
     pytest.param(64, 72, [30, 41], 64, id="64-tasks"),
 ]
-# Rows that are no multiple of 16 bytes, which the native kernels leave to others.
+# Rows of no multiple of 16 bytes; the native kernels leave them to others.
 ODD_LAYERS = [
     pytest.param(33, 65, [1], 1, id="odd-one-row"),
     pytest.param(67, 129, [1, 2, 197, 201], 5, id="odd"),
@@ -38,7 +38,7 @@ ODD_LAYERS = [
 
 
 def usable(backend: str, arguments: tuple[Tensor, ...]) -> None:
-    """Skip a call that the backend says it does not take: an explicit request for it is refused, and must be."""
+    """Skip a call that the backend refuses: an explicit request for it must raise."""
     try:
         ops.group_influence(*arguments, backend=backend)
     except RuntimeError as error:

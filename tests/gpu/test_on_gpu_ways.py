@@ -1,4 +1,4 @@
-"""The ways between which a backend chooses by counting, each forced: the vendor's grouped product, Triton's two."""
+"""The ways among which a backend chooses by counting, each forced: the vendor's product, and Triton's two."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_significant_takes_the_confidence():
     for level in (0.05, 0.49, 1.0):
         with pytest.raises(ValueError, match="level must be the confidence, at least"):
             full().significant(level)
-    with pytest.raises(ValueError, match='correction must be "bh" or None'):
+    with pytest.raises(ValueError, match="correction must be one of 'bh', None"):
         full().significant(correction="bonferroni")
 
 
@@ -162,11 +162,11 @@ def test_relative_error():
 def test_bad_intervals():
     with pytest.raises(ValueError, match="method must be"):
         full().interval(method="bayes")
-    with pytest.raises(ValueError, match="resamples must be at least 2"):
+    with pytest.raises(ValueError, match="resamples must be an int of at least 2"):
         full().interval(method="bootstrap", resamples=1)
     with pytest.raises(ValueError, match="no record"):
         full().interval(method="bootstrap")
-    with pytest.raises(ValueError, match="draws must be at least 1"):
+    with pytest.raises(ValueError, match="draws must be an int of at least 1"):
         full().split_half(draws=0)
 
 

@@ -157,5 +157,5 @@ def test_empty_and_bad_arguments_of_the_error_bar() -> None:
     for shapes in (((3, 4, 5), (2, 4, 4)), ((3, 4), (2, 4, 4)), ((3, 4, 4), (4, 4))):
         with pytest.raises(ValueError, match=r"gradients and queries must have shapes \(m, k_out, k_in\)"):
             ops.projection_stderr(*(torch.zeros(shape) for shape in shapes))
-    with pytest.raises(ValueError, match="k_out and k_in must be at least 2 to tell an error; got 1 and 4"):
+    with pytest.raises(ValueError, match="k_out and k_in must be at least 2 to estimate an error; got 1 and 4"):
         ops.projection_stderr(torch.zeros(3, 1, 4), torch.zeros(2, 1, 4))

@@ -340,7 +340,7 @@ reports = []
 architecture, calls = json.loads(sys.argv[2])
 triton.runtime.driver.set_active(Machine(architecture))
 for kind, dim in calls:
-    projected._OF_INTERPRETER = projected._BLOCKS["wgmma" if architecture == 90 else "mma", dim][:1]
+    projected._OF_INTERPRETER = projected._usable("wgmma" if architecture == 90 else "mma", dim)[:1]
     projection = ops.LayerProjection(512, 256, k_out=dim, k_in=dim, kind=kind)
     rows = [torch.zeros(512, size, dtype=torch.bfloat16) for size in (256, 512)]
     compiled.clear()
@@ -353,9 +353,12 @@ print(json.dumps(reports))
 """
 
 
-@pytest.mark.parametrize("architecture", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90], ids="sm_{}".format)
 def test_compiled_for_gpus_the_loops_use_tensor_cores_and_spill_nothing(architecture: int) -> None:
-    """What is launched untuned, without a GPU; on Hopper both loops over columns use its own matrix instructions."""
+    """The untuned kernels, compiled by the Triton that is installed; on Hopper both loops over columns use wgmma.
+
+    It passed with Triton 3.6 and 3.8. `projected._SPILLING` names blocks that spill with 3.8 and are not used there.
+    """
     calls = list(itertools.product(["countsketch", "rademacher"], [64, 128]))
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE, str(Path(__file__).parent), json.dumps([architecture, calls])]

@@ -52,9 +52,9 @@ def schedule() -> DynamicMixture:
 
 
 def write_schedule(path: Path) -> None:
-    made = schedule()
-    made.update(5, matrix())
-    made.save(path)
+    plan = schedule()
+    plan.update(5, matrix())
+    plan.save(path)
 
 
 def write_mixture_model(path: Path) -> None:
@@ -175,7 +175,7 @@ def read_damaged(case: str, damage: Callable[[bytes], bytes]) -> None:
         assert refusal is None or str(path.with_suffix("")).removesuffix(".jsonl") in refusal
 
 
-FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -252,12 +252,12 @@ def test_no_flipped_bit_changes_a_number_unseen(case: str, tmp_path: Path) -> No
     if case == "schedule":
 
         def read(path: Path) -> Any:
-            made = schedule()
-            made.load(path)
-            return made.state_dict()
+            plan = schedule()
+            plan.load(path)
+            return plan.state_dict()
 
-    def plain(found: Any) -> str:
-        return repr(found.to_dict() if isinstance(found, InfluenceMatrix) else found)
+    def plain(result: Any) -> str:
+        return repr(result.to_dict() if isinstance(result, InfluenceMatrix) else result)
 
     right = plain(read(path)) if case in ("matrix", "schedule", "adam") else None
     accepted = 0
@@ -266,11 +266,11 @@ def test_no_flipped_bit_changes_a_number_unseen(case: str, tmp_path: Path) -> No
         for bit in (0, 3, 5):
             path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
             try:
-                found = read(path)
+                result = read(path)
             except ValueError:
                 continue
             accepted += 1
-            assert right is None or plain(found) == right
+            assert right is None or plain(result) == right
     assert accepted < 97 * 3 / 2
 
 

@@ -54,7 +54,7 @@ def same(one, other) -> bool:
 
 
 def test_labels_are_those_of_a_loop_by_hand(arm: Arm, settings: DemoSettings, text) -> None:
-    found = probe_arm(arm, text["tasks"], MIXTURES, steps=3, repeats=2)
+    labels = probe_arm(arm, text["tasks"], MIXTURES, steps=3, repeats=2)
     every = torch.cat([each.all() for each in text["domains"].values()])
     for repeat in range(2):
         for index, mixture in enumerate(MIXTURES):
@@ -76,12 +76,12 @@ def test_labels_are_those_of_a_loop_by_hand(arm: Arm, settings: DemoSettings, te
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
             after = task_losses(model, text["tasks"])
-            assert found.runs[repeat, index].tolist() == [before[name] - after[name] for name in before]
-    assert np.array_equal(found.labels, (found.runs[0] + found.runs[1]) / 2)
-    assert found.stderr == pytest.approx(np.abs(found.runs[0] - found.runs[1]) / 2)
-    assert found.runs[0].tolist() != found.runs[1].tolist()
+            assert labels.runs[repeat, index].tolist() == [before[name] - after[name] for name in before]
+    assert np.array_equal(labels.labels, (labels.runs[0] + labels.runs[1]) / 2)
+    assert labels.stderr == pytest.approx(np.abs(labels.runs[0] - labels.runs[1]) / 2)
+    assert labels.runs[0].tolist() != labels.runs[1].tolist()
     # Training on code lowers the loss on code the most.
-    assert found.labels[:, 1].argmax() == 1
+    assert labels.labels[:, 1].argmax() == 1
 
 
 def test_an_arm_is_left_as_it_was_and_goes_on_as_it_would_have(arm: Arm, text) -> None:
@@ -91,7 +91,7 @@ def test_an_arm_is_left_as_it_was_and_goes_on_as_it_would_have(arm: Arm, text) -
     probe_arm(arm, text["tasks"], MIXTURES[:2], steps=2, repeats=2, rows=2)
     assert same(state(arm), before)
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert all(each.grad is kept for each, kept in zip(arm.model.parameters(), gradient, strict=True))
+    assert all(each.grad is own for each, own in zip(arm.model.parameters(), gradient, strict=True))
     for _ in range(5):
         arm.train_step()
         twin.train_step()
@@ -147,9 +147,9 @@ def test_all_mixtures_meet_the_same_noise_and_repeats_other() -> None:
     trainer = Noisy()
     trainer.model[0].bias.grad = torch.full((8,), float("nan"))
     generators = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]  # noqa: NPY002
-    found = trainer.probe([*MIXTURES, MIXTURES[1]], steps=3, repeats=3)
-    assert np.array_equal(found.runs[:, 1], found.runs[:, 4])
-    assert len(np.unique(found.runs[:, 0, 0])) == 3
+    labels = trainer.probe([*MIXTURES, MIXTURES[1]], steps=3, repeats=3)
+    assert np.array_equal(labels.runs[:, 1], labels.runs[:, 4])
+    assert len(np.unique(labels.runs[:, 0, 0])) == 3
     by_candidate = [trainer.seen[start : start + 3] for start in range(0, 45, 3)]
     assert [each[0] for each in by_candidate[0]] == [0, 1, 2]
     for repeat in range(3):
@@ -163,18 +163,18 @@ def test_all_mixtures_meet_the_same_noise_and_repeats_other() -> None:
 
 
 def test_the_evaluations_own_noise_is_the_same_before_and_after() -> None:
-    found = probe([], lambda mixture, step: torch.rand(3), lambda: torch.rand(2), MIXTURES, steps=3)
-    assert not found.runs.any()
-    assert found.before.any()
+    labels = probe([], lambda mixture, step: torch.rand(3), lambda: torch.rand(2), MIXTURES, steps=3)
+    assert not labels.runs.any()
+    assert labels.before.any()
 
 
 def test_errors_are_of_the_mean_over_repeats_and_pairing_removes_what_is_shared() -> None:
     random_ = np.random.default_rng(0)
     truth = np.array([[1.0], [2.0], [4.0]])
     runs = truth + 5 * random_.normal(size=(400, 1, 1)) + 0.2 * random_.normal(size=(400, 3, 1))
-    found = ProbeLabels(MIXTURES[:3], runs, np.zeros((400, 1)), 1)
-    assert found.stderr == pytest.approx(np.full((3, 1), 5 / 20), rel=0.1)
-    assert found.paired_stderr == pytest.approx(np.full((3, 1), 0.2 * math.sqrt(2 / 3) / 20), rel=0.1)
+    labels = ProbeLabels(MIXTURES[:3], runs, np.zeros((400, 1)), 1)
+    assert labels.stderr == pytest.approx(np.full((3, 1), 5 / 20), rel=0.1)
+    assert labels.paired_stderr == pytest.approx(np.full((3, 1), 0.2 * math.sqrt(2 / 3) / 20), rel=0.1)
     one = ProbeLabels(MIXTURES[:3], runs[:1], np.zeros((1, 1)), 1)
     assert np.isnan(one.stderr).all()
     assert np.isnan(one.paired_stderr).all()
@@ -195,9 +195,9 @@ def test_repeats_without_other_data_are_told() -> None:
         weight.add_(torch.from_numpy(mixture).float())
 
     with pytest.warns(UserWarning, match="all repeats gave the same labels: draw data from"):
-        found = probe([weight], train_step, lambda: -weight, MIXTURES, steps=2, repeats=2)
-    assert found.labels == pytest.approx(2 * MIXTURES)
-    assert np.array_equal(found.before, np.zeros((2, 3)))
+        labels = probe([weight], train_step, lambda: -weight, MIXTURES, steps=2, repeats=2)
+    assert labels.labels == pytest.approx(2 * MIXTURES)
+    assert np.array_equal(labels.before, np.zeros((2, 3)))
 
     shift = torch.zeros(())
 
@@ -205,8 +205,8 @@ def test_repeats_without_other_data_are_told() -> None:
         mixture[:] = 0.0  # a copy: the caller's stays
         shift.fill_(float(repeat))
 
-    found = probe([weight, shift], train_step, lambda: -weight - shift, MIXTURES, steps=2, repeats=2, prepare=prepare)
-    assert found.runs[1] == pytest.approx(2 * MIXTURES + 1)
+    labels = probe([weight, shift], train_step, lambda: -weight - shift, MIXTURES, steps=2, repeats=2, prepare=prepare)
+    assert labels.runs[1] == pytest.approx(2 * MIXTURES + 1)
     assert (shift, weight.tolist()) == (0, [0, 0, 0])
 
 

@@ -181,8 +181,8 @@ def test_everything_comes_back_and_goes_on(earlier: int) -> None:
     # In place: whoever holds on to a tensor still holds the right one.
     assert all(a is b for a, b in zip([*run.model.parameters(), *run.model.buffers()], tensors, strict=True))
     assert [each.data_ptr() for each in tensors] == addresses
-    kept = [value for state in run.optimizer.state.values() for value in state.values()]
-    assert all(a is b for a, b in zip(kept, moments, strict=True))
+    after = [value for state in run.optimizer.state.values() for value in state.values()]
+    assert all(a is b for a, b in zip(after, moments, strict=True))
     assert all(each.grad is gradient for each, gradient in zip(run.model.parameters(), gradients, strict=True))
     assert run.model.unused.grad is None
 

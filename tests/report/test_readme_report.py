@@ -114,13 +114,14 @@ def test_the_gpu_is_named_when_there_are_results(report: ModuleType) -> None:
 def test_sections_hold_tables_of_the_results(
     report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from benchmarks.suites import ALL_SUITES
     from tikmix_fast.benchmarking.suites import BenchSettings, run_suite
 
     folder = tmp_path / report.RESULTS
     folder.mkdir(parents=True)
     for suite in ("ops", "mixture", "sampler"):
-        settings = BenchSettings("tiny", rounds=1, weigh=False, every_instruction_set=False)
-        (folder / f"{suite}.json").write_text(json.dumps(run_suite(suite, settings)))
+        settings = BenchSettings("tiny", rounds=1, weigh=False)
+        (folder / f"{suite}.json").write_text(json.dumps(run_suite(suite, settings, suites=ALL_SUITES)))
     monkeypatch.setattr(report, "ROOT", tmp_path)
     ops = report.section("ops")
     assert ops.count("| **tikmix_fast** |") == 2

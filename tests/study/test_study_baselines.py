@@ -73,11 +73,11 @@ def test_ado_recovers_known_power_laws(law: tuple[float, float, float]) -> None:
     a, e, alpha = law
     samples = 16.0 * np.arange(100, 3000, 10)
     losses = math.exp(e) + math.exp(a) / samples**alpha
-    found = fit_scaling_law(samples, losses)
-    a2, e2, alpha2 = found
+    result = fit_scaling_law(samples, losses)
+    a2, e2, alpha2 = result
     assert math.exp(e2) + np.exp(a2) / samples**alpha2 == pytest.approx(losses, rel=2e-3)
     expected = alpha * math.exp(a) / samples[-1] ** (alpha + 1)
-    assert slope(found[None], samples[-1])[0] == pytest.approx(expected, rel=0.15)
+    assert slope(result[None], samples[-1])[0] == pytest.approx(expected, rel=0.15)
 
 
 def test_ado_fits_despite_outliers() -> None:
@@ -112,10 +112,10 @@ def test_gradient_is_that_of_a_backward(make_study: MakeStudy) -> None:
     study = make_study()
     arm = trainee(study)
     rows = study.problem.domains["python"].all()[:3]
-    found = gradient(arm.model, rows)
+    result = gradient(arm.model, rows)
     assert all(each.grad is None for each in arm.model.parameters())
     arm.model.loss(rows).backward()
-    torch.testing.assert_close(found, torch.cat([each.grad.flatten() for each in arm.model.parameters()]))
+    torch.testing.assert_close(result, torch.cat([each.grad.flatten() for each in arm.model.parameters()]))
 
 
 def test_mirror_step_by_hand() -> None:
@@ -139,8 +139,8 @@ def test_dga_moves_to_the_domain_whose_gradient_is_the_targets(
         return directions_list[2] if len(sequences) > study.settings.dga_rows else directions_list[int(sequences[0, 0])]
 
     directions_list = list(directions.values())
-    monkeypatch.setattr("study.baselines.dga.draw", draw)
-    monkeypatch.setattr("study.baselines.dga.gradient", fake)
+    monkeypatch.setattr("benchmarks.study.baselines.dga.draw", draw)
+    monkeypatch.setattr("benchmarks.study.baselines.dga.gradient", fake)
     method, arm = DGA(study), trainee(study)
     for arm.step in range(40):
         method.update(arm)
@@ -162,10 +162,10 @@ def test_dga_and_doge_leave_noise_on_real_gradients(make_study: MakeStudy) -> No
         if changed is not None:
             arm.sampler.set_weights(changed)
         arm.train_on()
-    for found in (method.weights, DoGE(study).start()):
-        assert found.sum() == pytest.approx(1)
-        assert found[3] < 0.25
-        assert found[3] == found.min()
+    for result in (method.weights, DoGE(study).start()):
+        assert result.sum() == pytest.approx(1)
+        assert result[3] < 0.25
+        assert result[3] == result.min()
 
 
 def test_regmix_finds_the_best_of_a_known_quadratic() -> None:
@@ -173,18 +173,18 @@ def test_regmix_finds_the_best_of_a_known_quadratic() -> None:
     natural_mixture = np.array([0.4, 0.3, 0.2, 0.1])
     best = np.array([0.15, 0.5, 0.1, 0.25])
     mixtures, pool = (candidates(natural_mixture, count, random) for count in (256, 20_000))
-    found = best_mixture(mixtures, 2 + ((mixtures - best) ** 2).sum(1), pool)
-    assert np.abs(found - best).sum() < 0.15
+    result = best_mixture(mixtures, 2 + ((mixtures - best) ** 2).sum(1), pool)
+    assert np.abs(result - best).sum() < 0.15
     assert np.abs(natural_mixture - best).sum() > 0.5
 
 
 def test_regmix_candidates_are_mixtures_within_the_published_bounds() -> None:
     scarce = np.array([0.93, 0.05, 0.02])
-    found = candidates(scarce, 3000, np.random.default_rng(1))
-    assert found.shape == (3000, 3)
-    assert found.sum(1) == pytest.approx(np.ones(3000))
-    assert found[:, 2].max() == pytest.approx(15 * 0.02, abs=1e-3)
-    assert (found == 0).any(1).mean() > 0.2  # weak strengths leave domains out
+    result = candidates(scarce, 3000, np.random.default_rng(1))
+    assert result.shape == (3000, 3)
+    assert result.sum(1) == pytest.approx(np.ones(3000))
+    assert result[:, 2].max() == pytest.approx(15 * 0.02, abs=1e-3)
+    assert (result == 0).any(1).mean() > 0.2  # weak strengths leave domains out
     plenty = np.array([0.4, 0.3, 0.2, 0.1])  # no bound is reached, so the mean is that of the Dirichlet distributions
     flat = np.sqrt(plenty) / np.sqrt(plenty).sum()
     assert candidates(plenty, 20_000, np.random.default_rng(1)).mean(0) == pytest.approx(flat, abs=0.01)
@@ -195,10 +195,10 @@ def test_tikmix_d_measures_at_the_boundaries_only_and_leaves_noise(make_study: M
     arm, method = trainee(study), TikmixD(study)
     changed = []
     while arm.step < study.main.steps:
-        found = method.update(arm)
-        if found is not None:
+        result = method.update(arm)
+        if result is not None:
             changed.append(arm.step)
-            arm.sampler.set_weights(found)
+            arm.sampler.set_weights(result)
         arm.train_on()
     assert tuple(changed) == study.main.boundaries == (8, 16)
     assert [each["step"] for each in method.log] == changed

@@ -64,24 +64,35 @@ def test_a_step_tells_the_domain_and_loss_of_each_sequence(make_study: MakeStudy
 def test_a_method_sees_every_step_and_its_changes_hold_from_the_next_one(make_study: MakeStudy) -> None:
     study = make_study()
     only = [np.eye(4)[index] for index in range(4)]
-    seen: list[tuple[int, set[int]]] = []
+    steps_seen: list[tuple[int, set[int]]] = []
 
     class Switching(Method):
         def update(self, arm):
             return only[1] if arm.step == 10 else None
 
         def observe(self, step, domains, losses):
-            seen.append((step, set(domains.tolist())))
+            steps_seen.append((step, set(domains.tolist())))
 
     result = train(study, Switching(only[0]))
-    assert seen == [(step, {0} if step <= 10 else {1}) for step in range(1, 25)]
+    assert steps_seen == [(step, {0} if step <= 10 else {1}) for step in range(1, 25)]
     assert [each["step"] for each in result["mixtures"]] == [0, 10]
     assert result["drawn"] == {"python": 40, "docstrings": 56, "fragments": 0, "noise": 0}
     assert [each["step"] for each in result["curve"]] == [8, 16, 24]
     assert set(result["final"]) == {"numpy docs", "fonttools", "sums"}
 
 
-@pytest.mark.parametrize("arm", [name for name in arms(SETTINGS["tiny"]) if name != "regmix 4"])
+FAST = ("odm", "tikmix-d")
+"""An arm that learns from every step, and one that measures; the others take minutes together."""
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
+        for name in arms(SETTINGS["tiny"])
+        if name != "regmix 4"
+    ],
+)
 def test_killed_and_resumed_is_identical(
     arm: str, make_study: MakeStudy, tiny: StudySettings, problem: Problem, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,10 +149,10 @@ def test_proxies_are_shared_and_the_smaller_counts_are_the_first_of_the_largest(
     study = make_study()
     few = proxy_losses(study, 3)
     path = study.folder / "proxies-0.json"
-    kept = json.loads(path.read_text())["losses"]
-    assert len(kept) == 3
+    losses = json.loads(path.read_text())["losses"]
+    assert len(losses) == 3
     many = proxy_losses(study, 5)
-    assert json.loads(path.read_text())["losses"][:3] == kept
+    assert json.loads(path.read_text())["losses"][:3] == losses
     for less, more in zip(few, many, strict=True):
         assert np.array_equal(less, more[:3])
     assert many[1].shape == (5, 2)
@@ -182,10 +193,10 @@ def test_operations_by_hand(make_study: MakeStudy) -> None:
 
 def test_cut_up_keeps_pieces_and_loses_their_order() -> None:
     text = np.arange(200, dtype=np.uint8)
-    found = cut_up(text, 3)
-    assert sorted(found.tolist()) == list(range(198))
-    assert (np.diff(found.reshape(-1, 3).astype(int)) == 1).all()
-    assert (np.diff(found.reshape(-1, 3)[:, 0].astype(int)) == 3).mean() < 0.2
+    pieces = cut_up(text, 3)
+    assert sorted(pieces.tolist()) == list(range(198))
+    assert (np.diff(pieces.reshape(-1, 3).astype(int)) == 1).all()
+    assert (np.diff(pieces.reshape(-1, 3)[:, 0].astype(int)) == 3).mean() < 0.2
 
 
 def test_the_scarce_domain_is_scarce(problem: Problem, tiny: StudySettings) -> None:
@@ -206,8 +217,8 @@ def test_an_unknown_arm_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_the_command_killed_and_run_again(tmp_path: Path) -> None:
     command = [
-        sys.executable, run.__file__, "--setting", "tiny", "--seeds", "7", "--arms", "uniform", "odm", "regmix 8",
-        "tikmix-d", "--out",
+        sys.executable, "-m", "benchmarks.study.run", "--setting", "tiny", "--seeds", "7", "--arms", "uniform", "odm",
+        "regmix 8", "tikmix-d", "--out",
     ]  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run([*command, str(whole)], check=True, capture_output=True)

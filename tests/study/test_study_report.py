@@ -12,6 +12,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.study import report
+from benchmarks.study.comparisons import Results, changes, interval, plateau
+from benchmarks.study.pictures import mixture_at
 from benchmarks.study.run import FORMAT
 
 DOMAINS = ("docstrings", "python", "fragments", "noise")
@@ -32,7 +34,7 @@ def run(steered: float, held_out: float, *, noise: float = 0.25, flops: float = 
 
 
 @pytest.fixture
-def results() -> report.Results:
+def results() -> Results:
     return {
         "uniform": {0: run(1.0, 2.0), 1: run(1.2, 2.2), 2: run(0.9, 1.9)},
         "tikmix-d": {s: run(x, 2.0, noise=0.02, flops=100.0) for s, x in ((0, 0.95), (1, 1.13), (2, 0.86))},
@@ -42,30 +44,30 @@ def results() -> report.Results:
     }
 
 
-def test_changes_are_paired_by_seed(results: report.Results) -> None:
-    found = report.changes(results, "tikmix-d", "uniform", ["a", "b"])
-    assert found == pytest.approx([0.95 / 1.0 - 1, 1.13 / 1.2 - 1, 0.86 / 0.9 - 1])
+def test_changes_are_paired_by_seed(results: Results) -> None:
+    paired = changes(results, "tikmix-d", "uniform", ["a", "b"])
+    assert paired == pytest.approx([0.95 / 1.0 - 1, 1.13 / 1.2 - 1, 0.86 / 0.9 - 1])
     del results["uniform"][1]
-    assert report.changes(results, "tikmix-d", "uniform", ["a"]) == pytest.approx([-0.05, 0.86 / 0.9 - 1])
+    assert changes(results, "tikmix-d", "uniform", ["a"]) == pytest.approx([-0.05, 0.86 / 0.9 - 1])
 
 
 def test_the_interval_is_that_of_a_t_test() -> None:
     values = np.array([0.3, 0.1, 0.4, 0.15, 0.2])
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert report.interval(values) == pytest.approx(((low + high) / 2, (high - low) / 2))
-    mean, half = report.interval(values[:1])
+    assert interval(values) == pytest.approx(((low + high) / 2, (high - low) / 2))
+    mean, half = interval(values[:1])
     assert mean == 0.3
     assert np.isnan(half)
 
 
-def test_the_plateau_is_the_cheapest_that_is_not_reliably_worse(results: report.Results) -> None:
-    assert report.plateau(results) == "regmix 64"
+def test_the_plateau_is_the_cheapest_that_is_not_reliably_worse(results: Results) -> None:
+    assert plateau(results) == "regmix 64"
     results["regmix 64"] = {s: run(x, 2.0) for s, x in ((0, 1.0), (1, 1.22), (2, 0.9))}  # a steady 1.5 to 2.3% worse
-    assert report.plateau(results) == "regmix 256"
-    assert report.plateau({"uniform": results["uniform"]}) is None
+    assert plateau(results) == "regmix 256"
+    assert plateau({"uniform": results["uniform"]}) is None
 
 
-def test_goals(results: report.Results) -> None:
+def test_goals(results: Results) -> None:
     rows = [line.split("|")[1:4] for line in report.bar_table(results).splitlines()[2:]]
     # Changes of -3.6, -5.8 and -2.3% from regmix 256 have an interval that reaches above 0.
     assert [reached.strip() for *_, reached in rows] == ["yes", "yes", "yes", "no", "yes", "yes", "yes"]
@@ -80,11 +82,11 @@ def test_goals(results: report.Results) -> None:
 
 def test_mixtures_hold_from_their_step_on() -> None:
     mixtures = [{"step": 0, "domains": {"a": 1.0, "b": 0.0}}, {"step": 3, "domains": {"a": 0.25, "b": 0.75}}]
-    found = report.mixture_at(mixtures, ["b", "a"], np.arange(5))
-    assert found.tolist() == [[0, 0, 0, 0.75, 0.75], [1, 1, 1, 0.25, 0.25]]
+    weights = mixture_at(mixtures, ["b", "a"], np.arange(5))
+    assert weights.tolist() == [[0, 0, 0, 0.75, 0.75], [1, 1, 1, 0.25, 0.25]]
 
 
-def test_a_folder_is_read_and_written(results: report.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_read_and_written(results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arm, runs in results.items():
         for seed, content in runs.items():
             path = tmp_path / f"{arm.replace(' ', '-')}-{seed}.json"
@@ -96,14 +98,14 @@ def test_a_folder_is_read_and_written(results: report.Results, tmp_path: Path, m
     assert {path.name for path in tmp_path.glob("*.png")} == {"changes.png", "weights.png", "influence.png"}
     assert text.index("| tikmix-d |") < text.index("| regmix 64 |") < text.index("| uniform |")
 
-    kept = tmp_path / "kept"
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--out", str(kept)])
+    summary = tmp_path / "kept"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--out", str(summary)])
     report.main()
-    assert (kept / "report.md").read_text() == text
-    (kept / "reading.md").write_text("What it means.")
-    monkeypatch.setattr(sys, "argv", ["report.py", str(kept / "summary.json")])
+    assert (summary / "report.md").read_text() == text
+    (summary / "reading.md").write_text("What it means.")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(summary / "summary.json")])
     report.main()
-    assert (kept / "report.md").read_text() == text.replace("# Study\n", "# Study\n\nWhat it means.\n")
+    assert (summary / "report.md").read_text() == text.replace("# Study\n", "# Study\n\nWhat it means.\n")
 
     (tmp_path / "ado-0.json").write_text(json.dumps({**run(1, 1), "arm": "ado", "seed": 0, "fingerprint": "g"}))
     with pytest.raises(ValueError, match="results of one study; it holds those of 2"):

@@ -1,1 +1,1 @@
-"""What ``tikmix-fast bench`` and ``benchmarks/`` measure: cases, baselines, and how they are timed side by side."""
+"""The measurements of ``tikmix-fast bench``: cases, baselines, and their timing in turn."""

@@ -1,29 +1,26 @@
-"""Every way to compute the influence of one layer that we know of, ours among them, behind one signature."""
+"""Every known way to compute the influence of one layer, ours included, behind one signature."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tikmix_fast import ops
-from tikmix_fast.ops.backends import cpu
 
 __all__ = ["PLAIN", "Answer", "Layer", "Method", "exact_methods", "projected_methods"]
 
 PLAIN = "plain weight gradient"
-"""What every ratio is taken to."""
+"""The method that every ratio is relative to."""
 
 _PANEL = 128
-_any_version: Any = ops
+_Kind = Literal["countsketch", "rademacher"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Layer:
     offsets : int64 Tensor [m + 1]
         On the CPU, wherever the others are: a loop over domains reads them.
     queries : Tensor [n, O, I]
-        Of the dtype of ``input``, as every baseline needs them.
+        Same dtype as ``input``, because every baseline needs that.
     """
 
     input: Tensor
@@ -51,25 +48,25 @@ class Layer:
 
 
 class Answer(NamedTuple):
-    """What a method gives: influence [n, m] and the total weight gradient [O, I]; None where it gives none."""
+    """Influence [n, m] and the total weight gradient [O, I]; None for what a method does not give."""
 
     values: Tensor | None
     total: Tensor | None
 
 
 class Method(NamedTuple):
-    """One way to compute it.
+    """One way to compute influence.
 
     Attributes
     ----------
     prepare : callable (Layer) -> callable () -> Answer
-        Does once what a training run does once per refresh (packing queries, allocating the total), and returns what
-        is timed.
+        Does what a training run does once per refresh (pack the queries, allocate the total), and returns the function
+        to time.
     refusal : callable (Layer) -> str or None
-        Why it cannot be used here.
+        Why the method cannot run here; None if it can.
     ours : bool
     matrices : callable (Layer) -> (Tensor [k, O], Tensor [k, I]), or None
-        The projections that it measures with; None where influence is exact.
+        The projections of the method; None if its influence is exact.
     """
 
     prepare: Callable[[Layer], Callable[[], Answer]]
@@ -78,15 +75,9 @@ class Method(NamedTuple):
     matrices: Callable[[Layer], tuple[Tensor, Tensor]] | None = None
 
 
-def exact_methods(*, every_instruction_set: bool = False) -> dict[str, Method]:
-    """Return the exact methods by name, `PLAIN` first.
-
-    Parameters
-    ----------
-    every_instruction_set : bool
-        Also our kernel with each instruction set forced.
-    """
-    methods = {
+def exact_methods() -> dict[str, Method]:
+    """Return the exact methods by name, `PLAIN` first."""
+    return {
         PLAIN: Method(_plain),
         "oneDNN weight gradient": Method(_onednn, _onednn_refusal),
         "torch, domain by domain": Method(_per_domain),
@@ -99,21 +90,17 @@ def exact_methods(*, every_instruction_set: bool = False) -> dict[str, Method]:
         "tikmix_fast, not packed": Method(_ours_unpacked, _cpu_refusal, ours=True),
         "tikmix_fast, influence only": Method(_ours_without_total, _cpu_refusal, ours=True),
     }
-    if every_instruction_set:
-        for name in cpu.instruction_sets():
-            methods[f"tikmix_fast, {name}"] = Method(_forced(name), _cpu_refusal, ours=True)
-    return methods
 
 
 def projected_methods(dim: int) -> dict[str, Method]:
-    """Return the methods that project both sides to ``dim`` numbers, `PLAIN` first."""
+    """Return the methods that project both sides of a gradient to ``dim`` numbers, `PLAIN` first."""
     methods = {PLAIN: Method(_plain)}
-    for kind in ("countsketch", "rademacher"):
+    for kind in get_args(_Kind):
         methods[f"tikmix_fast, {kind}"] = Method(
-            partial(_ours_projected, dim, kind), _projected_refusal, ours=True, matrices=partial(_matrices, dim, kind)
+            partial(_ours_projected, dim, kind), ours=True, matrices=partial(_matrices, dim, kind)
         )
     methods["torch, dense projections"] = Method(
-        partial(_torch_projected, dim), _projected_refusal, matrices=partial(_matrices, dim, "rademacher")
+        partial(_torch_projected, dim), matrices=partial(_matrices, dim, "rademacher")
     )
     return methods
 
@@ -123,8 +110,8 @@ def _plain(layer: Layer) -> Callable[[], Answer]:
 
 
 def _onednn_product(grad_output: Tensor, input: Tensor) -> Tensor:
-    """Return ``grad_output.T @ input``: oneDNN reads both with the rows contiguous that are summed over."""
-    if not len(input):  # which oneDNN refuses
+    """Return ``grad_output.T @ input``; oneDNN wants the summed rows contiguous."""
+    if not len(input):  # oneDNN refuses an empty input
         return input.new_zeros(grad_output.shape[1], input.shape[1])
     product: Tensor = torch.ops.mkldnn._linear_pointwise(
         grad_output.T.contiguous(), input.T.contiguous(), None, "none", [], ""
@@ -235,7 +222,7 @@ def _cpu_refusal(layer: Layer) -> str | None:
 
 
 def _total_of(layer: Layer) -> Tensor:
-    """Return zeros to add the total to, float32 as an optimizer's main gradient is."""
+    """Return zeros for the total, float32 like the main gradient of an optimizer."""
     return layer.input.new_zeros(layer.queries.shape[1:], dtype=torch.float32)
 
 
@@ -264,53 +251,21 @@ def _ours_without_total(layer: Layer) -> Callable[[], Answer]:
     return lambda: Answer(ops.group_influence(layer.input, layer.grad_output, layer.offsets, queries), None)
 
 
-@contextmanager
-def _instruction_set(name: str) -> Iterator[None]:
-    before = os.environ.get(cpu.INSTRUCTION_SET_VARIABLE)
-    os.environ[cpu.INSTRUCTION_SET_VARIABLE] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[cpu.INSTRUCTION_SET_VARIABLE]
-        else:
-            os.environ[cpu.INSTRUCTION_SET_VARIABLE] = before
-
-
-def _forced(name: str) -> Callable[[Layer], Callable[[], Answer]]:
-    def prepare(layer: Layer) -> Callable[[], Answer]:
-        with _instruction_set(name):
-            run = _ours(layer)
-
-        def run_forced() -> Answer:
-            with _instruction_set(name):
-                return run()
-
-        return run_forced
-
-    return prepare
-
-
-def _projected_refusal(layer: Layer) -> str | None:
-    return None if hasattr(ops, "projected_group_influence") else "projected influence is not in this version"
-
-
-def _projection(dim: int, kind: str, layer: Layer) -> Any:
+def _projection(dim: int, kind: _Kind, layer: Layer) -> ops.LayerProjection:
     height, width = layer.queries.shape[1:]
-    return _any_version.LayerProjection(height, width, dim, dim, kind, device=str(layer.input.device))
+    return ops.LayerProjection(height, width, dim, dim, kind, device=str(layer.input.device))
 
 
-def _matrices(dim: int, kind: str, layer: Layer) -> tuple[Tensor, Tensor]:
+def _matrices(dim: int, kind: _Kind, layer: Layer) -> tuple[Tensor, Tensor]:
     output, input = _projection(dim, kind, layer).matrices(torch.float64)
     return output, input
 
 
-def _ours_projected(dim: int, kind: str, layer: Layer) -> Callable[[], Answer]:
+def _ours_projected(dim: int, kind: _Kind, layer: Layer) -> Callable[[], Answer]:
     projection = _projection(dim, kind, layer)
     queries = projection.project(layer.queries)
     return lambda: Answer(
-        _any_version.projected_group_influence(layer.input, layer.grad_output, layer.offsets, queries, projection),
-        None,
+        ops.projected_group_influence(layer.input, layer.grad_output, layer.offsets, queries, projection), None
     )
 
 

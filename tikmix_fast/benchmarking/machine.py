@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same run as what is compared with it."""
+"""The highest rates of this machine, measured in the same run as the methods."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["MachineRates", "measure_rates"]
 
 @dataclass(frozen=True)
 class MachineRates:
-    """Measured limits of this machine, with the threads torch has now.
+    """Measured limits of this machine, with the present threads of torch.
 
     Attributes
     ----------
     flops : dict of str to float
-        Floating-point operations per second by dtype: the best of several matrix products that fit in the caches.
+        Floating-point operations per second by dtype: the best of several matrix products that fit into the caches.
     found_by : dict of str to str
-        Which product that was.
+        The product that reached this rate, by dtype.
     bandwidth : float
-        Bytes per second read plus written by a copy of arrays far larger than the caches.
+        Bytes per second, read plus written, of a copy of arrays far larger than the caches.
     """
 
     flops: dict[str, float]
@@ -39,20 +39,20 @@ class MachineRates:
 
 
 def measure_rates(dtypes: tuple[str, ...] = ("float32", "bfloat16"), seconds: float = 3.0) -> MachineRates:
-    """Measure the highest rates seen on this machine: a roof that was reached, not one that was calculated.
+    """Measure the highest rates that this machine reaches; they are not calculated.
 
     Parameters
     ----------
     dtypes : tuple of str
         Names of torch dtypes.
     seconds : float
-        Time to spend, in all.
+        Time of all measurements together.
 
     Notes
     -----
-    Every product is repeated and its fastest run counts, since a roof is what the machine can do when left alone. The
-    candidates are torch's ``@``, oneDNN's product by way of the op that linear layers use, and this package's own
-    kernel on one domain; some of them may be far below the machine's limit for a dtype.
+    The fastest run of each product counts, because other work on the machine only slows it. The candidates are torch's
+    ``@``, oneDNN's product through the op of linear layers, and this package's kernel on one domain. Some may be far
+    below the machine's limit for a dtype.
     """
     flops, found_by = {}, {}
     share = seconds / (len(dtypes) + 1)
@@ -97,7 +97,7 @@ def _multiply_by_onednn(a: Tensor, b: Tensor) -> Callable[[], object]:
 def _onednn_takes(a: Tensor) -> bool:
     try:
         _multiply_by_onednn(a, a)()
-    except (RuntimeError, AttributeError):  # a build without oneDNN, or a dtype that this processor lacks
+    except (RuntimeError, AttributeError):  # a build without oneDNN, or a dtype that this processor does not support
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, seen by the operating system in a process of its own."""
+"""Peak memory of a call, as the operating system sees it, in a fresh process."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def why_not() -> str | None:
 
 
 def peak_growth(function: Callable[[], object]) -> dict[str, int]:
-    """Call the function and return how far resident memory rose above what was there before, in bytes.
+    """Call the function and return the peak growth of resident memory, in bytes.
 
     Returns
     -------
     dict
-        ``growth`` (peak during the call less what was resident before) and ``peak`` (of the whole process).
+        ``growth`` (peak during the call minus resident memory before) and ``peak`` (of the whole process).
 
     Raises
     ------
     OSError
-        Where the kernel does not let the peak be reset; see `why_not`.
+        If the kernel does not reset the peak; see `why_not`.
     """
-    _RESET.write_text("5")  # VmHWM starts anew at what is resident now
+    _RESET.write_text("5")  # VmHWM restarts at the present resident memory
     before = _kilobytes("VmRSS")
     function()
     peak = _kilobytes("VmHWM")
@@ -47,9 +47,9 @@ def in_fresh_process(module: str, request: dict[str, Any], timeout: float = 600)
     Raises
     ------
     RuntimeError
-        If it fails, with the end of what it wrote.
+        If it fails, with the end of its error output.
     """
-    # What is freed goes back to the system at once: else a call could fill what its preparation left behind, unseen.
+    # Return freed memory to the system at once. Otherwise a call could reuse memory of its preparation unseen.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-m", module],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,8 @@ from torch import Tensor
 from tikmix_fast.benchmarking import memory
 from tikmix_fast.benchmarking.baselines import PLAIN, Answer, Layer, Method, exact_methods, projected_methods
 from tikmix_fast.benchmarking.interleaved import interleave
+from tikmix_fast.benchmarking.layer_truth import Errors, LayerTruth, check_answer
 from tikmix_fast.benchmarking.machine import MachineRates
-from tikmix_fast.testing import (
-    WorstCell,
-    check_budget,
-    domain_gradients,
-    eager_group_influence,
-    gradient_error,
-    influence_error,
-    rounding_floor,
-)
 
 __all__ = [
     "CASES",
@@ -37,9 +29,6 @@ __all__ = [
     "measure_case",
     "methods_of",
 ]
-
-_WRONG = 30.0
-"""A baseline, which has no budget to keep, is taken for broken beyond this many times the eager path's error."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ class Case:
     dtype : str
         Name of a torch dtype, of operands and queries.
     projection : int or None
-        k, to measure projected influence with k x k numbers of every gradient; None for exact influence.
+        k of projected influence, which keeps k x k numbers of every gradient; None for exact influence.
     """
 
     rows: int
@@ -75,9 +64,9 @@ class Case:
 
     @property
     def useful_flops(self) -> float:
-        """Operations that influence with total needs: the weight gradient and one inner product per cell.
+        """Operations of influence with total: the weight gradient and one inner product per cell.
 
-        Projected influence has no total; it counts as if its projections were dense.
+        Projected influence has no total and counts as if its projections were dense.
         """
         if self.projection:
             k = self.projection
@@ -87,7 +76,7 @@ class Case:
 
     @property
     def least_bytes(self) -> float:
-        """Bytes that have to be moved: operands and queries read, the float32 total (if any) written, each once."""
+        """Bytes to move: read operands and queries once, write the float32 total (if any) once."""
         size = getattr(torch, self.dtype).itemsize
         if self.projection:
             return float(size * self.rows * (self.height + self.width) + 4 * self.tasks * self.projection**2)
@@ -105,6 +94,27 @@ class Case:
         size = getattr(torch, self.dtype).itemsize
         return float(size * (self.rows * (self.height + self.width) + self.height * self.width))
 
+    def rates(self, seconds: float, errors: Errors, flops: float, bandwidth: float) -> dict[str, float]:
+        """Return the rates that a method reached, and their shares of the machine's.
+
+        Parameters
+        ----------
+        seconds : float
+            Time of the method.
+        errors : Errors
+            A method without influence is counted as the plain weight gradient.
+        flops, bandwidth : float
+            Operations and bytes per second that the machine reaches.
+        """
+        plain = errors.error is None
+        work, moved = (self.plain_flops, self.plain_bytes) if plain else (self.useful_flops, self.least_bytes)
+        return {
+            "flops_per_second": work / seconds,
+            "peak_share": work / seconds / flops,
+            "bytes_per_second": moved / seconds,
+            "bandwidth_share": moved / seconds / bandwidth,
+        }
+
 
 CASES = (
     Case(4096, 1024, 1024, 8, 4, "float32"),
@@ -113,28 +123,26 @@ CASES = (
     Case(8192, 768, 768, 26, 9, "bfloat16"),
     Case(4096, 1024, 1024, 8, 4, "bfloat16", 64),
 )
-"""Those that the project set bars for."""
+"""The cases for which the project has goals."""
 
 QUICK_CASES = (CASES[0], CASES[1], CASES[-1])
-"""Those of ``tikmix-fast bench``."""
+"""The cases of ``tikmix-fast bench``."""
 
 TINY_CASES = (
     Case(96, 40, 24, 3, 2, "float32"),
     Case(96, 40, 24, 3, 2, "bfloat16"),
     Case(96, 40, 24, 3, 2, "bfloat16", 16),
 )
-"""To see that everything runs."""
+"""Cases that show that everything runs."""
 
 
-def methods_of(case: Case, *, every_instruction_set: bool = False) -> dict[str, Method]:
+def methods_of(case: Case) -> dict[str, Method]:
     """Return the methods that compete in a case, `PLAIN` first."""
-    if case.projection:
-        return projected_methods(case.projection)
-    return exact_methods(every_instruction_set=every_instruction_set)
+    return projected_methods(case.projection) if case.projection else exact_methods()
 
 
 def make_layer(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Layer:
-    """Draw operands and queries (standard normal) on a device, and domains of uneven size."""
+    """Draw standard normal operands and queries on a device, and domains of uneven size."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
 
@@ -155,24 +163,18 @@ def make_layer(case: Case, seed: int = 0, device: torch.device | str = "cpu") ->
 
 @dataclass(frozen=True)
 class CheckedMethod:
-    """A method whose answer was found right.
+    """A method whose answer is right.
 
     Attributes
     ----------
     run : callable
-        What is timed.
-    error, total_error : float or None
-        Of the influence, max over cells of ``|dS_ij| / (|q_i| |g_j|)``, and of the total, in the measure of
-        `gradient_error`; None where it gives none. That of projected influence is to the same projections in float64.
-    sampling_error : float or None
-        Of projected influence, to the exact one: root mean square over cells, in the same unit.
+        The function to time.
+    errors : Errors
     ours : bool
     """
 
     run: Callable[[], Answer]
-    error: float | None
-    total_error: float | None
-    sampling_error: float | None
+    errors: Errors
     ours: bool
 
 
@@ -188,22 +190,9 @@ def check_methods(layer: Layer, methods: dict[str, Method]) -> tuple[dict[str, C
     Raises
     ------
     AssertionError
-        If an answer is wrong, with the method's name: ours by the budget of `tikmix_fast.testing`, which is twice the
-        error of the eager torch path in the same dtype; the others by 30 times that error.
+        If an answer is wrong, with the method's name; see `check_answer`.
     """
-    gradients = domain_gradients(layer.input, layer.grad_output, layer.offsets)
-    exact = _Truth.of(layer, gradients, None)
-
-    def within_budget(name: str, ours: bool, found: WorstCell, other: WorstCell, floor: float) -> float:
-        try:
-            if ours:
-                check_budget(found, other, floor)
-            elif not found.error <= _WRONG * other.error + floor:
-                raise AssertionError(f"{found}, where the eager path has {other}")
-        except AssertionError as error:
-            raise AssertionError(f"{name} is wrong: {error}") from None
-        return found.error
-
+    truth = LayerTruth.of(layer)
     checked, skipped = {}, {}
     for name, method in methods.items():
         reason = method.refusal(layer)
@@ -211,55 +200,12 @@ def check_methods(layer: Layer, methods: dict[str, Method]) -> tuple[dict[str, C
             skipped[name] = reason
             continue
         run = method.prepare(layer)
-        answer = run()
-        error = total_error = sampling_error = None
-        if answer.values is not None:
-            truth = exact
-            if method.matrices is not None:
-                truth = _Truth.of(layer, gradients, method.matrices(layer))
-                scale = exact.queries.flatten(1).norm(dim=1)[:, None] * gradients.flatten(1).norm(dim=1)
-                sampling_error = float(((answer.values - exact.values) / scale).square().mean().sqrt())
-            found = influence_error(answer.values, truth.values, truth.queries, truth.gradients)
-            floor = rounding_floor(truth.queries[0].numel())
-            error = within_budget(f"{name}: influence", method.ours, found, truth.eager, floor)
-        if answer.total is not None:
-            found = gradient_error(answer.total, exact.total)
-            total_error = within_budget(f"{name}: total", method.ours, found, exact.eager_total, 1e-6)
-        checked[name] = CheckedMethod(run, error, total_error, sampling_error, method.ours)
+        try:
+            errors = check_answer(run(), method, layer, truth)
+        except AssertionError as error:
+            raise AssertionError(f"{name} is wrong: {error}") from None
+        checked[name] = CheckedMethod(run, errors, method.ours)
     return checked, skipped
-
-
-class _Truth(NamedTuple):
-    """What is right, by float64, and how wrong the eager torch path of the same dtype is."""
-
-    queries: Tensor
-    gradients: Tensor
-    values: Tensor
-    total: Tensor
-    eager: WorstCell
-    eager_total: WorstCell
-
-    @classmethod
-    def of(cls, layer: Layer, gradients: Tensor, matrices: tuple[Tensor, Tensor] | None) -> _Truth:
-        """Compute it from the domains' gradients [m, O, I], projected where matrices [k, O] and [k, I] are given."""
-        input, grad_output, queries = layer.input, layer.grad_output, layer.queries
-        wide = queries.double()
-        if matrices is not None:
-            output_matrix, input_matrix = matrices
-            gradients = output_matrix.double() @ gradients @ input_matrix.double().T
-            wide = output_matrix.double() @ wide @ input_matrix.double().T
-            input, grad_output = input @ input_matrix.to(input.dtype).T, grad_output @ output_matrix.to(input.dtype).T
-            queries = wide.to(input.dtype)
-        values, total = wide.flatten(1) @ gradients.flatten(1).T, gradients.sum(0)
-        eager_values, eager_total = eager_group_influence(input, grad_output, layer.offsets, queries)
-        return cls(
-            wide,
-            gradients,
-            values,
-            total,
-            influence_error(eager_values, values, wide, gradients),
-            gradient_error(eager_total, total),
-        )
 
 
 def measure_case(
@@ -269,8 +215,8 @@ def measure_case(
     rounds: int = 20,
     seconds: float | None = None,
     weigh: bool = True,
-    every_instruction_set: bool = False,
-    tell: Callable[[str], object] = lambda what: None,
+    others: Mapping[str, Method] | None = None,
+    tell: Callable[[str], object] = lambda step: None,
 ) -> dict[str, Any]:
     """Check, time and weigh every method on one case.
 
@@ -278,15 +224,15 @@ def measure_case(
     ----------
     case : Case
     rates : MachineRates
-        Of this machine, for the shares.
+        Rates of this machine; the shares are relative to them.
     rounds, seconds
         As in `interleave`.
     weigh : bool
-        Whether to measure memory, in a fresh process per method (instruction sets that are forced left out).
-    every_instruction_set : bool
-        Also our kernel with each instruction set forced.
+        Whether to measure memory, in a fresh process per method; ``others`` are left out.
+    others : mapping of str to Method, optional
+        Further methods.
     tell : callable (str) -> object
-        Called with what is being done.
+        Called with the name of each step before it starts.
 
     Returns
     -------
@@ -299,7 +245,7 @@ def measure_case(
         If a method is wrong; see `check_methods`.
     """
     tell(f"{case.name}: checking against float64")
-    methods = methods_of(case, every_instruction_set=every_instruction_set)
+    methods = {**methods_of(case), **(others or {})}
     checked, skipped = check_methods(make_layer(case), methods)
     tell(f"{case.name}: timing {len(checked)} methods")
     timings = interleave({name: method.run for name, method in checked.items()}, rounds, seconds=seconds)
@@ -307,27 +253,16 @@ def measure_case(
     rows = []
     for name, method in checked.items():
         summary = timings.summary(name, PLAIN)
-        flops = case.plain_flops if method.error is None else case.useful_flops
-        least = case.plain_bytes if method.error is None else case.least_bytes
         rows.append(
             {
                 "method": name,
                 "ours": method.ours,
-                "gives": [
-                    what
-                    for what, error in (("influence", method.error), ("total", method.total_error))
-                    if error is not None
-                ],
+                "gives": method.errors.gives,
                 **summary,
-                "flops_per_second": flops / summary["seconds"],
-                "peak_share": flops / summary["seconds"] / rates.flops[case.dtype],
-                "bytes_per_second": least / summary["seconds"],
-                "bandwidth_share": least / summary["seconds"] / rates.bandwidth,
+                **case.rates(summary["seconds"], method.errors, rates.flops[case.dtype], rates.bandwidth),
                 "scratch_bytes": weights.get(name, {}).get("growth"),
                 "peak_bytes": weights.get(name, {}).get("peak"),
-                "error": method.error,
-                "total_error": method.total_error,
-                "sampling_error": method.sampling_error,
+                **method.errors._asdict(),
             }
         )
     return {
@@ -347,16 +282,16 @@ def measure_case(
 def _weigh(case: Case, names: Sequence[str], tell: Callable[[str], object]) -> dict[str, dict[str, Any]]:
     if memory.why_not() is not None:
         return {}
-    found = {}
+    weights = {}
     for name in names:
         tell(f"{case.name}: memory of {name}")
         request = {"case": vars(case), "method": name, "threads": torch.get_num_threads()}
-        found[name] = memory.in_fresh_process(__name__, request)
-    return found
+        weights[name] = memory.in_fresh_process(__name__, request)
+    return weights
 
 
 def _weigh_one(request: dict[str, Any]) -> dict[str, int]:
-    """Return the peak growth of one call beyond the total, the libraries warmed up on a small layer."""
+    """Return the peak growth of one call beyond the total, after a small layer has warmed up the libraries."""
     torch.set_num_threads(request["threads"])
     case = Case(**request["case"])
     method = methods_of(case)[request["method"]]
@@ -364,10 +299,10 @@ def _weigh_one(request: dict[str, Any]) -> dict[str, int]:
     method.prepare(make_layer(small))()
     run = method.prepare(make_layer(case))
     answers: list[Answer] = []
-    found = memory.peak_growth(lambda: answers.append(run()))
-    if not method.ours and answers[0].total is not None:  # ours adds to a total that is there before
-        found["growth"] = max(0, found["growth"] - answers[0].total.nbytes)
-    return found
+    peak = memory.peak_growth(lambda: answers.append(run()))
+    if not method.ours and answers[0].total is not None:  # ours adds to a total that exists before the call
+        peak["growth"] = max(0, peak["growth"] - answers[0].total.nbytes)
+    return peak
 
 
 if __name__ == "__main__":

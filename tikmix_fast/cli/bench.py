@@ -23,22 +23,22 @@ __all__ = ["bench"]
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="ops, choice, engine, mixture or sampler. Once per suite. Default: all."),
+        typer.Option(help="ops (the kernels) or engine (training steps); may be given again. Default: both."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("tikmix-bench"),
     size: Annotated[
         Literal["quick", "full", "tiny"],
-        typer.Option(help="quick (a minute or two), full (the committed results), or tiny (shows that it runs)."),
+        typer.Option(help="quick (a minute or two), full (as published), or tiny (only shows that it runs)."),
     ] = "quick",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Largest number of rounds per comparison.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Seconds per comparison, after at least 3 rounds.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="At most this many rounds per comparison.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time limit per comparison; 3 rounds run anyway.")] = None,
     threads: Threads = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, in one process per number.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too, in a process per number.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine: kernels against torch's ways, training steps with and without influence, mixture, sampler.
+    """Measure this machine: kernels against torch's ways, and training steps with and without influence.
 
-    The command compares every result with float64 before it times anything. All methods of a comparison take turns.
+    Every result is compared with float64 before anything is timed. All methods of a comparison take turns.
     """
     import dataclasses
 
@@ -82,7 +82,7 @@ def _run(name: str, settings: BenchSettings, out: Path, console: Console) -> dic
 
     with console.status(name) as status:
         try:
-            result = run_suite(name, settings, lambda what: status.update(f"{name}: {what}"))
+            result = run_suite(name, settings, lambda step: status.update(f"{name}: {step}"))
         except AssertionError as error:  # a method computes wrong numbers on this machine
             typer.echo(f"wrong result: {error}", err=True)
             raise typer.Exit(1) from None

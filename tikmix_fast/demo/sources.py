@@ -144,7 +144,7 @@ def _readmes() -> Iterator[Section]:
 
 
 def _licences() -> Iterator[Section]:
-    seen: set[str] = set()
+    known: set[str] = set()
     for distribution in _distributions():
         for file in sorted(distribution.files or (), key=str):
             if "licen" not in file.name.lower() and "copying" not in file.name.lower():
@@ -157,8 +157,8 @@ def _licences() -> Iterator[Section]:
             for paragraph in path.read_text(encoding="utf-8", errors="ignore").split("\n\n"):
                 key = line_key(paragraph)
                 # Most packages repeat the same few licences.
-                if key not in seen:
-                    seen.add(key)
+                if key not in known:
+                    known.add(key)
                     yield key[:80], paragraph
 
 

@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
-from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
+from tikmix_fast.matrix.microbatch_record import Array, MicrobatchRecord
 from tikmix_fast.matrix.query_round import QueryRound, ratio_variance, read_arrays
 from tikmix_fast.matrix.task_side import TaskSide
 
 __all__ = ["Estimator"]
 
-Array = NDArray[np.float64]
 
 # Sums over micro-batches, beside their number and the powers of their weights. Multiplying the weights by a factor
 # multiplies each sum by this power of it.
@@ -237,23 +235,14 @@ class Estimator:
         ValueError
             If a sum is missing or has the wrong shape.
         """
-        n, m = self.n, self.m
-        own = {
-            "microbatches": (m,),
-            "weights": (4, m),
-            "tokens": (m,),
-            "sum": (n, m),
-            "tokens_squared": (m,),
-            "squares": (n, m),
-            "cross": (n, m),
-        }
-        side = {name: each.shape for name, each in TaskSide.empty(n, m)._asdict().items()}
+        own = {name: getattr(self, f"_{name}").shape for name in ("microbatches", "weights", *_SUMS)}
+        side = {name: each.shape for name, each in self._closed._asdict().items()}
         names = {*own, *side, "record"}
         if not isinstance(state, Mapping) or set(state) - {"round"} != names:
             raise ValueError(f"state 'estimator' must be a mapping with {', '.join(sorted(names))}")
         arrays = read_arrays(state, own | side, {"microbatches": np.int64})
-        open_round = QueryRound.from_state(state["round"], n, m) if "round" in state else None
-        self._record = MicrobatchRecord.from_dict(state["record"], n, m)
+        open_round = QueryRound.from_state(state["round"], self.n, self.m) if "round" in state else None
+        self._record = MicrobatchRecord.from_dict(state["record"], self.n, self.m)
         for name in own:
             setattr(self, f"_{name}", arrays[name])
         self._closed = TaskSide(**{name: arrays[name] for name in side})

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
+from tikmix_fast.matrix.microbatch_record import Array, MicrobatchRecord
 
 __all__ = ["Tails", "heavy_tails"]
 
-Array = NDArray[np.float64]
 
 _FEWEST_TO_WINSORISE = 5
 _FALSE_ALARMS = 0.05

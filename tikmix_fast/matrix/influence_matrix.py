@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast import files
+from tikmix_fast.arguments import require_choice, require_int
 from tikmix_fast.matrix.heavy_tails import Tails, heavy_tails
-from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
+from tikmix_fast.matrix.microbatch_record import Array, MicrobatchRecord
 from tikmix_fast.matrix.resampling import SplitHalf, bootstrap_interval, split_half
 
 __all__ = ["InfluenceMatrix"]
 
-Array = NDArray[np.float64]
 
 _FORMAT = "tikmix_fast.influence_matrix"
 _VERSION = 1
@@ -186,12 +186,9 @@ class InfluenceMatrix:
         """
         if not 0.0 < level < 1.0:
             raise ValueError(f"level must lie between 0 and 1; got {level!r}")
-        if method not in ("t", "bootstrap"):
-            raise ValueError(f'method must be "t" or "bootstrap"; got {method!r}')
+        require_choice("method", method, ("t", "bootstrap"))
         if method == "bootstrap":
-            if resamples < 2:
-                raise ValueError(f"resamples must be at least 2; got {resamples!r}")
-            record = self._required_record()
+            resamples, record = require_int("resamples", resamples, 2), self._required_record()
             return bootstrap_interval(self.values, self.stderr, self.dof, record, level, resamples, seed)
         from scipy.special import stdtrit
 
@@ -234,8 +231,7 @@ class InfluenceMatrix:
             raise ValueError(
                 f"level must be the confidence, at least 0.5 and below 1; got {level!r}: 0.95 for 5% errors"
             )
-        if correction not in (None, "bh"):
-            raise ValueError(f'correction must be "bh" or None; got {correction!r}')
+        require_choice("correction", correction, ("bh", None))
         if correction is None:
             low, high = self.interval(level)
             return np.asarray((low > 0) | (high < 0))
@@ -256,9 +252,8 @@ class InfluenceMatrix:
         ValueError
             If there is no record, or ``draws`` is below one.
         """
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1; got {draws!r}")
-        return split_half(self._required_record(), draws, seed)
+        draws, record = require_int("draws", draws, 1), self._required_record()
+        return split_half(record, draws, seed)
 
     def tails(self) -> Tails:
         """Return where single micro-batches decide a cell, with the winsorised values beside the plain ones.
@@ -290,8 +285,7 @@ class InfluenceMatrix:
         variance between domains is noise, at 1 all of it. NaN for fewer than two measured domains; infinite where the
         values are all equal or an error is unknown.
         """
-        if side not in ("both", "domain"):
-            raise ValueError(f'side must be "both" or "domain"; got {side!r}')
+        require_choice("side", side, ("both", "domain"))
         errors = self.stderr if side == "both" else self.stderr_domain
         measured = ~np.isnan(self.values).any(axis=0)
         if measured.sum() < 2:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MicrobatchRecord"]
+__all__ = ["Array", "MicrobatchRecord"]
 
 Array = NDArray[np.float64]
 

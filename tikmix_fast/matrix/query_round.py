@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tikmix_fast.matrix.microbatch_record import Array
+
 __all__ = ["QueryRound", "ratio_variance", "read_arrays"]
 
-Array = NDArray[np.float64]
 
-# The sums of a round's state: one number per query, per domain, per query and domain, per task of the round and domain.
-_PER_QUERY, _PER_DOMAIN = ("owners", "weights"), ("tokens", "tokens_squared", "count")
-_CELLS, _PER_TASK = ("sum", "squares", "cross"), ("task_squares", "task_cross")
+_SUMS = ("tokens", "tokens_squared", "count", "sum", "squares", "cross", "task_squares", "task_cross")
 
 
 class QueryRound:
@@ -35,8 +34,7 @@ class QueryRound:
         queries = len(self.owners)
         self.tokens, self.tokens_squared, self.count = np.zeros(m), np.zeros(m), np.zeros(m)
         self.sum, self.squares, self.cross = np.zeros((queries, m)), np.zeros((queries, m)), np.zeros((queries, m))
-        self.task_squares: dict[int, Array] = {int(task): np.zeros(m) for task in self.owners}
-        self.task_cross: dict[int, Array] = {int(task): np.zeros(m) for task in self.owners}
+        self.task_squares, self.task_cross = np.zeros((n, m)), np.zeros((n, m))
         # The first half of a task's batches is every other one of its splits.
         order = np.array([(self.owners[:q] == self.owners[q]).sum() for q in range(queries)], dtype=np.int64)
         self._first_weights = np.where(order % 2 == 0, self.weights, 0.0)
@@ -47,8 +45,7 @@ class QueryRound:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all sums as plain JSON types."""
-        per_task = {name: [each.tolist() for each in getattr(self, name).values()] for name in _PER_TASK}
-        return {name: getattr(self, name).tolist() for name in (*_PER_QUERY, *_PER_DOMAIN, *_CELLS)} | per_task
+        return {name: getattr(self, name).tolist() for name in ("owners", "weights", *_SUMS)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], n: int, m: int) -> QueryRound:
@@ -59,24 +56,16 @@ class QueryRound:
         ValueError
             If a part is missing, has another shape, or names an unknown task.
         """
-        names = {*_PER_QUERY, *_PER_DOMAIN, *_CELLS, *_PER_TASK}
+        names = {"owners", "weights", *_SUMS}
         if not isinstance(state, Mapping) or set(state) != names:
             raise ValueError(f"state 'round' must be a mapping with {', '.join(sorted(names))}")
-        queries, tasks = len(state["owners"]), list(dict.fromkeys(state["owners"]))
-        if not set(tasks) <= set(range(n)):
-            raise ValueError(f"state 'owners' must lie in 0 ... {n - 1}; got {tasks}")
-        shapes: dict[str, tuple[int, ...]] = {
-            **dict.fromkeys(_PER_QUERY, (queries,)),
-            **dict.fromkeys(_PER_DOMAIN, (m,)),
-            **dict.fromkeys(_CELLS, (queries, m)),
-            **dict.fromkeys(_PER_TASK, (len(tasks), m)),
-        }
-        arrays = read_arrays(state, shapes, {"owners": np.int64})
-        this = cls(arrays["owners"].tolist(), arrays["weights"].tolist(), n, m)
-        for name in (*_PER_DOMAIN, *_CELLS):
-            setattr(this, name, arrays[name])
-        for name in _PER_TASK:
-            setattr(this, name, dict(zip(tasks, arrays[name], strict=True)))
+        if not set(state["owners"]) <= set(range(n)):
+            raise ValueError(f"state 'owners' must lie in 0 ... {n - 1}; got {sorted(set(state['owners']))}")
+        if len(state["owners"]) != len(state["weights"]):
+            raise ValueError(f"state 'weights' must have one number per owner; got {len(state['weights'])}")
+        this = cls(state["owners"], state["weights"], n, m)
+        for name, array in read_arrays(state, {name: getattr(this, name).shape for name in _SUMS}, {}).items():
+            setattr(this, name, array)
         return this
 
     def add(self, products: Array, tokens: Array) -> Array:
@@ -88,9 +77,8 @@ class QueryRound:
         self.sum += products
         self.squares += products**2
         self.cross += products * tokens
-        for task in self.task_squares:
-            self.task_squares[task] += combined[task] ** 2
-            self.task_cross[task] += combined[task] * tokens
+        self.task_squares += combined**2
+        self.task_cross += combined * tokens
         return combined
 
     def combine(self, products: Array) -> Array:

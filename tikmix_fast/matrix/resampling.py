@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
+from tikmix_fast.matrix.microbatch_record import Array, MicrobatchRecord
 from tikmix_fast.matrix.rank_correlation import rank_correlation
 
 __all__ = ["SplitHalf", "bootstrap_interval", "split_half"]
 
-Array = NDArray[np.float64]
 
 _FEWEST_BLOCKS = 8
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from tikmix_fast.arguments import require_int
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 __all__ = ["until_known"]
@@ -42,9 +43,7 @@ def until_known(
     """
     if not rel_error > 0:
         raise ValueError(f"rel_error must be above 0; got {rel_error!r}")
-    if not isinstance(least, int) or isinstance(least, bool) or least < 2:
-        raise ValueError(f"least must be an int of at least 2; got {least!r}")
-    return _until_known(batches, matrix, rel_error, least)
+    return _until_known(batches, matrix, rel_error, require_int("least", least, 2))
 
 
 def _until_known(

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tikmix_fast.matrix.microbatch_record import Array
 from tikmix_fast.matrix.query_round import QueryRound
 
 __all__ = ["TaskSide"]
 
-Array = NDArray[np.float64]
 
 # Multiplying the weights by a factor multiplies these sums by this power of it.
 _POWERS = {"task_variance": 2, "task_spread": 4, "both": 2, "between": 2, "task_rounds": 2}

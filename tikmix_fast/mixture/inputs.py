@@ -14,6 +14,8 @@ Array = NDArray[np.float64]
 Names = tuple[str, ...] | None
 
 __all__ = [
+    "Array",
+    "Names",
     "label",
     "per_domain",
     "read_floats",
@@ -67,13 +69,7 @@ def read_matrix(matrix: Any) -> tuple[Array, NDArray[np.bool_], Names, Names]:
 
 
 def read_names(name: str, value: Any, count: int | None = None) -> tuple[str, ...]:
-    """Return names as a tuple.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are no strings, one is empty or occurs twice, or their number is not ``count``.
-    """
+    """Return names as a tuple; TypeError or ValueError unless they are ``count`` different non-empty strings."""
     names = () if isinstance(value, str) else tuple(value)
     if isinstance(value, str) or not all(isinstance(each, str) for each in names):
         raise TypeError(f"{name} must be a sequence of strings; got {value!r}")
@@ -95,13 +91,7 @@ def read_number(name: str, value: Any, *, positive: bool = False, most: float = 
 
 
 def read_objective(uniformity: Any, influence: Any, diversity: Any) -> tuple[float, float, float]:
-    """Return the weights of the objective's three terms.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If one is not a number of at least 0, or all are 0.
-    """
+    """Return the factors of the objective's three terms; TypeError or ValueError if one is bad, or all are 0."""
     uniformity, influence = read_number("uniformity", uniformity), read_number("influence", influence)
     diversity = read_number("diversity", diversity)
     if uniformity == influence == diversity == 0:

@@ -8,11 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tikmix_fast.mixture.inputs import require_mixtures
-
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array, require_mixtures
 
 __all__ = ["MixtureResult", "plain_types"]
 

@@ -1,4 +1,4 @@
-"""The kernels as functions on tensors: one schema, a float64 reference, one file per backend."""
+"""The kernels as functions on tensors: one schema per op, a float64 reference, one folder per backend."""
 
 from __future__ import annotations
 

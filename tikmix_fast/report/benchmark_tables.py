@@ -162,7 +162,7 @@ def _choice_tables(result: dict[str, Any]) -> list[TextTable]:
     for case in result["cases"]:
         seconds = case["seconds"]
         share = seconds[case["chosen"]] / min(seconds.values())
-        times = [f"{seconds[way] * 1e3:.3g}" for way in ("fused", "two_pass", "row_wise")]
+        times = [f"{seconds[way] * 1e3:.3g}" if way in seconds else "-" for way in ("fused", "two_pass", "row_wise")]
         name = f"{case['dtype']}, {case['rows_per_domain']} rows per domain, n={case['tasks']}"
         rows.append([name, *times, case["chosen"].replace("_", "-"), f"{share:.2f}"])
     sizes = result["cases"][0]

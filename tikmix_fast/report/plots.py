@@ -89,34 +89,13 @@ def draw_mixture(result: DemoResult) -> Figure:
 
 
 def stack_bands(
-    axes: Axes,
-    edges: Sequence[float],
-    weights: NDArray[np.float64],
-    names: Sequence[str],
-    colours: Sequence[str],
-    *,
-    gap: float,
-    size: float = 10,
-    paper: str = "white",
-    leader: str = "#999999",
-) -> None:
-    """Fill ``axes`` with weights [stage, band] that hold between ``edges``, stacked; names stand at the right edge.
+    axes: Axes, edges: Sequence[float], weights: NDArray[np.float64], names: Sequence[str], colours: Sequence[str],
+    *, gap: float, size: float = 10, paper: str = "white", leader: str = "#999999",
+) -> None:  # fmt: skip
+    """Fill ``axes`` with weights [stage, band], stacked; stages hold between ``edges``, names stand at the right edge.
 
-    Parameters
-    ----------
-    axes : matplotlib.axes.Axes
-    edges : sequence of float
-        Steps; one more than there are stages.
-    weights : ndarray [stage, band]
-        Each stage sums to 1.
-    names, colours : sequence of str
-        One per band.
-    gap : float
-        The least distance of two names, as a share of the height.
-    size : float
-        Of the names, in points.
-    paper, leader : str
-        The colours between bands and from a band to its name.
+    Names have this size in points and at least ``gap`` of the height between them. ``paper`` is the colour between
+    bands, ``leader`` that of the line from a band to its name.
     """
     tops = weights.cumsum(axis=1)
     for band, colour in enumerate(colours):

@@ -21,7 +21,7 @@ __all__ = ["arms"]
 
 
 def arms(settings: StudySettings) -> dict[str, Callable[[Study], Method]]:
-    """Return what makes each arm's method."""
+    """Return by name the function that makes each arm's method."""
     return {
         "uniform": uniform,
         "natural": natural,

@@ -25,10 +25,10 @@ _STARTS = 4
 class ADO(Method):
     """Weights in proportion to prior * sqrt(credit) * slope of each domain's scaling law, smoothed.
 
-    As in the authors' code: laws exp(e) + exp(a) / D^alpha of the filtered training loss over all samples seen so far,
-    refitted now and then; credit h (1 - h) of the shares h drawn lately; prior the natural mixture; least probability
-    0.01; nine tenths of the average mixture so far. It does not know of any task. The authors keep the irreducible loss
-    above exp(0.5) nats per token; losses here are per byte and often lower, so that bound is left out.
+    As in the authors' code, laws exp(e) + exp(a) / D^alpha describe the filtered training loss over all samples so far,
+    and are refitted now and then. The credit is h (1 - h) of the recent shares h, the prior is the natural mixture, the
+    least probability is 0.01, and nine tenths come from the average mixture so far. ADO knows no task. The authors keep
+    the irreducible loss above exp(0.5) nats per token; losses here are per byte and often lower, so there is no bound.
     """
 
     def __init__(self, study: Study) -> None:
@@ -42,22 +42,22 @@ class ADO(Method):
         self._laws: Array | None = None
 
     def observe(self, step: int, domains: NDArray[np.int64], losses: Array) -> None:
-        """Note every domain's loss and share, and refit when it is time."""
-        seen = np.bincount(domains, minlength=len(self._prior))
-        self._shares = _SMOOTHING * self._shares + (1 - _SMOOTHING) * seen / seen.sum()
-        row = self._losses[-1].copy() if self._losses else np.full(len(seen), losses.mean())
-        present = seen > 0
-        row[present] = np.bincount(domains, losses, len(seen))[present] / seen[present]
+        """Note the loss and share of every domain, and refit every ``ado_refit`` steps."""
+        counts = np.bincount(domains, minlength=len(self._prior))
+        self._shares = _SMOOTHING * self._shares + (1 - _SMOOTHING) * counts / counts.sum()
+        row = self._losses[-1].copy() if self._losses else np.full(len(counts), losses.mean())
+        present = counts > 0
+        row[present] = np.bincount(domains, losses, len(counts))[present] / counts[present]
         self._losses.append(row)
         settings = self._settings
         if step > settings.ado_start and step % settings.ado_refit == 0:
             self._laws = self._fit()
             self.log.append({"step": step, "laws": self._laws.tolist()})
         if self._laws is not None:
-            wanted = self._prior * np.sqrt(self._shares * (1 - self._shares)) * slope(self._laws, step * self._batch)
-            wanted = at_least(wanted / wanted.sum(), _LEAST)
-            self.weights = _SMOOTHING * self._average + (1 - _SMOOTHING) * wanted
-            self._average = self._average + (wanted - self._average) / (step + 1)
+            target = self._prior * np.sqrt(self._shares * (1 - self._shares)) * slope(self._laws, step * self._batch)
+            target = at_least(target / target.sum(), _LEAST)
+            self.weights = _SMOOTHING * self._average + (1 - _SMOOTHING) * target
+            self._average = self._average + (target - self._average) / (step + 1)
 
     def update(self, arm: Trainee) -> Array | None:
         """Return the mixture every ``update_every`` steps, once there are laws."""
@@ -66,9 +66,9 @@ class ADO(Method):
     def _fit(self) -> Array:
         losses = np.array(self._losses)
         window = min(_WINDOW, (len(losses) - 1) // 2 * 2 + 1)
-        kept = slice(self._settings.ado_start, None, _STRIDE)
-        smooth = savgol_filter(losses, window, min(_ORDER, window - 1), axis=0)[kept]
-        samples = (self._batch * np.arange(1, len(losses) + 1))[kept]
+        fitted = slice(self._settings.ado_start, None, _STRIDE)
+        smooth = savgol_filter(losses, window, min(_ORDER, window - 1), axis=0)[fitted]
+        samples = (self._batch * np.arange(1.0, len(losses) + 1))[fitted]
         return np.array([fit_scaling_law(samples, each) for each in smooth.T])
 
 
@@ -79,9 +79,9 @@ def fit_scaling_law(samples: Array, losses: Array) -> Array:
     def cost(law: Array) -> tuple[float, Array]:
         a, e, alpha = law
         power = a - alpha * logs
-        found = np.logaddexp(power, e)
-        share = np.exp(power - found)  # of the part that falls
-        off = found - target
+        prediction = np.logaddexp(power, e)
+        share = np.exp(power - prediction)  # of the falling part
+        off = prediction - target
         size = np.abs(off)
         pull = np.clip(off, -_HUBER, _HUBER)
         value = np.where(size > _HUBER, _HUBER * (size - 0.5 * _HUBER), 0.5 * off**2).sum()

@@ -1,4 +1,4 @@
-"""DGA (arXiv 2410.02498): online mirror steps towards the domains whose gradient points where the target's does."""
+"""DGA (arXiv 2410.02498): online mirror steps towards domains whose gradient aligns with the target's."""
 
 from __future__ import annotations
 

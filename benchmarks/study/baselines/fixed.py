@@ -1,4 +1,4 @@
-"""Mixtures that need no measurement."""
+"""Mixtures without a measurement."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ def draw(texts: Iterable[Sequences], rows: int, random: np.random.Generator) -> 
 
 def gradient(model: GPT, sequences: Tensor) -> Tensor:
     """Return the gradient of the mean loss as one vector."""
-    found = torch.autograd.grad(model.loss(sequences), list(model.parameters()))
-    return torch.cat([each.flatten() for each in found])
+    gradients = torch.autograd.grad(model.loss(sequences), list(model.parameters()))
+    return torch.cat([each.flatten() for each in gradients])
 
 
 def mirror_step(weights: np.ndarray, gain: np.ndarray, rate: float) -> np.ndarray:

@@ -15,10 +15,10 @@ _SMOOTHING = 0.9
 
 
 class ODM(Method):
-    """Draw a domain the more often the higher its training loss, with exploration that decays.
+    """Draw domains with a high training loss more often, with exploration that decays.
 
-    The reward of a domain is an exponential average (0.9) of exp(loss), as in the authors' code; it does not know of
-    any task. Costs nothing beyond the training step.
+    The reward of a domain is an exponential average (0.9) of exp(loss), as in the authors' code. ODM knows no task and
+    costs nothing beyond the training step.
     """
 
     def __init__(self, study: Study) -> None:
@@ -29,19 +29,19 @@ class ODM(Method):
         self._exploration = 1 / len(study.uniform)
 
     def observe(self, step: int, domains: NDArray[np.int64], losses: Array) -> None:
-        """Average the reward of the domains in the batch, then decide."""
+        """Average the reward of the domains in the batch, then choose the weights."""
         for domain in np.unique(domains):
             reward = math.exp(losses[domains == domain].mean())
             self.rewards[domain] = _SMOOTHING * self.rewards[domain] + (1 - _SMOOTHING) * reward
         self.weights, self._exploration = explore(self.rewards, self._exploration, step)
 
     def update(self, arm: Trainee) -> Array | None:
-        """Return what was decided, every ``update_every`` steps after the warm-up."""
+        """Return the chosen weights every ``update_every`` steps after the warm-up."""
         return None if arm.step < self._warm_up or arm.step % self._every else self.weights
 
 
 def explore(rewards: Array, before: float, step: int) -> tuple[Array, float]:
-    """Return the weights, softmax(before * rewards) over a floor that decays, and that floor: the next ``before``."""
+    """Return the weights, softmax(before * rewards) above a decaying floor, and that floor: the next ``before``."""
     count = len(rewards)
     floor = min(1 / count, math.sqrt(math.log(count) / (count * step)))
     exponent = before * rewards

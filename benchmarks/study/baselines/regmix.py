@@ -17,17 +17,16 @@ __all__ = ["RegMix", "best_mixture", "candidates", "proxy_losses"]
 
 _TEMPERATURE = 0.5
 _STRENGTHS = np.logspace(np.log10(0.1), np.log10(5.0), 15)
-_LEAST, _MOST = 2e-4, 15  # a smaller weight counts as none; a larger multiple of the natural one is not drawn
+_LEAST, _MOST = 2e-4, 15  # smaller weights become zero; larger multiples of the natural weight are not drawn
 _SIMULATED, _AVERAGED = 100_000, 128
 _FORMAT = "tikmix_fast.study.proxies"
 
 
 class RegMix(Method):
-    """Fit LightGBM to ``count`` proxy runs and use the mean of the 128 candidates predicted best.
+    """Fit LightGBM to ``count`` proxy runs and use the mean of the 128 candidates with the best predictions.
 
-    Settings of the authors' code, the target being the mean loss of the steered tasks. One differs where it must: with
-    20 rows per leaf (LightGBM's default) less than 40 runs allow no tree at all, so leaves may have a tenth of the
-    runs.
+    Settings are those of the authors' code; the target is the mean loss of the steered tasks. One setting differs: with
+    20 rows per leaf (LightGBM's default) less than 40 runs allow no tree at all, so a leaf needs a tenth of the runs.
     """
 
     def __init__(self, study: Study, count: int) -> None:
@@ -50,21 +49,21 @@ class RegMix(Method):
 def candidates(natural: Array, count: int, random: np.random.Generator) -> Array:
     """Draw mixtures [count, m] from Dirichlet distributions of many strengths around the flattened natural mixture."""
     flat = natural**_TEMPERATURE / (natural**_TEMPERATURE).sum()
-    found = np.empty((0, len(natural)))
-    while len(found) < count:
+    mixtures = np.empty((0, len(natural)))
+    while len(mixtures) < count:
         drawn = random.standard_gamma(random.choice(_STRENGTHS, (2 * count, 1)) * flat)
         drawn = drawn[drawn.sum(1) > 0]
         drawn /= drawn.sum(1, keepdims=True)
         drawn = drawn[(drawn <= np.minimum(_MOST * natural, 1)).all(1)]
         drawn = np.round(np.where(drawn < _LEAST, 0, drawn) / _LEAST) * _LEAST
-        found = np.concatenate([found, drawn / drawn.sum(1, keepdims=True)])
-    return found[:count]
+        mixtures = np.concatenate([mixtures, drawn / drawn.sum(1, keepdims=True)])
+    return mixtures[:count]
 
 
 def proxy_losses(study: Study, count: int) -> tuple[Array, Array]:
     """Train proxies and return their mixtures [count, m] and their losses [count, n] on the steered tasks.
 
-    Each finished proxy is kept in the study's folder, so that arms share them and a killed run goes on.
+    Each finished proxy is saved in the study's folder: arms share proxies, and a killed run resumes.
     """
     settings = dataclasses.replace(study.settings.proxy, seed=study.seed)
     mixtures = candidates(study.problem.natural, max(study.settings.proxies), np.random.default_rng([study.seed, 4]))
@@ -73,13 +72,13 @@ def proxy_losses(study: Study, count: int) -> tuple[Array, Array]:
     made_with = json.loads(json.dumps({**made_with, "mixtures": mixtures.tolist()}))
     done: list[list[float]] = []
     if path.exists():
-        kept = files.read_json(path, _FORMAT, sealed=True)
-        # More proxies begin with those of fewer, so a study with larger counts goes on from one with smaller.
-        both = min(len(kept["mixtures"]), len(mixtures))
-        same = all(kept[part] == made_with[part] for part in ("proxy", "fingerprint"))
-        if not same or kept["mixtures"][:both] != made_with["mixtures"][:both]:
-            raise ValueError(f"{path} holds proxies of other settings or texts: give this study a folder of its own")
-        done = kept["losses"]
+        before = files.read_json(path, _FORMAT, sealed=True)
+        # A larger count starts with the proxies of a smaller one, so a study with more proxies continues this file.
+        both = min(len(before["mixtures"]), len(mixtures))
+        same = all(before[part] == made_with[part] for part in ("proxy", "fingerprint"))
+        if not same or before["mixtures"][:both] != made_with["mixtures"][:both]:
+            raise ValueError(f"{path} holds proxies of other settings or texts: give this study its own folder")
+        done = before["losses"]
     while len(done) < count:
         arm = Trainee(settings, study.problem.domains, mixtures[len(done)], study.settings.device)
         while arm.step < settings.steps:
@@ -91,15 +90,15 @@ def proxy_losses(study: Study, count: int) -> tuple[Array, Array]:
 
 def best_mixture(mixtures: Array, losses: Array, pool: Array) -> Array:
     """Return the mean of the candidates in ``pool`` with the smallest predicted loss."""
-    kept = max(2, len(losses) // 5)  # for stopping
-    stopping = lightgbm.Dataset(mixtures[:kept], losses[:kept])
+    held_out = max(2, len(losses) // 5)  # decide when to stop
+    stopping = lightgbm.Dataset(mixtures[:held_out], losses[:held_out])
     settings = {
         "objective": "regression", "learning_rate": 0.01, "seed": 42, "verbosity": -1, "num_threads": 1,
         "deterministic": True, "min_data_in_leaf": min(20, max(1, len(losses) // 10)), "feature_pre_filter": False,
     }  # fmt: skip
     model = lightgbm.train(
-        settings, lightgbm.Dataset(mixtures[kept:], losses[kept:], params=settings), num_boost_round=1000,
+        settings, lightgbm.Dataset(mixtures[held_out:], losses[held_out:], params=settings), num_boost_round=1000,
         valid_sets=[stopping], callbacks=[lightgbm.early_stopping(3, verbose=False)],
     )  # fmt: skip
-    best = np.argsort(model.predict(pool), kind="stable")[:_AVERAGED]
+    best = np.argsort(np.asarray(model.predict(pool)), kind="stable")[:_AVERAGED]
     return np.asarray(pool[best].mean(0))

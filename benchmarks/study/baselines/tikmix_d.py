@@ -17,7 +17,7 @@ __all__ = ["TikmixD", "measuring_flops"]
 
 
 class TikmixD(Method):
-    """Train the first stage on the uniform mixture, then follow the influence measured at each boundary."""
+    """Train the first stage on the uniform mixture, then follow the influence of each boundary."""
 
     def __init__(self, study: Study) -> None:
         super().__init__(study.uniform)
@@ -34,7 +34,7 @@ class TikmixD(Method):
         return self.keep(arm.step, matrix, self.solve(matrix, arm))
 
     def keep(self, step: int, matrix: InfluenceMatrix, solution: MixtureResult) -> Array:
-        """Note what was found and return its weights."""
+        """Note a solution and return its weights."""
         values, errors = (
             [[None if np.isnan(each) else each for each in row] for row in table.tolist()]
             for table in (matrix.values, matrix.stderr)
@@ -49,18 +49,13 @@ class TikmixD(Method):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result holds them
             return tikmix_d(
-                matrix,
-                arm.weights,
-                uniformity=settings.uniformity,
-                influence=settings.influence,
-                diversity=settings.diversity,
-                floor=settings.floor,
-                smoothing=settings.smoothing,
-            )
+                matrix, arm.weights, uniformity=settings.uniformity, influence=settings.influence,
+                diversity=settings.diversity, floor=settings.floor, smoothing=settings.smoothing,
+            )  # fmt: skip
 
 
 def measuring_flops(study: Study) -> float:
-    """Return the operations of one measurement: its passes, and every inner product, with each split of each task."""
+    """Return the operations of one measurement: its passes and all inner products, per split of each task."""
     settings, domains, tasks = study.main, len(study.problem.domains), len(study.problem.steered)
     tokens = rows_measured(settings, domains, tasks) * settings.model.length
     return float(

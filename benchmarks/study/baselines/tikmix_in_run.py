@@ -14,10 +14,10 @@ __all__ = ["TikmixInRun"]
 
 
 class TikmixInRun(TikmixD):
-    """Follow TiKMiX-D's answer to the influence averaged over measured steps, changing a little and often.
+    """Follow TiKMiX-D's answer to the average influence of measured steps, with small and frequent changes.
 
-    The domain side of a measured step is its ordinary training batch, so that only the tasks' passes and the inner
-    products cost anything.
+    The domain side of a measured step is its ordinary training batch, so only the tasks' passes and the inner products
+    cost anything.
     """
 
     def __init__(self, study: Study) -> None:
@@ -34,7 +34,7 @@ class TikmixInRun(TikmixD):
         return self.keep(arm.step, matrix, self.solve(matrix, arm))
 
     def around(self, arm: Trainee) -> Around:
-        """Measure the next step, if it is its turn."""
+        """Measure the next step if it is a measured one."""
         assert self._run is not None
         return self._run.micro_batch
 

@@ -22,11 +22,11 @@ __all__ = ["TikmixM"]
 
 
 class TikmixM(TikmixD):
-    """Search for more than TiKMiX-D found, among mixtures within half and twice its weights.
+    """Search for a better mixture than TiKMiX-D's, between half and twice its weights.
 
-    The score is the paper's: the sum over tasks of the predicted label over its spread, no task worse than under
-    TiKMiX-D. Labels are what TiKMiX-D assumes (``"linear"``) or what some real steps do (``"probe"``); with these
-    the mixture found and TiKMiX-D's are then both tried once more, on other data, and the better one is used.
+    The score is the paper's: the sum over tasks of the predicted label over its spread, with no task worse than under
+    TiKMiX-D. Labels are what TiKMiX-D assumes (``"linear"``) or the effect of some real steps (``"probe"``). With
+    probe labels, real steps on other data decide between the new mixture and TiKMiX-D's.
     """
 
     def __init__(self, study: Study, labels: Literal["linear", "probe"]) -> None:
@@ -34,7 +34,7 @@ class TikmixM(TikmixD):
         self._labels = labels
 
     def solve(self, matrix: InfluenceMatrix, arm: Trainee) -> MixtureResult:
-        """Return TiKMiX-M's answer, or TiKMiX-D's where it is better."""
+        """Return TiKMiX-M's answer, or TiKMiX-D's if that is better."""
         direct = super().solve(matrix, arm)
         settings, problem = self._study.settings, self._study.problem
         probing = self._labels == "probe"
@@ -43,29 +43,29 @@ class TikmixM(TikmixD):
         mixtures = np.concatenate([direct.weights[None], around])
         labels = self._probe(arm, mixtures)[0] if probing else linear_labels(matrix, mixtures)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # kept in the log
+            warnings.simplefilter("ignore")  # the log holds them
             model = MixtureModel().fit(mixtures, labels, domains=tuple(problem.domains), tasks=tuple(problem.steered))
-            found = tikmix_m(model, direct, prior=direct.weights, floor=self._study.main.floor)
+            searched = tikmix_m(model, direct, prior=direct.weights, floor=self._study.main.floor)
         self.log.append(
             {
                 "step": arm.step,
                 "tikmix-d": direct.weights.tolist(),
-                "tikmix-m": found.weights.tolist(),
-                "message": found.message,
+                "tikmix-m": searched.weights.tolist(),
+                "message": searched.message,
                 "kinds": list(model.kinds),
                 "spearman": {kind: np.nan_to_num(each.spearman).tolist() for kind, each in model.scores.items()},
             }
         )
         if not probing:
-            return found
-        both = self._probe(arm, np.stack([direct.weights, found.weights]), repeats=2)[-1]
+            return searched
+        both = self._probe(arm, np.stack([direct.weights, searched.weights]), repeats=2)[-1]
         self.log[-1]["tried again"] = both.tolist()
-        return (direct, found)[int((both / labels.std(0)).sum(1).argmax())]
+        return (direct, searched)[int((both / labels.std(0)).sum(1).argmax())]
 
     def _probe(self, arm: Trainee, mixtures: Array, repeats: int = 1) -> Array:
-        """Return the decrease of each task's loss [R, N, n] by real steps; the last repeat is on data of its own."""
+        """Return the decrease of each task's loss [R, N, n] by real steps; the last repeat has its own data."""
         settings, tasks, main = self._study.settings, self._study.problem.steered, self._study.main
-        found = probe_arm(
+        labels = probe_arm(
             arm, tasks, mixtures, steps=settings.probe_steps, repeats=repeats, rows=settings.main.curve_rows
         )
         rows = sum(min(main.curve_rows, len(text)) for text in tasks.values())
@@ -74,4 +74,4 @@ class TikmixM(TikmixD):
             counting.training(main.model, trained * main.model.length)
             + counting.forward(main.model, (len(mixtures) + 1) * rows * main.model.length)
         )
-        return found.runs
+        return labels.runs

@@ -12,9 +12,7 @@ from scipy.optimize import linprog
 
 from tikmix_fast.mixture.direct import interior
 from tikmix_fast.mixture.direct.problem import TOLERANCE, Limit, Problem, kl_divergence
-from tikmix_fast.mixture.inputs import Names, label
-
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array, Names, label
 
 __all__ = ["check_feasible", "join_bounds", "require_within"]
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.special import stdtrit
 
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.mixture.direct.problem import TOLERANCE, Problem
-
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array
 
 __all__ = ["cautious_step", "known_shares"]
 

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from scipy.linalg import helmert
 
 from tikmix_fast.mixture.direct.problem import Problem, Solution
-
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array
 
 __all__ = ["SMALLEST_DIVERSITY", "solve"]
 

@@ -11,9 +11,8 @@ from scipy.special import xlogy
 
 from tikmix_fast.arguments import require_choice
 from tikmix_fast.mixture.direct.tilt import capped_tilt
-from tikmix_fast.mixture.inputs import Names, label
+from tikmix_fast.mixture.inputs import Array, Names, label
 
-Array = NDArray[np.float64]
 Norm = Literal["max", "maxabs", "std"]
 
 __all__ = [

@@ -6,12 +6,10 @@ import warnings
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import Bounds, minimize
 
 from tikmix_fast.mixture.direct.problem import Problem, Solution
-
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array
 
 __all__ = ["solve"]
 

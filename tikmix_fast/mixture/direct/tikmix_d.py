@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,10 +25,9 @@ from tikmix_fast.mixture.direct.problem import (
     objective_terms,
     row_scale,
 )
-from tikmix_fast.mixture.inputs import Names, per_domain, read_matrix, read_number, read_objective, read_prior
+from tikmix_fast.mixture.inputs import Array, Names, per_domain, read_matrix, read_number, read_objective, read_prior
 from tikmix_fast.mixture.result import MixtureResult
 
-Array = NDArray[np.float64]
 PerDomain = float | Mapping[str, float] | Any
 
 __all__ = ["tikmix_d"]
@@ -156,7 +155,7 @@ def tikmix_d(
     values, measured, tasks, domains = read_matrix(matrix)
     m = values.shape[1]
     start = read_prior(prior, domains, m)
-    uniformity, influence, diversity = read_objective(uniformity, influence, diversity)
+    factors = read_objective(uniformity, influence, diversity)
     smoothing = read_number("smoothing", smoothing, most=1.0)
     confidence = _read_confidence(confidence, matrix)
     require_choice("solver", solver, ("auto", "slsqp", "interior"))
@@ -173,60 +172,81 @@ def tikmix_d(
             require_within(start, lower, upper, domains, message)
 
     scale, warned = row_scale(values[:, measured], norm, tasks)
-    scaled = values / scale[:, None]
-    unit = max(uniformity, influence, diversity)
-    problem = Problem(
-        scaled=scaled,
-        cost=-influence / unit * scaled.sum(axis=0),
-        prior=start,
-        lower=lower,
-        upper=upper,
-        uniformity=uniformity / unit,
-        diversity=diversity / unit,
-        pareto=bool(pareto),
-        max_kl=limit_kl,
-        tasks=tasks,
-    )
-    binding = [each.name for each in floors if each.bound.any()] + [
-        each.name for each in caps if (each.bound < 1).any()
-    ]
+    problem = _pose(values / scale[:, None], factors, start, lower, upper, bool(pareto), limit_kl, tasks)
+    binding = [each.name for each in floors if each.bound.any()]
+    binding += [each.name for each in caps if (each.bound < 1).any()]
     check_feasible(problem, " and ".join(binding))
-    resolved = max(diversity, interior.SMALLEST_DIVERSITY * max(uniformity, influence)) / unit
-    solution, used, message = _solve(problem, solver, resolved, smoothing, warned)
-    weights, shares = (solution.weights if solution else start.copy()), None
+    resolved = max(factors[2], interior.SMALLEST_DIVERSITY * max(factors[:2])) / max(factors)
+    answer = _solve(problem, solver, resolved, smoothing, warned)
     if confidence is not None:
-        shares = known_shares(matrix, scale, start, confidence)
-        if solution:
-            weights, part = _shortened(problem, weights, shares)
-            message += f"; confidence {confidence:g} left {part:.0%} of the step"
-    names = domains or range(m)
-    kept = tuple(names[j] for j in np.flatnonzero(~measured))
-    if kept:
-        message += f"; never measured, at prior weight: {', '.join(map(str, kept))}"
+        answer = _shortened(problem, answer, known_shares(matrix, scale, start, confidence), confidence)
     for each in warned:
         warnings.warn(each, stacklevel=2)
+    return _result(problem, answer, factors, values, measured, domains, floors + caps, warned)
 
-    terms = objective_terms(scaled @ weights, weights)
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """The checked weights with their solver's name and the course in words; the prior if ``solution`` is None."""
+
+    solution: Solution | None
+    weights: Array
+    solver: str
+    message: str
+    shares: Array | None = None
+
+
+def _pose(
+    scaled: Array,
+    factors: tuple[float, float, float],
+    prior: Array,
+    lower: Array,
+    upper: Array,
+    pareto: bool,
+    max_kl: float | None,
+    tasks: Names,
+) -> Problem:
+    """Return the problem with the objective's factors divided by the largest of them."""
+    uniformity, influence, diversity = (each / max(factors) for each in factors)
+    cost = -influence * scaled.sum(axis=0)
+    return Problem(scaled, cost, prior, lower, upper, uniformity, diversity, pareto, max_kl, tasks)
+
+
+def _result(
+    problem: Problem,
+    answer: _Answer,
+    factors: tuple[float, float, float],
+    values: Array,
+    measured: NDArray[np.bool_],
+    domains: Names,
+    bounds: Sequence[Limit],
+    warned: Sequence[str],
+) -> MixtureResult:
+    weights, solution, names = answer.weights, answer.solution, domains or range(len(measured))
+    kept = tuple(names[j] for j in np.flatnonzero(~measured))
+    note = f"; never measured, at prior weight: {', '.join(map(str, kept))}" if kept else ""
+    terms = objective_terms(problem.scaled @ weights, weights)
+    uniformity, influence, diversity = factors
     return MixtureResult(
         weights=weights,
-        prior=start,
+        prior=problem.prior,
         domains=domains,
-        tasks=tasks,
+        tasks=problem.tasks,
         success=solution is not None,
         status=int(solution is None),
-        message=message,
+        message=answer.message + note,
         fun=uniformity * terms["uniformity"] - influence * terms["influence"] - diversity * terms["diversity"],
         nit=solution.nit if solution else 0,
         terms=terms,
         predicted=values @ weights,
-        predicted_prior=values @ start,
+        predicted_prior=values @ problem.prior,
         effective_domains=math.exp(terms["diversity"]),
-        active=_active(problem, floors + caps, weights, measured, domains),
+        active=_active(problem, bounds, weights, measured, domains),
         kept=kept,
-        solver=used,
-        gap=solution.gap * unit if solution else math.nan,
+        solver=answer.solver,
+        gap=solution.gap * max(factors) if solution else math.nan,
         warnings=tuple(warned),
-        known=shares,
+        known=answer.shares,
     )
 
 
@@ -241,11 +261,15 @@ def _read_confidence(confidence: Any, matrix: Any) -> float | None:
     return number
 
 
-def _shortened(problem: Problem, weights: Array, shares: Array) -> tuple[Array, float]:
-    """Return the cautious mixture, and the share of the weights' step from the prior that it takes."""
-    whole = float(np.abs(weights - problem.prior).sum())
-    shortened = cautious_step(problem, weights, shares)
-    return shortened, float(np.abs(shortened - problem.prior).sum()) / whole if whole > 0 else 1.0
+def _shortened(problem: Problem, answer: _Answer, shares: Array, confidence: float) -> _Answer:
+    """Return the answer after a cautious step, with the shares that limit it."""
+    if answer.solution is None:
+        return replace(answer, shares=shares)
+    weights = cautious_step(problem, answer.weights, shares)
+    whole = float(np.abs(answer.weights - problem.prior).sum())
+    part = float(np.abs(weights - problem.prior).sum()) / whole if whole > 0 else 1.0
+    message = f"{answer.message}; confidence {confidence:g} left {part:.0%} of the step"
+    return replace(answer, weights=weights, shares=shares, message=message)
 
 
 def _caps(
@@ -263,13 +287,10 @@ def _caps(
     return caps
 
 
-def _solve(
-    problem: Problem, solver: str, resolved: float, smoothing: float, warned: list[str]
-) -> tuple[Solution | None, str, str]:
-    """Return the first solution that passes its checks, its solver's name and the course in words.
+def _solve(problem: Problem, solver: str, resolved: float, smoothing: float, warned: list[str]) -> _Answer:
+    """Return the first solution that passes its checks, and add warnings to ``warned``.
 
-    The interior point method gets the diversity ``resolved``. Warnings are added to ``warned``. Without a solution the
-    solver's name is "none".
+    ``resolved`` is the diversity for the interior point method.
     """
     m = problem.shape[1]
     order = ["slsqp", "interior"] if solver == "slsqp" else ["interior", "slsqp"]
@@ -293,13 +314,13 @@ def _solve(
         message = "; ".join([*failures, solution.message])
         if failures and solver != "auto":
             warned.append(f"solver={solver!r} failed, solved by {each!r} instead: {message}")
-        return solution, each, message
+        return _Answer(solution, solution.weights, each, message)
     message = "; ".join(failures) + "; the prior is returned"
     violations = problem.violations(problem.prior)
     if violations:
         message += f", which itself misses: {'; '.join(violations)}"
     warned.append(message)
-    return None, "none", message
+    return _Answer(None, problem.prior.copy(), "none", message)
 
 
 def _active(

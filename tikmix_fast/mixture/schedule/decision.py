@@ -8,14 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tikmix_fast.mixture.inputs import require_mixtures
+from tikmix_fast.mixture.inputs import Array, require_mixtures
 from tikmix_fast.mixture.result import plain_types
 from tikmix_fast.mixture.schedule.gain import Gain
 from tikmix_fast.mixture.schedule.rank_agreement import RankAgreement
-
-Array = NDArray[np.float64]
 
 __all__ = ["Decision", "check_history"]
 

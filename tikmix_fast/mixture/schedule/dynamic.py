@@ -11,22 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tikmix_fast import files
 from tikmix_fast.arguments import require_int
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.mixture.direct.problem import TOLERANCE
 from tikmix_fast.mixture.direct.tikmix_d import tikmix_d
-from tikmix_fast.mixture.inputs import read_names, read_number
+from tikmix_fast.mixture.inputs import Array, read_names, read_number
 from tikmix_fast.mixture.result import MixtureResult
-from tikmix_fast.mixture.schedule.boundaries import equal_boundaries, read_boundaries
+from tikmix_fast.mixture.schedule.boundaries import read_boundaries
 from tikmix_fast.mixture.schedule.decision import Decision, check_history
 from tikmix_fast.mixture.schedule.gain import Gain, expected_gain
 from tikmix_fast.mixture.schedule.rank_agreement import RankAgreement, rank_agreement
 from tikmix_fast.mixture.schedule.supply import Supply
 
-Array = NDArray[np.float64]
 Solver = Callable[[InfluenceMatrix, dict[str, float]], MixtureResult]
 
 __all__ = ["DynamicMixture", "Solver"]
@@ -134,9 +132,7 @@ class DynamicMixture:
     ) -> None:
         self.domains = read_names("domains", domains)
         self.steps = require_int("steps", steps, 1)
-        self.boundaries = (
-            equal_boundaries(self.steps, stages) if boundaries is None else read_boundaries(self.steps, boundaries)
-        )
+        self.boundaries = read_boundaries(self.steps, stages, boundaries)
         self._supply = Supply(self.domains, self.steps, supply, run_tokens, max_epochs)
         self._warm_up = self._supply.first_mixture(warm_up)
         self._minimum_gain = read_number("minimum_gain", minimum_gain)

@@ -6,14 +6,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
 from tikmix_fast.mixture.direct.problem import TOLERANCE, row_scale
-from tikmix_fast.mixture.inputs import read_matrix
-
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array, read_matrix
 
 __all__ = ["Gain", "expected_gain"]
 

@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tikmix_fast.mixture.direct.problem import TOLERANCE
 from tikmix_fast.mixture.direct.tilt import capped_tilt
 from tikmix_fast.mixture.inputs import per_domain, read_number, read_prior
-
-Array = NDArray[np.float64]
 
 __all__ = ["Supply"]
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import qmc
 
 from tikmix_fast.arguments import require_choice, require_int
-from tikmix_fast.mixture.inputs import Names, read_number, read_prior
-
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array, Names, read_number, read_prior
 
 __all__ = ["dirichlet", "draw_mixtures"]
 

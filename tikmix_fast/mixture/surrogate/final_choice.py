@@ -7,11 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tikmix_fast.mixture.inputs import Array
 from tikmix_fast.mixture.result import MixtureResult
-
-Array = NDArray[np.float64]
 
 __all__ = ["choose_by_labels"]
 

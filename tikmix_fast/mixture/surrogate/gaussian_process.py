@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array
 
 __all__ = ["GaussianProcess", "negative_log_posterior"]
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tikmix_fast.arguments import require_int
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
-from tikmix_fast.mixture.inputs import label, read_matrix, read_mixtures
-
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array, label, read_matrix, read_mixtures
 
 __all__ = ["linear_labels", "resampled_labels"]
 

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from tikmix_fast import files
 from tikmix_fast.arguments import require_choice, require_int
 from tikmix_fast.matrix.rank_correlation import rank_correlation
-from tikmix_fast.mixture.inputs import Names, label, read_floats, read_mixtures, read_names
+from tikmix_fast.mixture.inputs import Array, Names, label, read_floats, read_mixtures, read_names
+from tikmix_fast.mixture.result import plain_types
 from tikmix_fast.mixture.surrogate.gaussian_process import GaussianProcess
 from tikmix_fast.mixture.surrogate.ridge import Ridge
 from tikmix_fast.mixture.surrogate.trees import Trees
 
-Array = NDArray[np.float64]
 Kind = Literal["auto", "ridge", "gp", "lightgbm"]
 
 __all__ = ["MixtureModel", "Scores"]
@@ -247,7 +247,7 @@ class MixtureModel:
             "spread": self.spread.tolist(),
             "kinds": self.kinds,
             "scores": {
-                kind: {name: _plain(getattr(each, name)) for name in ("r2", "spearman", "error")}
+                kind: {name: plain_types(getattr(each, name)) for name in ("r2", "spearman", "error")}
                 for kind, each in self.scores.items()
             },
             "models": [model.to_dict() for model in self._models],
@@ -349,7 +349,3 @@ def _read_labels(labels: Any, count: int) -> Array:
         row, column = np.argwhere(~np.isfinite(values))[0]
         raise ValueError(f"labels must be finite; got {values[row, column]} at row {row}, label {column}; drop the row")
     return values
-
-
-def _plain(numbers: Array) -> list[float | None]:
-    return [float(each) if np.isfinite(each) else None for each in numbers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +15,10 @@ from scipy.special import xlogy
 from tikmix_fast.arguments import require_int
 from tikmix_fast.mixture.direct.bounds import join_bounds, require_within
 from tikmix_fast.mixture.direct.problem import TOLERANCE, Limit, objective_terms
-from tikmix_fast.mixture.inputs import per_domain, read_number, read_objective, read_prior
+from tikmix_fast.mixture.inputs import Array, per_domain, read_number, read_objective, read_prior
 from tikmix_fast.mixture.result import MixtureResult
 from tikmix_fast.mixture.surrogate.candidates import dirichlet
 from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
-
-Array = NDArray[np.float64]
 
 __all__ = ["tikmix_m"]
 
@@ -136,18 +134,13 @@ def tikmix_m(
     floors = [Limit("the fitted box's least weight", low), Limit("floor", per_domain("floor", floor, domains, m, 0.0))]
     caps = [Limit("the fitted box's largest weight", high), Limit("cap", per_domain("cap", cap, domains, m, 1.0))]
     lower, upper = join_bounds(floors, caps, start, np.ones(m, dtype=np.bool_), domains)
-    message = (
-        "anchor must lie within the box of the fitted mixtures, the floor and the cap (label mixtures around the"
-        " anchor, or change the bounds or the anchor)"
-    )
+    message = "anchor must lie within the box of the fitted mixtures (label mixtures around it), the floor and the cap"
     require_within(start, lower, upper, domains, message)
 
     signs = (-1.0 if minimise else 1.0) / units
     required = model.predict(reference[None])[0] * signs - TOLERANCE if pareto else np.full(len(units), -np.inf)
     search = _Search(model, signs, *factors, required, lower, upper)
     found = search.run(start, strengths, candidates, top, np.random.default_rng(seed))
-    harmless = bool(found.rated.harmless[0])
-
     warned = []
     if pareto and ((reference < low - TOLERANCE) | (reference > high + TOLERANCE)).any():
         warned.append(
@@ -159,20 +152,24 @@ def tikmix_m(
             f"none of {candidates} candidates in any round lay within the box of the fitted mixtures; raise"
             " concentration, or fit to mixtures that are spread more widely"
         )
-    if not harmless:
+    if not found.rated.harmless[0]:
         warned.append("no mixture was found for which every task is predicted to fare as well as under the prior")
     for each in warned:
         warnings.warn(each, stacklevel=2)
+    return _result(search, start, reference, found, warned)
 
-    predicted = model.predict(np.stack([found.weights, reference]))
-    terms = objective_terms(predicted[0] * signs, found.weights)
+
+def _result(search: _Search, start: Array, reference: Array, found: _Found, warned: Sequence[str]) -> MixtureResult:
+    predicted = search.model.predict(np.stack([found.weights, reference]))
+    terms = objective_terms(predicted[0] * search.signs, found.weights)
+    success = found.hits > 0 and bool(found.rated.harmless[0])
     return MixtureResult(
         weights=found.weights,
         prior=reference,
-        domains=domains,
-        tasks=model.tasks,
-        success=found.hits > 0 and harmless,
-        status=0 if found.hits and harmless else 1,
+        domains=search.model.domains,
+        tasks=search.model.tasks,
+        success=success,
+        status=int(not success),
         message="; ".join([_verdict(search, start, found), *warned]),
         fun=float(found.rated.fun[0]),
         nit=found.rounds,

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from tikmix_fast.mixture.inputs import Array
 
 __all__ = ["Trees"]
 

@@ -1,4 +1,4 @@
-"""What the arguments of the ops must be. Shapes and dtypes are checked on fake tensors too, values on real ones."""
+"""Checks of the arguments of the ops: shapes and dtypes, also on fake tensors, and values on real ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def describe(tensor: Tensor) -> str:
 def require_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
     """Raise ValueError unless a tensor has this shape; a letter stands for any size."""
     matches = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
+        isinstance(expected, str) or size == expected for size, expected in zip(tensor.shape, shape, strict=True)
     )
     if not matches:
         raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}); got {describe(tensor)}")
@@ -69,7 +69,7 @@ def check_arguments(arguments: Arguments) -> None:
     ValueError
         If shapes disagree, an index tensor is not int64, or the tensors are on different devices.
     TypeError
-        If a tensor that holds numbers is not floating point.
+        If input, grad_output, queries or grad_weight is not floating point.
     """
     input, grad_output, offsets, queries, _, order, grad_weight = arguments
     require_shape("input", input, ("T", "I"))
@@ -87,16 +87,16 @@ def check_arguments(arguments: Arguments) -> None:
 def check_rows(
     numbers: Mapping[str, Tensor], offsets: Tensor, order: Tensor | None, factors: Mapping[str, Tensor]
 ) -> None:
-    """Check how the rows of ``numbers["input"]`` fall on domains, and that all tensors are where that is.
+    """Check offsets and order for the rows of ``numbers["input"]``, and that all tensors are on its device.
 
     Parameters
     ----------
     numbers : mapping of str to Tensor
-        Must be floating point.
+        Tensors that must be floating point.
     offsets, order
         As in `tikmix_fast.ops.group_influence`.
     factors : mapping of str to Tensor
-        Of any dtype.
+        Tensors of any dtype.
 
     Raises
     ------
@@ -123,7 +123,7 @@ def check_rows(
 
 
 def domain_bounds(offsets: Tensor, rows: int) -> list[int]:
-    """Return the offsets as a list, after checking that they cut ``rows`` rows into consecutive domains.
+    """Check that the offsets cut ``rows`` rows into consecutive domains, and return them as a list.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def domain_bounds(offsets: Tensor, rows: int) -> list[int]:
 
 
 def check_order(order: Tensor | None, rows: int) -> None:
-    """Check that every entry of ``order`` is a row number. That it is a permutation is the caller's promise.
+    """Check that every entry of ``order`` is a row number. The caller promises that no entry repeats.
 
     Raises
     ------
@@ -177,7 +177,7 @@ def _byte_range(tensor: Tensor) -> tuple[int, int]:
 
 
 def check_grad_weight_memory(arguments: Arguments) -> None:
-    """Check that ``grad_weight`` can be written: every element its own memory, none of it read by the op.
+    """Check that ``grad_weight`` can be written: every element has its own memory, which no other argument shares.
 
     Raises
     ------

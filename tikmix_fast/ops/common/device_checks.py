@@ -1,6 +1,6 @@
-"""Checks of offsets and order that lie on a GPU, where reading them would make the host wait.
+"""Checks of offsets and order on a GPU, where reading them would make the host wait.
 
-The kernels read no memory that is not theirs, write NaN where something was wrong, and leave a note on the device.
+If they are wrong, the kernels stay inside their memory, write NaN, and set bits in a flag on the device.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ _flags: dict[torch.device, Tensor] = {}
 
 
 def error_flag(device: torch.device) -> Tensor:
-    """Return the note that kernels on a device leave: int32 [1], the bits of what was wrong since it was last read."""
+    """Return the flag of a device, int32 [1]: the bits of everything that was wrong since the flag was last read."""
     if device not in _flags:
         if _is_capturing(device):
             raise RuntimeError(
-                "run the call once before it is captured: the first one on a device allocates what stays"
+                "the first call on a device allocates its error flag, which a CUDA graph cannot capture; "
+                "run the call once before it is captured"
             )
         _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda":
@@ -48,14 +49,14 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def device_offsets(offsets: Tensor, rows: int, device: torch.device) -> Tensor:
-    """Return the offsets contiguous and on the device; those that are on the CPU are checked on the way.
+    """Return the offsets contiguous and on the device. Offsets on the CPU are checked first.
 
     Raises
     ------
     ValueError
         If offsets on the CPU do not cut ``rows`` rows into consecutive domains.
     RuntimeError
-        If they are on the CPU while a CUDA graph is being captured: it would replay a copy from memory long gone.
+        If they are on the CPU while a CUDA graph is captured: the graph would copy from freed memory.
     """
     if offsets.device.type == "cpu":
         domain_bounds(offsets, rows)
@@ -65,14 +66,14 @@ def device_offsets(offsets: Tensor, rows: int, device: torch.device) -> Tensor:
 
 
 def clamped_offsets(offsets: Tensor, rows: int) -> Tensor:
-    """Return offsets that lead to no row outside of ``0 ... rows``, and never back; the same where they are right."""
+    """Return offsets forced into ``0 ... rows`` and never decreasing. Right offsets stay as they are."""
     return offsets.clamp(0, rows).cummax(0).values
 
 
 def mark_errors(values: Tensor, offsets: Tensor, order: Tensor | None, rows: int) -> Tensor:
-    """Return the values, or NaN for all of them and a note on the device where offsets or order are wrong.
+    """Return the values. If offsets or order are wrong, return NaN for all of them and set the flag of the device.
 
-    For kernels of torch's; ours check on their way. Does not wait for the device.
+    For results of torch's kernels; ours check while they run. Does not wait for the device.
     """
     wrong_offsets = (offsets[0] != 0) | (offsets[-1] != rows) | (offsets.diff() < 0).any()
     bits = wrong_offsets * WRONG_OFFSETS
@@ -84,20 +85,22 @@ def mark_errors(values: Tensor, offsets: Tensor, order: Tensor | None, rows: int
 
 
 def raise_on_device_errors() -> None:
-    """Raise if a kernel on a GPU met wrong offsets or a wrong order since the last call; its result was NaN.
+    """Raise if a kernel on a GPU met wrong offsets or a wrong order since the last call of this function.
 
-    Waits for every GPU on which a kernel ran; without one, does nothing.
+    Waits for every GPU on which a kernel ran.
 
     Raises
     ------
     ValueError
-        With what was wrong, on which device.
+        Saying what was wrong, on which device. The result of that call is NaN.
     """
-    found = []
+    messages = []
     for device, flag in _flags.items():
         bits = int(flag.item())
         if bits:
             flag.zero_()
-            found += [f"{message} (on {device})" for bit, message in _MESSAGES.items() if bits & bit]
-    if found:
-        raise ValueError(f"{'; '.join(found)}; a call since the last check got something else, and its result is NaN")
+            messages += [f"{message} (on {device})" for bit, message in _MESSAGES.items() if bits & bit]
+    if messages:
+        raise ValueError(
+            f"{'; '.join(messages)}; a call since the last check got something else, and its result is NaN"
+        )

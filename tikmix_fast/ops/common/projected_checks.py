@@ -1,4 +1,4 @@
-"""What the arguments of the projected op must be, without reading a value."""
+"""Checks of the arguments of the projected op, without reading a value."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["ProjectedArguments", "check_projected_arguments"]
 class ProjectedArguments(NamedTuple):
     """The arguments of one ``projected_group_influence`` call, in the order of its schema.
 
-    A factor stands for one of the two matrices: int32 [D] codes of a CountSketch, or the matrix [k, D] itself, int8 or
-    floating point.
+    A factor is one of the two matrices: int32 codes [D] of a CountSketch, or the matrix [k, D] itself, int8 or floating
+    point.
     """
 
     input: Tensor
@@ -46,7 +46,7 @@ def check_projected_arguments(arguments: ProjectedArguments) -> None:
     ValueError
         If shapes disagree, an index tensor is not int64, or the tensors are on different devices.
     TypeError
-        If a tensor that holds numbers is not floating point.
+        If input, grad_output, queries or a matrix is not floating point.
     """
     input, grad_output, offsets, queries, output_factor, input_factor, _, order = arguments
     require_shape("input", input, ("T", "I"))

@@ -1,4 +1,4 @@
-"""Random projections of one layer: what they are drawn from, and the two matrices."""
+"""Random projections of one layer: the draw of the two matrices, and their use."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def is_sketch_dim(dim: int) -> bool:
 
 
 def factor_matrix(factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Write out the matrix that a factor stands for, before it is scaled.
+    """Return the matrix of a factor, before it is scaled.
 
     Parameters
     ----------
     factor : Tensor
-        int32 [D]: the codes of a CountSketch, the row of the column's entry, or ``~row`` where the entry is -1. Else
-        the matrix [dim, D].
+        int32 [D]: the codes of a CountSketch. A code is the row of the column's entry, or ``~row`` if the entry is -1.
+        Any other dtype: the matrix [dim, D] itself.
     dim : int
     dtype : torch.dtype
 
@@ -94,7 +94,7 @@ def factor_matrix(factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     Raises
     ------
     ValueError
-        If a code is no row of the matrix.
+        If a code is not a row of the matrix.
     """
     if factor.dtype != torch.int32:
         return factor.to(dtype)
@@ -110,8 +110,8 @@ def factor_matrix(factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 class LayerProjection:
     """Two random matrices that shrink one layer's gradients: P_out [k_out, O] and P_in [k_in, I], ``E[P^T P] = I``.
 
-    A gradient ``W`` [O, I] becomes ``P_out W P_in^T``, and inner products of such are right in expectation. Every
-    entry is a function of (kind, seed, layer, side, row, column), the same on every machine and device, bit by bit.
+    A gradient ``W`` [O, I] becomes ``P_out W P_in^T``. Inner products of projected gradients are right in expectation.
+    Every entry is a function of (kind, seed, layer, side, row, column): the same bits on every machine and device.
 
     Attributes
     ----------
@@ -120,22 +120,23 @@ class LayerProjection:
     k_out, k_in : int
         Rows of the two matrices; at least 32 for `projection_stderr` to be stable.
     kind : {"countsketch", "rademacher", "gaussian"}
-        ``countsketch``: one entry of +-1 in a column; columns of a block of k never meet in a row, those of two blocks
-        do with probability 1/k. The cheapest on a CPU; k must be a power of two from 16 to 1024.
+        ``countsketch``: every column has one entry, +-1. Two columns of a block of k columns never have it in the same
+        row; columns of different blocks do with probability 1/k. The cheapest on a CPU; k must be a power of two from
+        16 to 1024.
         ``rademacher``: entries +-1 / sqrt(k). ``gaussian``: a normal distribution of 229 values up to 4.31 standard
         deviations, with variance 1/k and kurtosis 2.9990 instead of 3.
     seed : int
         In ``0 ... 2**64 - 1``.
     layer : int or str
-        Which layer: a number in ``0 ... 2**64 - 1``, or a name, which is hashed to one. Layers must differ for their
-        errors to be independent.
+        A number in ``0 ... 2**64 - 1``, or a name, which is hashed to one. Two layers have independent errors only if
+        their numbers differ.
     device : str
-        Where the drawn tensors lie; the same as the rows to be projected.
+        The device of the drawn tensors, which must be that of the rows to project.
     scale : float
-        What a product of an entry of either factor has to be multiplied by. Not to be given, like the factors.
+        The scale of ``P_out W P_in^T`` if both matrices are used as drawn. Computed, like the factors.
     output_factor, input_factor : Tensor
-        As drawn: int32 [O] codes of a CountSketch (the row of a column's entry, ``~row`` where it is -1), else int8
-        [k_out, O].
+        The matrices as drawn: int32 codes [O] and [I] of a CountSketch, otherwise int8 [k_out, O] and [k_in, I]; see
+        `tikmix_fast.ops.common.projection.factor_matrix`.
 
     Raises
     ------
@@ -144,8 +145,9 @@ class LayerProjection:
 
     Notes
     -----
-    A larger layer holds a smaller one's columns; a dense matrix with more rows holds, but for the scale, one with
-    fewer. The bits are those of `numpy.random.Philox`, which numpy keeps the same from version to version.
+    The matrix of a larger layer begins with the columns of a smaller one. Except for the scale, a dense matrix with
+    more rows begins with the rows of one with fewer. The bits are those of `numpy.random.Philox`, which every version
+    of numpy draws alike.
 
     Examples
     --------
@@ -162,7 +164,7 @@ class LayerProjection:
     seed: int = 0
     layer: int | str = 0
     device: str = "cpu"
-    # Kept, and not computed when used: torch.compile takes tensors and numbers, and no draw.
+    # Computed once: torch.compile takes tensors and numbers as arguments, but cannot trace a draw.
     scale: float = field(init=False, repr=False, compare=False)
     output_factor: Tensor = field(init=False, repr=False, compare=False)
     input_factor: Tensor = field(init=False, repr=False, compare=False)
@@ -210,12 +212,12 @@ class LayerProjection:
         return 1.0 if self.kind == "countsketch" else 1 / (math.sqrt(dim) * _entry_deviation(self.kind))
 
     def matrices(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Write out both matrices, scaled.
+        """Return both matrices, scaled.
 
         Parameters
         ----------
         dtype : torch.dtype
-            The entries are computed in float64 and rounded to it once.
+            The dtype of the result. Entries are computed in float64 and rounded once.
 
         Returns
         -------
@@ -232,7 +234,7 @@ class LayerProjection:
         return output, input
 
     def project(self, gradients: Tensor) -> Tensor:
-        """Shrink gradients of the layer, such as the task gradients that the op takes as queries.
+        """Project gradients of the layer, such as the task gradients that the op takes as queries.
 
         Parameters
         ----------
@@ -241,7 +243,7 @@ class LayerProjection:
         Returns
         -------
         float32 | float64 Tensor [..., k_out, k_in]
-            ``P_out G P_in^T``; float64 of float64.
+            ``P_out G P_in^T``, in float64 if the gradients are.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Queries prepared once per refresh, so that a kernel need not lay them out again in every call."""
+"""Queries laid out once per refresh instead of in every call."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["PackedQueries", "pack_queries"]
 
 @dataclass(frozen=True, eq=False)
 class PackedQueries:
-    """The task gradients of one layer, and a copy in the order in which the kernel reads them; see `pack_queries`.
+    """The task gradients of one layer, with a copy in the order in which the kernel reads them; see `pack_queries`.
 
     Attributes
     ----------
     tensor : float32 | bfloat16 [n, O, I]
         The queries.
     panels : Tensor or None
-        The copy, whose shape tells its layout; None where no kernel reads another order than that of ``tensor``.
+        The copy; its shape identifies the layout. None if the kernel reads ``tensor`` itself.
     """
 
     tensor: Tensor
@@ -44,8 +44,8 @@ def pack_queries(queries: Tensor) -> PackedQueries:
     Parameters
     ----------
     queries : float32 | bfloat16 | float16 | float64 Tensor [n, O, I]
-        The preconditioned task gradients of one layer. They must not change afterwards: the handle holds them and, on
-        a CPU, a copy for the instruction set in use; a call that runs on another kernel reads the tensor itself.
+        The preconditioned task gradients of one layer. They must not change afterwards: the handle holds them and a
+        copy for the kernel in use. A call that runs on another kernel reads the tensor itself.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def pack_queries(queries: Tensor) -> PackedQueries:
     Raises
     ------
     ValueError, TypeError
-        If ``queries`` has not three dimensions, or is not floating point.
+        If ``queries`` does not have three dimensions or is not floating point.
 
     Examples
     --------
@@ -72,6 +72,6 @@ def pack_queries(queries: Tensor) -> PackedQueries:
 
 
 def require_queries(queries: Tensor) -> None:
-    """Raise ValueError unless queries have three dimensions."""
+    """Raise ValueError unless the queries have three dimensions."""
     if queries.dim() != 3:
         raise ValueError(f"queries must have shape (n, O, I); got {tuple(queries.shape)}")

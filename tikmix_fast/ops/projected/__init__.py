@@ -1,1 +1,1 @@
-"""Projected influence as functions on tensors: schema, estimates and their error."""
+"""Projected influence as functions on tensors: schema, estimates, and their standard error."""

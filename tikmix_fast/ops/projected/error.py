@@ -1,4 +1,4 @@
-"""How far a projected influence may be from the exact one, told by the projected gradients alone."""
+"""The standard error of a projected influence, estimated from the projected gradients alone."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ __all__ = ["projection_stderr"]
 
 
 def projection_stderr(gradients: Tensor, queries: Tensor) -> Tensor:
-    """Estimate the standard error that projecting gave every cell of an influence matrix.
+    """Estimate the standard error that the projection adds to every cell of an influence matrix.
 
-    Each of the ``k_out k_in`` products of entries, times their number, is an estimate of the cell, and the cell is
-    their mean. They are random by rows, by columns and by both, which a two-way analysis of variance takes apart.
+    Each of the ``k_out k_in`` products of entries, times their number, is an estimate of the cell; the cell is their
+    mean. Their noise comes from the rows, the columns, and both together. A two-way analysis of variance separates the
+    three.
 
     Parameters
     ----------
     gradients : Tensor [m, k_out, k_in]
-        The domains' gradients, projected: `projected_domain_gradients`, summed over whatever the influence is.
+        The domains' projected gradients: `projected_domain_gradients`, summed over the same calls as the influence.
     queries : Tensor [n, k_out, k_in]
         The task gradients under the same projection.
 
     Returns
     -------
     float64 Tensor [n, m]
-        One standard error of ``<queries[i], gradients[j]>``. It holds no error of sampling data. Errors of layers with
-        projections of their own are independent: their squares add.
+        One standard error of ``<queries[i], gradients[j]>``, without the error of sampling data. Layers that were drawn
+        apart have independent errors: add the squares.
 
     Raises
     ------
     ValueError
-        If the two do not agree in shape, or a side has fewer than 2 rows.
+        If the shapes disagree, or k_out or k_in is less than 2.
 
     Notes
     -----
-    Cost ``6 m n k_out k_in`` operations. Variances of rows and of columns that come out negative count as 0. For dense
-    families, whose rows are independent, the squared error bar is right in expectation; of a countsketch it is too
-    large, about 1.5 times the variance where O and I are 3 k, 1.2 times where they are 8 k.
+    Costs ``6 m n k_out k_in`` operations. Negative estimates of a variance count as 0. For the dense kinds, whose rows
+    are independent, the squared error is right in expectation. For a countsketch it is too large: about 1.5 times the
+    variance if O and I are 3 k, 1.2 times if they are 8 k.
 
     Examples
     --------
@@ -51,9 +52,9 @@ def projection_stderr(gradients: Tensor, queries: Tensor) -> Tensor:
         )
     height, width = gradients.shape[1:]
     if height < 2 or width < 2:
-        raise ValueError(f"k_out and k_in must be at least 2 to tell an error; got {height} and {width}")
+        raise ValueError(f"k_out and k_in must be at least 2 to estimate an error; got {height} and {width}")
     w, g = gradients.double(), queries.double()
-    # z = k_out k_in w g, its row means and column means, and the squares of what they leave.
+    # z = k_out k_in w g: means of its rows and columns, and the mean squares of rows, columns and the residual.
     rows = height * torch.einsum("moi,noi->nmo", w, g)
     columns = width * torch.einsum("moi,noi->nmi", w, g)
     mean = rows.mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Influence between projected gradients: cheaper than the weight gradient itself, and right in expectation."""
+"""Influence between projected gradients: cheaper than the weight gradient, and right in expectation."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def projected_group_influence(
     order: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Estimate `group_influence` from gradients that are projected on both sides.
+    """Estimate `group_influence` from gradients projected on both sides.
 
-    Every row of ``input`` and ``grad_output`` is read once and shrunk to ``k_in`` and ``k_out`` numbers; the exact
-    products of those with the queries are an unbiased estimate of the exact influence.
+    The op reads every row of ``input`` and ``grad_output`` once and shrinks it to ``k_in`` or ``k_out`` numbers. The
+    influence between those and the queries is an unbiased estimate of the exact one.
 
     Parameters
     ----------
     input : float32 | bfloat16 | float16 | float64 Tensor [T, I]
-        What the layer read, one row per token, any strides.
+        The layer's input, one row per token, any strides.
     grad_output : float32 | bfloat16 | float16 | float64 Tensor [T, O]
-        The gradient of the loss with respect to what the layer wrote.
+        The gradient of the loss with respect to the layer's output.
     offsets : int64 Tensor [m + 1]
         Domain j owns the rows ``offsets[j]:offsets[j + 1]`` (of ``order``, if given), as in `group_influence`.
     queries : Tensor [n, k_out, k_in]
-        The task gradients, projected: ``projection.project(queries)``.
+        The projected task gradients: ``projection.project(queries)``.
     projection : LayerProjection, or a pair of floating-point Tensors ([k_out, O], [k_in, I])
         A pair should have ``E[P^T P] = I``.
     order : int64 Tensor [T], optional
@@ -60,28 +60,28 @@ def projected_group_influence(
     Returns
     -------
     float64 Tensor [n, m]
-        ``<queries[i], P_out W_j P_in^T>`` with domain j's weight gradient ``W_j``; 0 for an empty domain. The standard
-        error falls as ``1 / sqrt(k)``; `projection_stderr` estimates it.
+        ``<queries[i], P_out W_j P_in^T>``, where ``W_j`` is domain j's weight gradient; 0 for an empty domain. The
+        standard error falls as ``1 / sqrt(k)``; `projection_stderr` estimates it.
 
     Raises
     ------
     ValueError, TypeError
         If a shape, dtype, device or offset is wrong.
     RuntimeError
-        If a tensor requires grad while grad mode is on, or the backend asked for cannot run this call.
+        If a tensor requires grad while grad mode is on, or the requested backend cannot run this call.
 
     Notes
     -----
-    On a CPU a countsketch costs one pass over ``input`` and ``grad_output`` and sums in float32; the dense kinds cost
-    ``2 T (O k_out + I k_in)`` operations of torch's product, which returns 16-bit rows rounded to 16 bits. Then
-    ``2 T k_out k_in`` operations and ``T (k_out + k_in)`` numbers of memory. The reference computes in float64.
+    On a CPU a countsketch costs one pass over ``input`` and ``grad_output`` and sums in float32. The dense kinds cost
+    ``2 T (O k_out + I k_in)`` operations of torch's product, which rounds projected bfloat16 rows to bfloat16. Then
+    come ``2 T k_out k_in`` operations, and ``T (k_out + k_in)`` numbers of memory. The reference computes in float64.
 
     Examples
     --------
     >>> import torch
     >>> from tikmix_fast import ops
     >>> input, grad_output, offsets = torch.ones(6, 16), torch.ones(6, 16), torch.tensor([0, 2, 6])
-    >>> projection = ops.LayerProjection(height=16, width=16, k_out=32, k_in=32)  # nothing to lose: k > O, I
+    >>> projection = ops.LayerProjection(height=16, width=16, k_out=32, k_in=32)  # exact: k > O, I
     >>> queries = projection.project(torch.ones(1, 16, 16))
     >>> ops.projected_group_influence(input, grad_output, offsets, queries, projection)
     tensor([[ 512., 1024.]], dtype=torch.float64)
@@ -102,7 +102,7 @@ def projected_domain_gradients(
     *,
     order: Tensor | None = None,
 ) -> Tensor:
-    """Form every domain's projected weight gradient, as `projection_stderr` needs it.
+    """Form every domain's projected weight gradient, which `projection_stderr` needs.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Projected gradients of a table that rows were looked up in, without a row of zeros per entry of the table."""
+"""Projected gradients of an embedding table, without a one-hot row per lookup."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ __all__ = ["projected_lookup_gradients"]
 def projected_lookup_gradients(
     ids: Tensor, grad_rows: Tensor, offsets: Tensor, projection: LayerProjection, *, order: Tensor | None = None
 ) -> Tensor:
-    """Form every domain's projected gradient of a table [V, C], rows of which were looked up.
+    """Form every domain's projected gradient of a table [V, C] from which rows were looked up.
 
-    That gradient is the sum over lookups of a unit vector times the gradient of the row, so that the one side of its
-    projection is a column of ``P_out`` per lookup, gathered, and the other the projected gradient of the row.
+    The gradient is a sum over lookups of a unit vector times the gradient of the row. Its projection is therefore a sum
+    over lookups of a column of ``P_out`` times the projected gradient of the row. The columns are gathered.
 
     Parameters
     ----------
     ids : int64 Tensor [T]
-        The rows that were looked up, in ``0 ... V - 1``.
+        The row of each lookup, in ``0 ... V - 1``.
     grad_rows : float32 | bfloat16 | float16 | float64 Tensor [T, C]
-        The gradients of what was found.
+        The gradient with respect to the row that each lookup returned.
     offsets, order
         As in `projected_group_influence`, for the T lookups.
     projection : LayerProjection
-        Of height V and width C.
+        One of height V and width C.
 
     Returns
     -------
     float32 Tensor [m, k_out, k_in]
-        ``P_out W_j P_in^T`` with domain j's gradient ``W_j`` of the table: what `projected_domain_gradients` makes of
-        one-hot rows [T, V].
+        ``P_out W_j P_in^T``, where ``W_j`` is domain j's gradient of the table. `projected_domain_gradients` gives the
+        same from one-hot rows [T, V].
 
     Raises
     ------
@@ -46,8 +46,8 @@ def projected_lookup_gradients(
 
     Notes
     -----
-    Cost: `projected_domain_gradients` of a layer with C inputs and k_out outputs, and T k_out numbers of memory. No
-    number depends on V.
+    Costs `projected_domain_gradients` of a layer with C inputs and k_out outputs, and T k_out numbers of memory. The
+    cost does not depend on V.
 
     Examples
     --------
@@ -59,7 +59,7 @@ def projected_lookup_gradients(
     require_shape("grad_rows", grad_rows, ("T", projection.width))
     require_shape("ids", ids, (grad_rows.shape[0],))
     gathered = factor_matrix(projection.output_factor[..., ids], projection.k_out, grad_rows.dtype).T
-    # The CountSketch that sends every column to its own row: nothing is left to shrink on this side.
+    # The CountSketch that sends every column to its own row: this side is already projected.
     identity = torch.arange(projection.k_out, dtype=torch.int32, device=ids.device)
     queries = grad_rows.new_empty(0, projection.k_out, projection.k_in)
     return run_projected_domain_gradients(

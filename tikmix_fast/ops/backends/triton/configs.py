@@ -1,7 +1,7 @@
-"""The configurations that the Triton kernels are tried with, and how one of them is chosen.
+"""The configurations to try for the Triton kernels, and the choice of one of them.
 
-A configuration changes the order of float32 sums, so that the choice must not change from call to call: it is made once
-per kind of call, by timing, and kept in Triton's own cache, where later runs and other ranks find it.
+A configuration changes the order of float32 sums, so the choice must not change from call to call. The first call of a
+kind makes it by timing and keeps it in Triton's own cache, where later runs and other ranks find it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 TUNING_VARIABLE = "TIKMIX_FAST_TRITON_TUNE"
-"""The environment variable that, set to 0, makes every call take the first configuration."""
+"""The environment variable: set to 0, every call takes the first configuration."""
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter; their decorator reads it once, when they are imported."""
+"""Whether kernels run in Triton's interpreter. Their decorator reads it once, when they are imported."""
 
-# Few, so that every one of them has several tiles to do even in small tests.
+# Few, so that every program has several tiles even in small tests.
 _INTERPRETED_PROGRAMS = 3
 
 _log = logging.getLogger("tikmix_fast.ops")
@@ -53,9 +53,9 @@ class Tile:
     Attributes
     ----------
     block_o, block_i : int
-        The tile of the gradient that a program holds in registers.
+        Size of the tile of the gradient that a program holds in registers.
     block_t : int
-        Rows that are multiplied at a time.
+        Rows multiplied at a time.
     warps, stages : int
         Warps per program, and blocks of rows in flight.
     """
@@ -67,17 +67,17 @@ class Tile:
     stages: int
 
     def sums(self) -> int:
-        """Return how many sums of the tile a thread holds."""
+        """Return how many numbers of the tile a thread holds."""
         return self.block_o * self.block_i // (32 * self.warps)
 
     def shared_bytes(self, element_bytes: int) -> int:
-        """Return the shared memory that the blocks of rows in flight take."""
+        """Return the shared memory of the blocks of rows in flight."""
         return self.stages * self.block_t * (self.block_o + self.block_i) * element_bytes
 
 
 @dataclass(frozen=True)
 class Product:
-    """How a panel is multiplied with the queries: numbers at a time, warps, and blocks in flight."""
+    """How a program multiplies a panel with the queries: numbers at a time, warps, and blocks in flight."""
 
     block: int
     warps: int
@@ -86,14 +86,14 @@ class Product:
 
 C = TypeVar("C")
 
-# By what multiplies: Hopper's wgmma, the older mma, or, for float32, mostly plain multiplications. The first that fits
-# is taken untuned. The tests compile the first ones, and none spills a register in its loop.
+# By the instruction that multiplies: Hopper's wgmma, the older mma, or, for float32, mostly plain multiplications.
+# Without tuning, the first that fits is taken. The tests compile the first ones: none spills a register in its loop.
 _TILES = {
     "wgmma": (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 4)),
     "mma": (Tile(128, 64, 32, 8, 4), Tile(128, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)),
     "float": (Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 2)),
 }
-# What a thread can hold, in float32 numbers, beside what it needs to compute.
+# The most float32 sums that a thread can hold beside the registers that it computes with.
 _MOST_SUMS = 128
 _PRODUCTS = {
     2: (Product(128, 4, 4), Product(256, 4, 3), Product(64, 4, 4)),
@@ -103,13 +103,13 @@ _PRODUCTS = {
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return a GPU's compute capability; the interpreter does what Hopper does."""
+    """Return a GPU's compute capability; the interpreter behaves like Hopper."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs run side by side, one to a multiprocessor."""
+    """Return how many programs run side by side, one per multiprocessor."""
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -117,15 +117,15 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def tile_configs(device: torch.device, element_bytes: int, with_total: bool) -> tuple[Tile, ...]:
-    """Return the tiles to try that fit into a device's shared memory and registers, the first untuned.
+    """Return the tiles to try, those that fit into a device's shared memory and registers. The first is the default.
 
     Parameters
     ----------
     device : torch.device
     element_bytes : int
-        Of what is multiplied, 2 or 4.
+        Bytes of a number that is multiplied, 2 or 4.
     with_total : bool
-        Whether the total of all domains is in registers besides.
+        Whether the registers hold the total of all domains too.
     """
     if device.type != "cuda":
         return (Tile(64, 64, 64, 4, 2),)
@@ -141,12 +141,12 @@ def tile_configs(device: torch.device, element_bytes: int, with_total: bool) -> 
 
 @functools.cache
 def product_configs(device: torch.device, element_bytes: int) -> tuple[Product, ...]:
-    """Return what to try for a panel of this element size, the first untuned."""
+    """Return the configurations to try for a panel of this element size. The first is the default."""
     return _PRODUCTS[element_bytes] if device.type == "cuda" else (Product(128, 4, 1),)
 
 
 def bucket(size: int) -> int:
-    """Return the power of two that is a size's, so that calls of about one size share a configuration."""
+    """Return the number of bits of a size, so that calls of about one size share a configuration."""
     return size.bit_length()
 
 
@@ -154,15 +154,15 @@ _chosen: dict[str, object] = {}
 
 
 def choose(key: tuple[object, ...], device: torch.device, candidates: Sequence[C], run: Callable[[C], object]) -> C:
-    """Return the configuration that runs fastest, as found by the first call with this key.
+    """Return the fastest configuration, which the first call with this key measures.
 
     Parameters
     ----------
     key : tuple
-        What the best configuration depends on. Compute capability and Triton's version are added.
+        Everything that the best configuration depends on, except the GPU and Triton's version.
     candidates : sequence
-        The first is taken where nothing may be timed: in the interpreter, while a CUDA graph is captured, and where
-        the environment variable forbids it. It must fit every device.
+        The first is the default. It must fit every device: it is taken in the interpreter, while a CUDA graph is
+        captured, and where the environment variable forbids timing.
     run : callable
         Runs the kernel on memory of its own.
     """
@@ -178,9 +178,9 @@ def choose(key: tuple[object, ...], device: torch.device, candidates: Sequence[C
 
 def _fastest(name: str, candidates: Sequence[C], run: Callable[[C], object]) -> int:
     cache = get_cache_manager(hashlib.sha256((name + repr(candidates)).encode()).hexdigest())
-    kept = cache.get_file("tikmix_fast.json")
-    if kept is not None:
-        with open(kept) as file:
+    earlier = cache.get_file("tikmix_fast.json")
+    if earlier is not None:
+        with open(earlier) as file:
             return int(json.load(file)["fastest"])
     times = [_time(candidate, run) for candidate in candidates]
     fastest = times.index(min(times))

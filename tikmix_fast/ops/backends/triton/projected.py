@@ -45,8 +45,8 @@ class Blocks:
 
 
 _OF_INTERPRETER = (Blocks(32, 64, 4, 1),)
-# By the kind of the products and the larger side of the tile. Without tuning, the first is taken. Compiled for sm_80 and
-# sm_90 with 16-bit rows, none spills in its loops over columns; the tests compile the first of each again.
+# By the kind of the products and the larger side of the tile. Without tuning, the first that is usable is taken. With
+# 16-bit rows, none spills in its loops over columns for sm_80 and sm_90, but for those in `_SPILLING`.
 _BLOCKS = {
     ("wgmma", 64): (Blocks(64, 64, 4, 4), Blocks(64, 64, 8, 4), Blocks(32, 64, 4, 4)),
     ("wgmma", 128): (Blocks(64, 64, 8, 3), Blocks(64, 32, 8, 4), Blocks(32, 64, 8, 4)),
@@ -55,6 +55,8 @@ _BLOCKS = {
     ("float", 64): (Blocks(32, 32, 8, 3),),
     ("float", 128): (Blocks(16, 32, 8, 3),),
 }
+# By Triton's version: blocks that it compiles with spills in a loop, so that they are not used there.
+_SPILLING = {("3.8", "wgmma", 128): Blocks(64, 64, 8, 3)}
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _prepare(arguments: ProjectedArguments, flag: Tensor | None) -> tuple[Projec
             tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             for tensor in (input, grad_output, queries, output_factor, input_factor)
         )
-    offsets = offsets.contiguous()
+    offsets, output_factor, input_factor = (tensor.contiguous() for tensor in (offsets, output_factor, input_factor))
     return (
         ProjectedArguments(input, grad_output, offsets, queries, output_factor, input_factor, scale, order),
         flag,
@@ -182,8 +184,13 @@ def _candidates(device: torch.device, tile: int, *, exact: bool) -> tuple[Blocks
     """Return the blocks to try for the larger side of a tile; ``exact`` if any product is one of float32."""
     if device.type != "cuda":
         return _OF_INTERPRETER
-    kind = "float" if exact else "wgmma" if capability(device)[0] in (9, 10) else "mma"
-    return _BLOCKS[kind, max(tile, 64)]
+    return _usable("float" if exact else "wgmma" if capability(device)[0] in (9, 10) else "mma", max(tile, 64))
+
+
+def _usable(kind: str, tile: int) -> tuple[Blocks, ...]:
+    """Return the blocks for products of a kind that this version of Triton compiles without spills in a loop."""
+    version = ".".join(triton.__version__.split(".")[:2])
+    return tuple(blocks for blocks in _BLOCKS[kind, tile] if blocks != _SPILLING.get((version, kind, tile)))
 
 
 def _fill_slots(arguments: ProjectedArguments) -> _Slots:
@@ -213,8 +220,8 @@ def _launch(arguments: ProjectedArguments, dtypes: tuple[torch.dtype, torch.dtyp
     both_16_bit = torch.float32 not in dtypes
     walk_rows[(ranges, tiles)](
         Rows(Strided.of(input), Strided.of(grad_output), order, grad_output.shape[1], input.shape[1]),
-        _strided_factor(output_factor),
-        _strided_factor(input_factor),
+        output_factor,
+        input_factor,
         offsets,
         slots,
         status,
@@ -236,11 +243,6 @@ def _launch(arguments: ProjectedArguments, dtypes: tuple[torch.dtype, torch.dtyp
         num_warps=blocks.warps,
     )
     return _Slots(slots, status, rows_per_range)
-
-
-def _strided_factor(factor: Tensor) -> Strided:
-    """Return a factor with the strides of its rows and columns; codes have no rows."""
-    return Strided(factor, (0, *factor.stride())[-2:])
 
 
 def _reduce(arguments: ProjectedArguments, slots: _Slots, flag: Tensor, queries: Tensor | None, sums: Tensor) -> None:

@@ -42,14 +42,14 @@ def _project(
     span = tl.arange(0, COLUMNS).to(tl.int64)
     factor_row = first_row + tl.arange(0, DIM)
     pointers = matrix.data + row[:, None] * matrix.strides[0] + span[None, :] * matrix.strides[1]
-    factor_pointers = factor.data + span * factor.strides[1]
-    if factor.data.dtype.element_ty != tl.int32:
-        factor_pointers = factor_pointers[None, :] + factor_row.to(tl.int64)[:, None] * factor.strides[0]
+    factor_pointers = factor + span
+    if factor.dtype.element_ty != tl.int32:
+        factor_pointers = factor_pointers[None, :] + factor_row.to(tl.int64)[:, None] * columns
     sums = tl.zeros([ROWS, DIM], tl.float32)
     for start in tl.range(0, columns, COLUMNS, num_stages=STAGES):
         inside = span < columns - start
         block = tl.load(pointers, mask=valid[:, None] & inside[None, :], other=0.0)
-        if factor.data.dtype.element_ty == tl.int32:
+        if factor.dtype.element_ty == tl.int32:
             code = tl.load(factor_pointers, mask=inside, other=0)
             sign = tl.where(code < 0, -1.0, 1.0).to(DTYPE)
             code = tl.where(code < 0, ~code, code)
@@ -58,7 +58,7 @@ def _project(
             entries = tl.load(factor_pointers, mask=(factor_row < dim)[:, None] & inside[None, :], other=0)
         sums = tl.dot(block.to(DTYPE), tl.trans(entries.to(DTYPE)), sums, input_precision=PRECISION)
         pointers += COLUMNS * tl.cast(matrix.strides[1], tl.int64)
-        factor_pointers += COLUMNS * tl.cast(factor.strides[1], tl.int64)
+        factor_pointers += COLUMNS
     return sums
 
 

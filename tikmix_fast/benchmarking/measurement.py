@@ -1,8 +1,7 @@
-"""Training steps and whole measurements with the engine, against the same without it."""
+"""Whole measurements of the influence matrix: with the engine, and by ways that need nothing but torch."""
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -10,237 +9,31 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-import tikmix_fast
 from tikmix_fast.benchmarking import memory
+from tikmix_fast.benchmarking.autograd_truth import Truth, make_gpt, mean_gradients, numbered, summed_loss
 from tikmix_fast.benchmarking.interleaved import interleave
-from tikmix_fast.demo.gpt import GPT, GPTSettings
+from tikmix_fast.demo.gpt import GPT
 from tikmix_fast.influence.engine import InfluenceEngine
-from tikmix_fast.testing import WorstCell, check_budget, influence_error, rounding_floor
 
 __all__ = [
     "FLOOR",
     "MEASUREMENT",
     "QUICK_MEASUREMENT",
-    "QUICK_STEPS",
-    "STEPS",
     "TINY_MEASUREMENT",
-    "TINY_STEPS",
     "Measurement",
     "MeasurementCase",
     "MeasurementMethod",
-    "StepCase",
-    "Truth",
-    "make_gpt",
     "make_measurement",
-    "mean_gradients",
     "measure_measurement",
-    "measure_step",
     "measurement_methods",
-    "summed_loss",
     "weigh_measurement",
 ]
 
-ALONE = "step without influence"
 FLOOR = "forward and backward alone"
 OURS = "tikmix_fast"
-
-
-@dataclass(frozen=True)
-class StepCase:
-    """A training step: a GPT, AdamW, one batch of mixed domains.
-
-    Attributes
-    ----------
-    layers, heads, width, vocabulary : int
-    sequences, length : int
-        Of the batch.
-    domains, tasks : int
-    dtype : str
-        "float32", or "bfloat16" for autocast.
-    """
-
-    layers: int
-    heads: int
-    width: int
-    vocabulary: int
-    sequences: int
-    length: int
-    domains: int
-    tasks: int
-    dtype: str
-
-    @property
-    def name(self) -> str:
-        """A title for tables."""
-        kind = "fp32" if self.dtype == "float32" else f"{self.dtype} autocast"
-        return (
-            f"GPT of {self.layers} layers, width {self.width}, vocabulary {self.vocabulary}, "
-            f"{self.sequences} x {self.length} tokens, {kind}, AdamW, m={self.domains} n={self.tasks}"
-        )
-
-
-_STEP = StepCase(6, 6, 384, 8192, 16, 256, 8, 4, "float32")
-STEPS = (_STEP, replace(_STEP, dtype="bfloat16"))
-"""Those that the project set bars for."""
-
-QUICK_STEPS = (replace(_STEP, sequences=4),)
-"""Those of ``tikmix-fast bench``."""
-
-TINY_STEPS = tuple(StepCase(1, 2, 16, 32, 4, 8, 2, 2, dtype) for dtype in ("float32", "bfloat16"))
-"""To see that everything runs."""
-
-
-def make_gpt(layers: int, heads: int, width: int, length: int, vocabulary: int, seed: int = 0) -> GPT:
-    """Return the demonstration's model with another vocabulary."""
-    model = GPT(GPTSettings(layers=layers, heads=heads, width=width, length=length), seed)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        model.bytes = nn.Embedding(vocabulary, width)
-        model.head = nn.Linear(width, vocabulary, bias=False)
-        for module in (model.bytes, model.head):
-            nn.init.normal_(module.weight, std=0.02)
-    return model
-
-
-def measure_step(case: StepCase, *, rounds: int = 20, seconds: float | None = None) -> dict[str, Any]:
-    """Check the engine on this model, then time training steps with and without influence in turn.
-
-    The task passes are not part of a step: they are paid once per refresh. Queries are kept over the steps
-    (``allow_stale``) for the timing's sake alone.
-
-    Returns
-    -------
-    dict
-        Plain JSON types: the case and ``rows`` (one per way to make a step).
-
-    Raises
-    ------
-    AssertionError
-        If influence is wrong: the budget is that of `tikmix_fast.testing`, relative to autograd in the same precision.
-    """
-    model = make_gpt(case.layers, case.heads, case.width, case.length, case.vocabulary)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(sequences: int) -> Tensor:
-        return torch.randint(case.vocabulary, (sequences, case.length + 1), generator=generator)
-
-    def loss(batch: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16"):
-            return model.loss(batch)
-
-    found, eager = _check_engine(model, torch.stack([draw(1) for _ in range(4)]), case.dtype == "bfloat16")
-
-    batch, ids = draw(case.sequences), torch.arange(case.sequences) % case.domains
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss(batch).backward()
-        optimizer.step()
-
-    def step_with(engine: InfluenceEngine) -> Callable[[], None]:
-        def run() -> None:
-            optimizer.zero_grad()
-            with engine.domains(ids):
-                loss(batch).backward()
-            optimizer.step()
-
-        return run
-
-    step()  # the preconditioner needs the optimizer's state
-    functions: dict[str, Callable[[], None]] = {ALONE: step}
-    variants: dict[str, dict[str, Any]] = {
-        "with exact influence": {"task_splits": 1},
-        "with exact influence, task_splits=2": {"task_splits": 2},
-    }
-    if hasattr(tikmix_fast, "Projection"):
-        variants["with projected influence, k=64"] = {"task_splits": 1, "projection": tikmix_fast.Projection(dim=64)}
-    for name, options in variants.items():
-        engine = InfluenceEngine(
-            model, _numbered("domain", case.domains), _numbered("task", case.tasks), optimizer=optimizer,
-            allow_stale=True, **options,
-        )  # fmt: skip
-        for task in engine.task_names:
-            for _ in range(options["task_splits"]):
-                with engine.task(task):
-                    loss(draw(4)).backward()
-        functions[name] = step_with(engine)
-    timings = interleave(functions, rounds, seconds=seconds)
-    rows = [{"method": name, "ours": name != ALONE, **timings.summary(name, ALONE)} for name in functions]
-    return {
-        "case": case.name,
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-        "error": found.error,
-        "eager_error": eager.error,
-        "skipped": {} if hasattr(tikmix_fast, "Projection") else {"projected influence": "not in this version"},
-    }
-
-
-def _check_engine(model: GPT, sequences: Tensor, autocast: bool) -> tuple[WorstCell, WorstCell]:
-    """Check the engine on two tasks and two domains of one sequence each, [4, 1, length + 1].
-
-    Returns the error of the engine and that of autograd in the same precision.
-    """
-    tasks, domains = [[each] for each in sequences[:2]], [[each] for each in sequences[2:]]
-    engine = InfluenceEngine(model, ["a", "b"], ["s", "t"], "identity", reduction="sum", task_splits=1)
-    for name, (batch,) in zip(engine.task_names, tasks, strict=True):
-        with engine.task(name):
-            summed_loss(model, batch, autocast).backward()
-    with engine.domains(torch.arange(2)):
-        summed_loss(model, sequences[2:].flatten(0, 1), autocast).backward()
-    model.zero_grad()
-    truth = Truth.of(model, tasks, domains)
-    found = truth.error(torch.from_numpy(engine.matrix().values))
-    # Long float32 inner products would be so inexact that they excused anything.
-    eager_tasks, eager_domains = (mean_gradients(model, groups, autocast).double() for groups in (tasks, domains))
-    eager = truth.error(eager_tasks @ eager_domains.T)
-    check_budget(found, eager, rounding_floor(truth.tasks.shape[1]))
-    return found, eager
-
-
-def summed_loss(model: nn.Module, batch: Tensor, autocast: bool = False) -> Tensor:
-    """Return the sum over the target tokens of ``batch`` [B, S + 1] of their cross-entropy."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(batch[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-
-
-def mean_gradients(model: nn.Module, groups: Sequence[Sequence[Tensor]], autocast: bool = False) -> Tensor:
-    """Return the mean gradient per target token of every group of batches, [groups, all parameters]."""
-    parameters = list(model.parameters())
-    rows = []
-    for batches in groups:
-        total = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
-        for batch in batches:
-            gradients = torch.autograd.grad(summed_loss(model, batch, autocast), parameters)
-            total += torch.cat([each.flatten() for each in gradients])
-        rows.append(total / sum(batch[:, 1:].numel() for batch in batches))
-    return torch.stack(rows)
-
-
-class Truth(NamedTuple):
-    """Mean gradients of tasks [n, P] and domains [m, P], by float64 autograd."""
-
-    tasks: Tensor
-    domains: Tensor
-
-    @classmethod
-    def of(cls, model: GPT, tasks: Sequence[Sequence[Tensor]], domains: Sequence[Sequence[Tensor]]) -> Truth:
-        """Compute them with a float64 copy of the model."""
-        wide = copy.deepcopy(model).double()
-        return cls(mean_gradients(wide, tasks), mean_gradients(wide, domains))
-
-    def error(self, values: Tensor) -> WorstCell:
-        """Measure the error of an influence matrix [n, m]; see `influence_error`."""
-        return influence_error(values, self.tasks @ self.domains.T, self.tasks[..., None], self.domains[..., None])
-
-
-def _numbered(what: str, count: int) -> list[str]:
-    return [f"{what} {index}" for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -250,12 +43,12 @@ class MeasurementCase:
     Attributes
     ----------
     layers, heads, width, vocabulary, length : int
-        Of the model.
+        Size of the model.
     domains, tasks : int
     domain_sequences : int
-        In all domains together, a multiple of their number and of ``batch``.
+        Sequences of all domains together: a multiple of their number and of ``batch``.
     task_sequences : int
-        Of each task, a multiple of ``batch``.
+        Sequences of each task: a multiple of ``batch``.
     batch : int
     """
 
@@ -281,13 +74,13 @@ class MeasurementCase:
 
 
 MEASUREMENT = MeasurementCase()
-"""That of the comparison with neighbouring libraries."""
+"""The measurement of the comparison with neighbouring libraries."""
 
 QUICK_MEASUREMENT = replace(MEASUREMENT, domain_sequences=16, task_sequences=8)
-"""That of ``tikmix-fast bench``."""
+"""The measurement of ``tikmix-fast bench``."""
 
 TINY_MEASUREMENT = MeasurementCase(1, 2, 16, 32, 8, domain_sequences=64, task_sequences=4, batch=4)
-"""To see that everything runs."""
+"""A measurement that shows that everything runs."""
 
 
 @dataclass(frozen=True)
@@ -336,12 +129,12 @@ class MeasurementMethod(NamedTuple):
     Attributes
     ----------
     prepare : callable (Measurement) -> callable () -> Tensor [n, m] or None
-        Returns what is timed; its result is the matrix of mean gradients per target token, or None for the floor.
+        Returns the function to time. That returns influence per target token, or None for the floor.
     covers : callable (str) -> bool
-        Whether it covers the parameter of this name.
+        Whether the method covers the parameter of this name.
     ours : bool
     slow : bool
-        So slow that few rounds tell enough.
+        Whether few rounds are enough, because the method takes so long.
     """
 
     prepare: Callable[[Measurement], Callable[[], Tensor | None]]
@@ -351,7 +144,7 @@ class MeasurementMethod(NamedTuple):
 
 
 def measurement_methods() -> dict[str, MeasurementMethod]:
-    """Return the ways to measure that need nothing but torch, `FLOOR` first."""
+    """Return the ways to measure that need nothing but torch and this package, `FLOOR` first."""
     return {
         FLOOR: MeasurementMethod(_alone),
         "plain torch, sorted batches": MeasurementMethod(_sorted),
@@ -407,7 +200,7 @@ def _backward_per_domain(data: Measurement) -> Callable[[], Tensor]:
 
 
 def _ours(data: Measurement, **options: Any) -> Callable[[], Tensor]:
-    domains, tasks = _numbered("domain", data.case.domains), _numbered("task", data.case.tasks)
+    domains, tasks = numbered("domain", data.case.domains), numbered("task", data.case.tasks)
 
     def run() -> Tensor:
         data.model.zero_grad()
@@ -429,7 +222,7 @@ def _ours_unchecked(data: Measurement) -> Callable[[], Tensor]:
 
 
 _WRONG = 1e-4
-"""An exact float32 method whose error against float64 is beyond this is broken; they are all below 1e-6."""
+"""The largest error against float64 that an exact float32 method may have; correct ones stay below 1e-6."""
 
 
 def measure_measurement(
@@ -445,7 +238,7 @@ def measure_measurement(
     ----------
     case : MeasurementCase
     methods : dict of str to MeasurementMethod
-        With `FLOOR`.
+        Must contain `FLOOR`.
     rounds, seconds
         As in `interleave`.
 
@@ -469,10 +262,10 @@ def measure_measurement(
         values, errors[name] = run(), None
         if values is not None:
             covered = torch.cat([torch.full((size,), method.covers(each)) for each, size in names.items()])
-            found = Truth(truth.tasks[:, covered], truth.domains[:, covered]).error(values)
-            if not found.error <= _WRONG:
-                raise AssertionError(f"{name} is wrong: {found}")
-            errors[name] = found.error
+            worst = Truth(truth.tasks[:, covered], truth.domains[:, covered]).error(values)
+            if not worst.error <= _WRONG:
+                raise AssertionError(f"{name} is wrong: {worst}")
+            errors[name] = worst.error
     timings = interleave(functions, rounds, seconds=seconds)
     return {
         "case": case.name,
@@ -509,8 +302,8 @@ def weigh_measurement(case: MeasurementCase, domains: Sequence[int], repeats: in
             request = {
                 "case": vars(replace(case, domains=count)), "method": method, "threads": torch.get_num_threads(),
             }  # fmt: skip
-            found = [memory.in_fresh_process(__name__, request)["growth"] for _ in range(repeats)]
-            growth[method] = sorted(found)[repeats // 2]
+            peaks = [memory.in_fresh_process(__name__, request)["growth"] for _ in range(repeats)]
+            growth[method] = sorted(peaks)[repeats // 2]
         rows += [
             {"domains": count, "method": each, "growth_bytes": value, "above_floor_bytes": value - growth[FLOOR]}
             for each, value in growth.items()
@@ -519,7 +312,7 @@ def weigh_measurement(case: MeasurementCase, domains: Sequence[int], repeats: in
 
 
 def _weigh_one(request: dict[str, Any]) -> dict[str, int]:
-    """Return the peak growth of one measurement, the libraries warmed up on a tiny one."""
+    """Return the peak growth of one measurement, after a tiny one has warmed up the libraries."""
     torch.set_num_threads(request["threads"])
     method = measurement_methods()[request["method"]]
     method.prepare(make_measurement(TINY_MEASUREMENT))()
