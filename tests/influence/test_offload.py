@@ -9,7 +9,7 @@ import torch
 
 from tikmix_fast import InfluenceEngine, Projection, shifted_mask
 from tikmix_fast.influence.queries import offload
-from tikmix_fast.influence.queries.offload import ALIGNMENT, Prefetcher
+from tikmix_fast.influence.queries.offload import Prefetcher, aligned
 
 
 class LateCopier:
@@ -70,7 +70,7 @@ def test_the_next_is_sent_for_before_this_one_is_used():
     expected = [("start", a), ("start", b), ("wait", a), ("start", c), ("wait", b), ("start", d), ("wait", c)]
     assert moves == [*expected, ("wait", d)]
     # The memory is that of the two neighbours that take most, and it stays.
-    assert copier.sizes("allocate") == [sum(-(-4 * size // ALIGNMENT) * ALIGNMENT for size in (b, c))]
+    assert copier.sizes("allocate") == [sum(aligned(4 * size) for size in (b, c))]
     copier.log.clear()
     one_pass(prefetcher, host, "abcd")
     assert not copier.sizes("allocate")
@@ -153,7 +153,7 @@ def test_two_weights_at_a_time(kit, copiers):
     engine, _ = run(kit, "gpt2", queries_device="cpu", check_every=0, task_splits=1, passes=4)
     store, (copier,) = engine._session._queries.store, copiers
     sizes = sorted(each.nbytes for each in store._away.values())
-    assert copier.sizes("allocate")[-1] <= sizes[-1] + sizes[-2] + 2 * ALIGNMENT
+    assert copier.sizes("allocate")[-1] <= sizes[-1] + sizes[-2] + 2 * aligned(1)
     assert all(engine.parameters()[name].ndim == 1 for name in store._here)
     assert len(copier.sizes("start")) == len(copier.sizes("wait"))
     order = engine._session._queries.store._prefetchers[torch.device("cpu")]._order

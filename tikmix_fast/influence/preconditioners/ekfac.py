@@ -238,7 +238,7 @@ class EKFAC:
         return basis.back(basis.into(gradients).div_(self._damped(name).to(gradients)))
 
     def eigenvalues(self, name: str) -> Tensor:
-        """Return the undamped eigenvalues of F per target token for one parameter, [*shape]."""
+        """Return the undamped eigenvalues of F per target token for one parameter, in its shape."""
         return self._squares[name] / self.tokens
 
     def factor_memory(self, parameters: Mapping[str, Tensor]) -> int:
