@@ -116,10 +116,6 @@ def influence_error(values: Tensor, reference: Tensor, queries: Tensor, gradient
     gradients : Tensor [m, O, I]
         The domains' gradients, from `domain_gradients`. A cell where either norm is 0 must be exact.
 
-    Returns
-    -------
-    WorstCell
-
     Examples
     --------
     >>> import torch
@@ -138,10 +134,6 @@ def gradient_error(value: Tensor, reference: Tensor) -> WorstCell:
     ----------
     value, reference : Tensor [O, I]
         What was computed, and what is right.
-
-    Returns
-    -------
-    WorstCell
 
     Examples
     --------

@@ -160,7 +160,7 @@ def test_the_readme_says_that_there_are_no_results_or_shows_every_device(
     monkeypatch.setattr(report, "ROOT", tmp_path)
     folder = tmp_path / report.RESULTS
     folder.mkdir(parents=True)
-    assert report.section("gpu").startswith("No results on a GPU yet: `python benchmarks/gpu.py` makes them")
+    assert report.section("gpu").startswith("No results on a GPU yet: `python -m benchmarks.gpu` makes them")
     (folder / "gpu-nvidia-h200.json").write_text(json.dumps(result))
     other = json.loads(json.dumps(result))
     other["device"]["name"] = "NVIDIA A100"
