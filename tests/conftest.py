@@ -20,6 +20,9 @@ from tikmix_fast.demo.gpt import GPTSettings
 from tikmix_fast.demo.settings import DemoSettings
 from tikmix_fast.ops.backends import cpu
 
+# Programs that tests start as processes of their own.
+collect_ignore = ["influence/ranks_worker.py", "influence/sharded_worker.py", "package/fuzz_readers.py"]
+
 BACKENDS = ("reference", "cpu", "triton")
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 REQUIRED = tuple(filter(None, os.environ.get("TIKMIX_FAST_REQUIRE", "").split(",")))

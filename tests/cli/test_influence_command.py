@@ -336,6 +336,7 @@ def test_a_run_interrupted_at_every_save_ends_with_the_same_matrix(
     assert matrix.to_dict() == whole.to_dict()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_matrix(models: Path, texts: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = {"save_every": 1, "threads": 1, "tokens": 1000}

@@ -18,7 +18,10 @@ def test_every_example_is_listed():  # test_trackers.py runs trackers.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} - {"corpus", "trackers"} == set(NEEDS)
 
 
-@pytest.mark.parametrize("name", sorted(NEEDS))
+@pytest.mark.parametrize(
+    "name",
+    ["plain_pytorch", "huggingface_trainer", pytest.param("lightning_callback", marks=pytest.mark.slow)],
+)
 def test_example_runs(name, tmp_path):
     for module in ("transformers", NEEDS[name]):
         if importlib.util.find_spec(module) is None:

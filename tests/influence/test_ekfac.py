@@ -734,7 +734,7 @@ def test_fit_needs_batches_that_can_be_gone_through_twice(tiny):
     with pytest.raises(TypeError, match="gone through twice"):
         EKFAC().fit(model, iter(batches), causal_loss)
     with (
-        pytest.raises(ValueError, match="sequences must be a positive int"),
+        pytest.raises(ValueError, match="sequences must be an int of at least 1"),
         EKFAC().observe(model, named(model), "factors", sequences=0),
     ):
         pass

@@ -247,7 +247,7 @@ def test_bad_ids(kit, model, ids, error, match):
     [
         (torch.ones(3, 8), TypeError, "float32"),
         (torch.ones(2, 8, dtype=torch.bool), ValueError, r"\[B, S\]"),
-        (5, ValueError, "bool tensor where a batch mixes"),
+        (5, ValueError, "bool tensor if a batch mixes"),
         (-1, ValueError, "negative"),
         ("all", TypeError, "str"),
     ],

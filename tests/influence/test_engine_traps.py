@@ -360,7 +360,7 @@ def test_queries_are_let_go(kit):
         loss = kit.mean_loss(outer, batch)
         loss.backward(retain_graph=True)
     assert isinstance(outer.cached, ParameterView)
-    references = [weakref.ref(query) for query in engine._session._queries.held.values()]
+    references = [weakref.ref(query) for query in engine._session._queries.store.values()]
     values = engine.matrix().values.copy()
     model.zero_grad()
     loss.backward()  # after the context: an ordinary backward that records nothing

@@ -21,7 +21,7 @@ import ranks_worker as worker
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
     """What every rank wrote down, run by torchrun."""
     folder = tmp_path_factory.mktemp("ranks")

@@ -23,7 +23,7 @@ else:
     SCENARIOS = {}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
     """What every rank wrote down, run by torchrun."""
     folder = tmp_path_factory.mktemp("sharded")

@@ -300,6 +300,7 @@ def test_lightgbm_and_torch_are_not_imported_with_the_module():
 # --- real runs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REGMIX.is_dir(), reason=f"needs RegMix's runs in {REGMIX}")
 def test_half_of_regmixs_runs_rank_the_other_half_better_than_trees_do():
     mixtures, losses = (

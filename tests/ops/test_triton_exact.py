@@ -97,7 +97,7 @@ def check(call: Arguments, values: Tensor, grad_weight: Tensor | None) -> None:
         pytest.param(torch.float32, False, id="f32-sorted"),
         pytest.param(torch.float32, True, id="f32-ordered"),
         pytest.param(torch.bfloat16, False, id="bf16-sorted"),
-        pytest.param(torch.float16, True, id="f16-ordered"),
+        pytest.param(torch.float16, True, id="f16-ordered", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(
@@ -135,7 +135,10 @@ def test_two_runs_are_the_same_bits(kernel: ModuleType) -> None:
     assert torch.equal(total, other_total)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="f16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("width", [48, 41], ids=["described", "pointers"])
 def test_tensor_descriptors_and_pointers_read_the_same(kernel: ModuleType, dtype: torch.dtype, width: int) -> None:
     """A described tensor copied to where the accelerator cannot read it gives the same bits."""

@@ -331,7 +331,7 @@ print(json.dumps(reports))
 """
 
 
-@pytest.mark.parametrize("architecture", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90], ids="sm_{}".format)
 def test_compiled_for_gpus_the_loops_use_tensor_cores_and_spill_nothing(architecture: int) -> None:
     """The untuned kernels, compiled by the Triton that is installed; on Hopper both loops over columns use wgmma.
 

@@ -79,6 +79,7 @@ def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
     assert "TIKMIX_FAST_CUDA must be AUTO, ON or OFF; got 'maybe'" in done.stdout
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_cuda_on_builds_for_the_architectures_nvcc_knows(tmp_path: Path) -> None:
     done = configure(tmp_path, "TIKMIX_FAST_CUDA=ON", "TIKMIX_FAST_CUDA_ARCHITECTURES=80;90a;999")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from benchmarks.study.prediction.subject import Array, Subject, draw
 from tikmix_fast import Adam, InfluenceEngine
 from tikmix_fast.demo.settings import DemoSettings
-from tikmix_fast.influence.preconditioners.adam import Preconditioner
+from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 from tikmix_fast.matrix.estimator import Estimator
 
 __all__ = ["calibration", "covered", "influence_of_pools"]

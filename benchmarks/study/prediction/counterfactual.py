@@ -16,7 +16,7 @@ from benchmarks.study.prediction.subject import Array, Subject, draw, influence,
 from tikmix_fast import EKFAC, Adam, DiagonalFisher, Projection
 from tikmix_fast.demo.arm import Arm
 from tikmix_fast.demo.gpt import GPT
-from tikmix_fast.influence.preconditioners.adam import Preconditioner
+from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 
 __all__ = ["counterfactual", "gains", "long", "measure_method"]
 

@@ -19,7 +19,7 @@ from tikmix_fast import InfluenceEngine, InfluenceMatrix, Projection
 from tikmix_fast.demo.arm import Arm
 from tikmix_fast.demo.corpora import Corpora, Sequences
 from tikmix_fast.demo.gpt import GPT
-from tikmix_fast.influence.preconditioners.adam import Preconditioner
+from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 
 __all__ = ["Array", "Subject", "Texts", "draw", "influence", "interleaved", "spread", "train"]
 

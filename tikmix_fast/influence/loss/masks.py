@@ -1,4 +1,4 @@
-"""The mask of a model that shifts its labels itself."""
+"""The loss mask of models that shift their labels themselves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def shifted_mask(labels: Tensor, ignore_index: int = -100) -> Tensor:
     Parameters
     ----------
     labels : int [B, S]
-        As passed to the model; padding and prompts are set to ``ignore_index``.
+        The model's labels; padding and prompts are ``ignore_index``.
     ignore_index : int
         The label that the loss skips.
 

@@ -1,4 +1,4 @@
-"""How many target tokens of each domain a batch has."""
+"""Count the target tokens of each domain in a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["TargetCount"]
 
 
 class TargetCount:
-    """Count the target tokens of each domain by the mask, or by the rows of the model's last product.
+    """Count the target tokens of each domain, by the mask or else by the rows of the model's last product.
 
     Parameters
     ----------
@@ -59,14 +59,14 @@ class TargetCount:
         Parameters
         ----------
         readings : sequence of Tensor
-            What `unread` gave, on the host.
+            The values of `unread`, on the host.
         rows : tuple of int or None
             Leading dimensions of the model's last product.
 
         Raises
         ------
         ValueError
-            If there is no mask and the rows do not tell.
+            If there is no mask, and the number does not follow from the rows.
         """
         labels, mask, ids = self._labels, self._mask, self._labels.ids
         if mask is None and rows is None:
@@ -101,7 +101,7 @@ def _check(mask: Tensor | int | None, labels: RowLabels) -> None:
             raise ValueError(f"mask given as a number of target tokens must not be negative; got {mask}")
         if labels.batch is not None and labels.single is None:
             raise ValueError(
-                "mask must be a bool tensor where a batch mixes domains: a count does not say whose tokens they are"
+                "mask must be a bool tensor if a batch mixes domains: a count does not say whose tokens they are"
             )
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
