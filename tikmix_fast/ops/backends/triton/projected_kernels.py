@@ -63,6 +63,22 @@ def _project(
 
 
 @triton.jit
+def _read_offsets(offsets, domains, row, row_count):
+    """Return the domain of a row, and 1 if the offsets are wrong, else 0."""
+    domain = 0
+    wrong = 0
+    for first in range(0, domains, 128):
+        entry = first + tl.arange(0, 128)
+        known = entry < domains
+        start = tl.load(offsets + entry, mask=known, other=0)
+        end = tl.load(offsets + entry + 1, mask=known, other=row_count)
+        domain += tl.sum((known & (end <= row)).to(tl.int32))
+        broken = (end < start) | ((entry == 0) & (start != 0)) | ((entry == domains - 1) & (end != row_count))
+        wrong |= tl.max((known & broken).to(tl.int32))
+    return domain, wrong
+
+
+@triton.jit
 def walk_rows(
     rows,
     output_factor,
@@ -95,17 +111,7 @@ def walk_rows(
     row = part.to(tl.int64) * rows_per_range
     last = tl.minimum(row + rows_per_range, row_count)
 
-    domain = 0
-    wrong = 0
-    for first in range(0, domains, 128):
-        entry = first + tl.arange(0, 128)
-        known = entry < domains
-        start = tl.load(offsets + entry, mask=known, other=0)
-        end = tl.load(offsets + entry + 1, mask=known, other=row_count)
-        domain += tl.sum((known & (end <= row)).to(tl.int32))
-        broken = (end < start) | ((entry == 0) & (start != 0)) | ((entry == domains - 1) & (end != row_count))
-        wrong |= tl.max((known & broken).to(tl.int32))
-
+    domain, wrong = _read_offsets(offsets, domains, row, row_count)
     k_out_entry = top + tl.arange(0, K_OUT)
     k_in_entry = left + tl.arange(0, K_IN)
     gradient = tl.zeros([K_OUT, K_IN], tl.float32)
