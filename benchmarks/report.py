@@ -244,7 +244,7 @@ def section(name: str) -> str:
 
 def draw_pictures() -> None:
     """Draw the pictures that are made of results alone."""
-    from tikmix_fast.report.plots import save_figure
+    from tikmix_fast.report.pictures import save_figure
     from tikmix_fast.report.roofline import draw_roofline
 
     path = ROOT / RESULTS / "ops.json"

@@ -488,7 +488,7 @@ def test_conservation_is_checked_again_after_a_reset(kit, model):
 
 def test_getters_leave_the_model_alone(kit, model, monkeypatch):
     """fully_shard's parameters may be whole when a getter is called; only a pass that begins makes them parts again."""
-    from tikmix_fast.influence.passes import covered
+    from tikmix_fast.influence.passes import covered_parameters as covered
 
     engine = engine_for(model)
     run_task(kit, engine)

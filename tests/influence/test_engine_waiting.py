@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tikmix_fast import InfluenceEngine, Projection, ops, shifted_mask
 from tikmix_fast.influence.capture.rows import RowLabels
-from tikmix_fast.influence.parallel.transfers import read_together, send
+from tikmix_fast.influence.parallel.device_transfers import read_together, send
 from tikmix_fast.influence.passes.fingerprint import Fingerprint
 from tikmix_fast.influence.passes.influence_sink import InfluenceSink
 from tikmix_fast.ops.common import device_checks
@@ -210,7 +210,7 @@ def test_half_precision_with_a_scaler_and_checkpointing(kit, reentrant):
 def test_streams_of_a_forward_are_joined(kit, monkeypatch):
     """A product's stream is noted where it runs, and joined before anything is read."""
     model, calls = kit.make_model("attentive"), []
-    from tikmix_fast.influence.parallel.transfers import PassStreams
+    from tikmix_fast.influence.parallel.device_transfers import PassStreams
 
     monkeypatch.setattr(PassStreams, "note", lambda self, tensor: calls.append("note"))
     monkeypatch.setattr(PassStreams, "join", lambda self, kept=(): calls.append("join"))

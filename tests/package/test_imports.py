@@ -37,7 +37,7 @@ ROOMS = {
         {"queries"},
         {"passes", "options"},
         {"memory_estimate"},
-        {"placement"},
+        {"query_placement"},
         {"session"},
         {"in_run"},
         {"engine_reports"},

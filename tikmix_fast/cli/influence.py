@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tikmix_fast.cli.folders import make_folder
-from tikmix_fast.cli.mistakes import user_mistakes
 from tikmix_fast.cli.options import AsJson, Threads
+from tikmix_fast.cli.user_mistakes import user_mistakes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from tikmix_fast.arguments import require_int
+from tikmix_fast.data.draw_order import BLOCK, check_counts
 from tikmix_fast.data.permutation import MAX_LENGTH
-from tikmix_fast.data.schedule import BLOCK, check_counts
 from tikmix_fast.data.stream import Block, Change, Origin, Stream
 from tikmix_fast.simplex import require_mixtures
 

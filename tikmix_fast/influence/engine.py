@@ -14,8 +14,8 @@ from tikmix_fast.influence.engine_reports import EngineReports
 from tikmix_fast.influence.in_run.run import InRun
 from tikmix_fast.influence.options import EngineOptions
 from tikmix_fast.influence.parallel.ranks import ranks_of
-from tikmix_fast.influence.passes.covered import CoveredParameters
-from tikmix_fast.influence.passes.ids import Ids
+from tikmix_fast.influence.passes.covered_parameters import CoveredParameters
+from tikmix_fast.influence.passes.domain_ids import Ids
 from tikmix_fast.influence.preconditioners.choose import make_preconditioner
 from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 from tikmix_fast.influence.queries.projection import Projection

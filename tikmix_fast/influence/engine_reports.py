@@ -12,7 +12,7 @@ from tikmix_fast.arguments import require_int
 from tikmix_fast.influence.in_run.plan import InRunPlan, plan_in_run
 from tikmix_fast.influence.memory_estimate import MemoryEstimate
 from tikmix_fast.influence.passes.coverage import Coverage
-from tikmix_fast.influence.passes.ids import Ids
+from tikmix_fast.influence.passes.domain_ids import Ids
 from tikmix_fast.influence.passes.verify import Verification
 from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 from tikmix_fast.influence.queries.projection import Projection

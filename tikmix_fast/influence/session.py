@@ -14,28 +14,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tikmix_fast.influence.capture.rows import RowLabels
-from tikmix_fast.influence.loss.account import LossAccount
+from tikmix_fast.influence.loss.loss_account import LossAccount
 from tikmix_fast.influence.options import EngineOptions
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded
 from tikmix_fast.influence.parallel.ranks import Ranks
 from tikmix_fast.influence.passes.conservation import check_conservation
 from tikmix_fast.influence.passes.coverage import Coverage
-from tikmix_fast.influence.passes.covered import CoveredParameters
-from tikmix_fast.influence.passes.dropped import DroppedPasses
+from tikmix_fast.influence.passes.covered_parameters import CoveredParameters
+from tikmix_fast.influence.passes.domain_ids import Ids, index_of, label_rows
+from tikmix_fast.influence.passes.dropped_passes import DroppedPasses
 from tikmix_fast.influence.passes.fingerprint import Fingerprint
-from tikmix_fast.influence.passes.ids import Ids, index_of, label_rows
 from tikmix_fast.influence.passes.influence_sink import InfluenceSink
 from tikmix_fast.influence.passes.measured_pass import MeasuredPass, all_finite, check_captured, not_captured, sum_of
 from tikmix_fast.influence.passes.verify import Verification, verify_cells
-from tikmix_fast.influence.placement import Placement
 from tikmix_fast.influence.preconditioners.adam import Adam
 from tikmix_fast.influence.preconditioners.ekfac import EKFAC
 from tikmix_fast.influence.preconditioners.protocol import Preconditioner
-from tikmix_fast.influence.queries.pending import PendingMicrobatches
 from tikmix_fast.influence.queries.projected_sums import ProjectedSums
-from tikmix_fast.influence.queries.sketch import QuerySketch, Watched
+from tikmix_fast.influence.queries.query_sketch import QuerySketch, Watched
+from tikmix_fast.influence.queries.rank_exchange import PendingMicrobatches
 from tikmix_fast.influence.queries.store import Queries
 from tikmix_fast.influence.queries.task_gradients import TaskGradients
+from tikmix_fast.influence.query_placement import Placement
 from tikmix_fast.matrix.estimator import Estimator
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.ops.common.device_checks import raise_on_device_errors

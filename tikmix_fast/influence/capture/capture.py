@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tikmix_fast.influence.capture.rules import apply_rule, product_rows
 from tikmix_fast.influence.capture.sink import Sink
 from tikmix_fast.influence.capture.views import ParameterView, Source, plain
+from tikmix_fast.influence.parallel.device_transfers import PassStreams
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded, units
-from tikmix_fast.influence.parallel.transfers import PassStreams
 from tikmix_fast.influence.torch_private import in_backward, run_compiled_as_written
 
 __all__ = ["Capture"]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tikmix_fast.influence.parallel.transfers import send
+from tikmix_fast.influence.parallel.device_transfers import send
 
 __all__ = ["Layout", "RowLabels", "RowShapeError"]
 

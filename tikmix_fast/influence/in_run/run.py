@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tikmix_fast.arguments import require_int
 from tikmix_fast.influence.in_run.staleness import Staleness, StalenessHistory
-from tikmix_fast.influence.passes.ids import Ids
-from tikmix_fast.influence.queries.sketch import QuerySketch
+from tikmix_fast.influence.passes.domain_ids import Ids
+from tikmix_fast.influence.queries.query_sketch import QuerySketch
 from tikmix_fast.influence.session import Phase, Session
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 

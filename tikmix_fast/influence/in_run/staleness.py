@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tikmix_fast.influence.queries.sketch import SKETCH_SIZE
+from tikmix_fast.influence.queries.query_sketch import SKETCH_SIZE
 from tikmix_fast.matrix.rank_correlation import rank_correlation
 
 __all__ = ["Lag", "Staleness", "StalenessHistory"]

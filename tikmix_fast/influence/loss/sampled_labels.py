@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tikmix_fast.influence.capture.views import ParameterView
-from tikmix_fast.influence.loss.intercept import intercept_losses
+from tikmix_fast.influence.loss.cross_entropy_calls import intercept_losses
 from tikmix_fast.influence.torch_private import in_backward
 
 __all__ = ["SampledLosses", "draw_labels", "sampled_labels"]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tikmix_fast.influence.capture.rows import RowLabels
+from tikmix_fast.influence.loss.masks import check_mask
 
 __all__ = ["TargetCount"]
 
@@ -33,7 +34,7 @@ class TargetCount:
     """
 
     def __init__(self, labels: RowLabels, mask: Tensor | int | None) -> None:
-        _check(mask, labels)
+        check_mask(mask, labels)
         self._labels, self._mask = labels, mask
 
     @property
@@ -91,26 +92,3 @@ class TargetCount:
                 )
             per_id = torch.full(ids.shape, float(total), dtype=torch.float64, device="cpu")
         return tokens.index_add_(0, ids.reshape(-1), per_id.reshape(-1)).numpy()
-
-
-def _check(mask: Tensor | int | None, labels: RowLabels) -> None:
-    if mask is None:
-        return
-    if isinstance(mask, int) and not isinstance(mask, bool):
-        if mask < 0:
-            raise ValueError(f"mask given as a number of target tokens must not be negative; got {mask}")
-        if labels.batch is not None and labels.single is None:
-            raise ValueError(
-                "mask must be a bool tensor if a batch mixes domains: a count does not say whose tokens they are"
-            )
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, True where the logits enter the loss, or an int count; got {got}")
-    ids = labels.ids
-    if isinstance(ids, Tensor):
-        fits = mask.shape == ids.shape if ids.ndim == 2 else mask.ndim in (1, 2) and mask.shape[0] == ids.shape[0]
-        if not fits:
-            raise ValueError(
-                f"mask must have shape [B, S] with the ids of shape {list(ids.shape)}; got {list(mask.shape)}"
-            )

@@ -13,9 +13,9 @@ from tikmix_fast.influence.capture.capture import Capture
 from tikmix_fast.influence.capture.captured_pass import captured_pass
 from tikmix_fast.influence.capture.sink import Sink
 from tikmix_fast.influence.capture.views import UncapturedParameterError
-from tikmix_fast.influence.loss.account import LossAccount
+from tikmix_fast.influence.loss.loss_account import LossAccount
+from tikmix_fast.influence.parallel.device_transfers import read_together
 from tikmix_fast.influence.parallel.gradients import PassGradients
-from tikmix_fast.influence.parallel.transfers import read_together
 from tikmix_fast.influence.passes.fingerprint import Fingerprint
 
 __all__ = ["MeasuredPass", "all_finite", "check_captured", "not_captured", "sum_of"]

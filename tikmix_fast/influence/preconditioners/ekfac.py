@@ -15,7 +15,7 @@ from tikmix_fast.arguments import require_choice, require_int
 from tikmix_fast.influence.capture.captured_pass import captured_pass
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.loss.sampled_labels import sampled_labels
-from tikmix_fast.influence.loss.watch import WatchedLosses, targets_and_weight, watch_losses
+from tikmix_fast.influence.loss.watched_losses import WatchedLosses, targets_and_weight, watch_losses
 from tikmix_fast.influence.preconditioners.curvature import Basis, EigenvalueSink, FactorSink, Sides, add_sides
 from tikmix_fast.influence.preconditioners.fisher_files import read_fisher, write_fisher
 from tikmix_fast.influence.preconditioners.optimizer_state import canonical_name, listed

@@ -10,7 +10,7 @@ from torch import nn
 
 from tikmix_fast.influence.memory_estimate import MemoryEstimate, estimate_memory, readable_size
 from tikmix_fast.influence.options import EngineOptions
-from tikmix_fast.influence.passes.covered import CoveredParameters
+from tikmix_fast.influence.passes.covered_parameters import CoveredParameters
 from tikmix_fast.influence.queries import offload
 from tikmix_fast.influence.queries.offload import Copier
 

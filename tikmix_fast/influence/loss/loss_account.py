@@ -12,7 +12,7 @@ from torch import Tensor
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.loss.loss_scale import LossScale
 from tikmix_fast.influence.loss.target_tokens import TargetCount
-from tikmix_fast.influence.loss.watch import WatchedLosses, targets_and_weight, watch_losses
+from tikmix_fast.influence.loss.watched_losses import WatchedLosses, targets_and_weight, watch_losses
 
 __all__ = ["LossAccount"]
 

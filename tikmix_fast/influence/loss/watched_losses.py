@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tikmix_fast.influence.loss.intercept import intercept_losses
+from tikmix_fast.influence.loss.cross_entropy_calls import intercept_losses
 from tikmix_fast.influence.torch_private import in_backward
 
 __all__ = ["WatchedLosses", "targets_and_weight", "watch_losses"]
