@@ -115,20 +115,11 @@ def plan_in_run(
     ValueError
         If a number is out of range, or ``matrix`` has no errors or no ``task_tokens``.
     """
-    for name, value, least in (
-        ("step_tokens", step_tokens, 1),
-        ("sequence_tokens", sequence_tokens, 1),
-        ("micro_batches", micro_batches, 1),
-        ("near_every", near_every, 0),
-    ):
-        require_int(name, value, least)
-    for name, number in (
-        ("budget", budget),
-        ("flops_per_byte", flops_per_byte),
-        ("time_constant", time_constant),
-    ):
-        if not number > 0:
-            raise ValueError(f"{name} must be above 0; got {number!r}")
+    require_int("step_tokens", step_tokens, 1)
+    require_int("sequence_tokens", sequence_tokens, 1)
+    require_int("micro_batches", micro_batches, 1)
+    require_int("near_every", near_every, 0)
+    _require_positive(budget=budget, flops_per_byte=flops_per_byte, time_constant=time_constant)
     queries = tasks * splits
     of_queries = queries * _BYTES_TO_FREEZE * flops_per_byte / _FLOPS_PER_TOKEN
     of_domains = (
@@ -167,6 +158,12 @@ def plan_in_run(
         words="",
     )
     return replace(plan, words=_in_words(plan, tasks, sequence_tokens))
+
+
+def _require_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{name} must be above 0; got {number!r}")
 
 
 def _in_words(plan: InRunPlan, tasks: int, sequence_tokens: int) -> str:
