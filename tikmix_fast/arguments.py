@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 __all__ = ["require_choice", "require_int"]
@@ -37,13 +37,10 @@ def require_int(name: str, value: Any, least: int | None = None, most: int | Non
     Traceback (most recent call last):
     ValueError: rank must be an int from 0 to 3; got 4
     """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     if number is None or (least is not None and number < least) or (most is not None and number > most):
         span = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
-        raise ValueError(f"{name} must be an int{span}; got {value!r}") from None
+        raise ValueError(f"{name} must be an int{span}; got {value!r}")
     return number
 
 
