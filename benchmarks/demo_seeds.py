@@ -21,7 +21,7 @@ from tikmix_fast.demo.demonstration import demonstrate
 from tikmix_fast.demo.results import DemoResult
 from tikmix_fast.demo.settings import DemoSettings
 from tikmix_fast.report.environment import describe_environment
-from tikmix_fast.report.plots import draw_influence, draw_losses, draw_mixture, save_figure
+from tikmix_fast.report.pictures import draw_influence, draw_losses, draw_mixture, save_figure
 
 RESULTS = Path(__file__).parent / "results"
 

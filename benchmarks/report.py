@@ -22,14 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python benchmarks/report.py` works too
 
 from benchmarks.gpu.tables import gpu_bars, gpu_facts, gpu_tables  # noqa: E402
+from benchmarks.tables import ops_summary, suite_tables  # noqa: E402
 from tikmix_fast import files  # noqa: E402
 from tikmix_fast.report.benchmark_tables import (  # noqa: E402
     TextTable,
     benchmark_facts,
-    benchmark_tables,
     bytes_text,
     main_rows,
-    ops_summary,
 )
 
 
@@ -81,7 +80,7 @@ def ops_section(results: dict[str, Any]) -> str:
             "a call, without the total. The error is max over cells of |dS_ij| / (|q_i| |g_j|) against float64. "
             f"The roofs are the fastest products and the fastest copy of the same run: {_roofs(results['rates'])}.",
             "![Operations per second of each case under the measured roofs](../benchmarks/results/roofline.png)",
-            _folded("Every method, case by case", benchmark_tables(results)),
+            _folded("Every method, case by case", suite_tables(results)),
             f"{benchmark_facts(results)}.",
         ]
     )
@@ -94,13 +93,13 @@ def _roofs(rates: dict[str, Any]) -> str:
 
 def choice_section(results: dict[str, Any]) -> str:
     """Return the ways to group influence on a grid of shapes, folded."""
-    folded = _folded("Which way is taken, by counting, and what each takes", benchmark_tables(results))
+    folded = _folded("Which way is taken, by counting, and what each takes", suite_tables(results))
     return f"{folded}\n\nCPU time; {benchmark_facts(results)}."
 
 
 def tables_section(*results: dict[str, Any]) -> str:
     """Return every table of the results, each under its title."""
-    parts = [f"**{table.title}**\n\n{table.to_markdown()}" for each in results for table in benchmark_tables(each)]
+    parts = [f"**{table.title}**\n\n{table.to_markdown()}" for each in results for table in suite_tables(each)]
     return "\n\n".join([*parts, *dict.fromkeys(f"{benchmark_facts(each)}." for each in results)])
 
 
@@ -245,7 +244,7 @@ def section(name: str) -> str:
 
 def draw_pictures() -> None:
     """Draw the pictures that are made of results alone."""
-    from tikmix_fast.report.plots import save_figure
+    from tikmix_fast.report.pictures import save_figure
     from tikmix_fast.report.roofline import draw_roofline
 
     path = ROOT / RESULTS / "ops.json"

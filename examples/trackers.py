@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tikmix_fast.data.optional import optional
+from tikmix_fast.data.optional_packages import optional
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
 __all__ = ["MLflow", "TensorBoard", "Tracker", "WandB"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tikmix_fast import files
 
-__all__ = ["digest", "read_tensors", "write_tensors"]
+__all__ = ["digest", "read_state", "read_tensors", "write_tensors"]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -82,6 +82,29 @@ def read_tensors(
         raise ValueError(f"{os.fspath(path)}: its checksum differs: it is damaged")
     with files.naming(path):
         return {name: value.to(device) for name, value in tensors.items()}, json.loads(words)
+
+
+def read_state(
+    path: str | os.PathLike[str], format: str, of: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the state of an interrupted run, whose entry "of" must be that of this run.
+
+    Raises
+    ------
+    OSError, ValueError
+        As `read_tensors`, or if entries of "of" differ; the message names them, and the way out.
+    """
+    advice = "delete it to start again, or use another folder"
+    try:
+        tensors, content = read_tensors(path, format)
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from None
+    differ = [name for name, value in of.items() if content["of"].get(name) != value]
+    if differ:
+        raise ValueError(
+            f"{os.fspath(path)}: belongs to an interrupted run with other {' and '.join(differ)}: {advice}"
+        )
+    return tensors, content
 
 
 def _seal(tensors: Mapping[str, Tensor], words: str) -> str:

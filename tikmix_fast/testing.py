@@ -16,7 +16,6 @@ from torch import Tensor
 __all__ = [
     "BUDGET",
     "WorstCell",
-    "aligned_rows",
     "check_budget",
     "domain_gradients",
     "eager_group_influence",
@@ -117,10 +116,6 @@ def influence_error(values: Tensor, reference: Tensor, queries: Tensor, gradient
     gradients : Tensor [m, O, I]
         The domains' gradients, from `domain_gradients`. A cell where either norm is 0 must be exact.
 
-    Returns
-    -------
-    WorstCell
-
     Examples
     --------
     >>> import torch
@@ -139,10 +134,6 @@ def gradient_error(value: Tensor, reference: Tensor) -> WorstCell:
     ----------
     value, reference : Tensor [O, I]
         What was computed, and what is right.
-
-    Returns
-    -------
-    WorstCell
 
     Examples
     --------
@@ -199,20 +190,3 @@ def check_budget(kernel: WorstCell, eager: WorstCell, floor: float) -> None:
     allowed = BUDGET * eager.error + floor
     if not kernel.error <= allowed:
         raise AssertionError(f"{kernel}; allowed {allowed:.3e}, {BUDGET:g} times the eager path's {eager}")
-
-
-def aligned_rows(rows: int, columns: int, dtype: torch.dtype, fill: float = math.nan, *, padding: int = 8) -> Tensor:
-    """Return memory [rows, columns] whose rows begin at multiples of 16 bytes, as the CUDA kernels take them.
-
-    ``fill`` is everywhere, also in the ``padding`` numbers or more between the rows, where nothing may be read.
-
-    Examples
-    --------
-    >>> rows = aligned_rows(3, 5, torch.bfloat16)
-    >>> rows.shape, rows.stride(), rows.data_ptr() % 16
-    (torch.Size([3, 5]), (16, 1), 0)
-    """
-    stride = -(-columns // 8) * 8 + padding
-    memory = torch.full((rows * stride + 16,), fill, dtype=dtype)
-    skip = -memory.data_ptr() % 16 // memory.element_size()
-    return memory[skip : skip + rows * stride].view(rows, stride)[:, :columns]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from benchmarks.study import comparisons
 from benchmarks.study.comparisons import OURS, REFERENCE, Array, Results
 from benchmarks.study.problem import EARLY, NOISE, SHORT
-from tikmix_fast.report.plots import WIDTH, new_figure
+from tikmix_fast.report.pictures import WIDTH, new_figure
 
 __all__ = ["draw_changes", "draw_influence", "draw_weights", "mixture_at"]
 

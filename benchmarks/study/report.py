@@ -33,7 +33,7 @@ from benchmarks.study.pictures import draw_changes, draw_influence, draw_weights
 from benchmarks.study.problem import EARLY, NOISE, SHORT
 from benchmarks.study.run import FORMAT
 from tikmix_fast import files
-from tikmix_fast.report.plots import save_figure
+from tikmix_fast.report.pictures import save_figure
 
 
 def load(path: Path) -> Results:

@@ -24,8 +24,8 @@ from tikmix_fast.demo.results import ArmResult, Boundary, DemoResult
 from tikmix_fast.demo.settings import DemoSettings
 from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
 from tikmix_fast.mixture.schedule.dynamic import DynamicMixture
-from tikmix_fast.report.charts import loss_chart, mixture_chart
 from tikmix_fast.report.findings import matrix_warnings
+from tikmix_fast.report.page_charts import loss_chart, mixture_chart
 
 EVIL = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a & b's", "</table></style><style>*{}"]
 VOID = {"meta", "img", "br", "link", "input", "hr", "col", "wbr", "base"}

@@ -104,6 +104,13 @@ def test_memory_does_not_grow_with_the_domains_or_the_draws():
     assert peak < 20_000_000
 
 
+def test_domains_of_one_length_have_orders_of_their_own():
+    domains = np.array(take(MixtureSampler([50, 50], [0.5, 0.5], seed=3), 100))
+    first, second = domains[domains < 50], domains[domains >= 50] - 50
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert np.mean(first == second) < 0.2
+
+
 # Changing weights
 
 
@@ -141,6 +148,17 @@ def test_the_last_change_for_the_same_sample_wins_and_the_first_sample_can_chang
     sampler.set_weights(FIRST, at=100)
     sampler.set_weights(SECOND, at=100)
     assert take(sampler, 300) == uninterrupted(300, [(100, SECOND)], weights=THIRD)
+
+
+@pytest.mark.parametrize("at", [0, 100])
+def test_counts_that_were_read_do_not_delay_a_change(at):
+    sampler = MixtureSampler(LENGTHS, FIRST, seed=3)
+    take(sampler, at)
+    sampler.set_weights(SECOND)
+    assert sampler.counts.sum() == at  # plans the draws from here on
+    sampler.set_weights(THIRD)
+    drawn = np.bincount(domains_of(take(sampler, 500)), minlength=4)
+    assert drawn.tolist() == [125, 125, 125, 125]
 
 
 def test_a_change_behind_what_was_drawn_is_refused_and_says_the_earliest():
@@ -231,6 +249,15 @@ def test_runs_interrupted_anywhere_draw_what_an_uninterrupted_run_draws(data):
         state, consumed = states[0], stop
     assert stream == uninterrupted(len(stream), sorted(changes.items()))
     assert_every_epoch_is_complete(stream)
+
+
+def test_a_state_keeps_the_changes_ahead():
+    sampler = MixtureSampler(LENGTHS, FIRST, seed=3)
+    sampler.set_weights(SECOND, at=200)
+    take(sampler, 100)
+    resumed = MixtureSampler(LENGTHS, FIRST, seed=3)
+    resumed.load_state_dict(sampler.state_dict())
+    assert take(resumed, 200) == uninterrupted(300, [(200, SECOND)])[100:]
 
 
 def test_the_state_is_small_plain_json():
@@ -324,11 +351,11 @@ def test_an_endless_sampler_has_no_length():
         (([3, 2.0], [0.5, 0.5]), ValueError, "lengths must be an int from 0 to .*; got 2.0"),
         ((5, [1.0]), TypeError, "lengths must be a sequence or mapping"),
         (({1: 5}, [1.0]), TypeError, "lengths must have non-empty strings as names"),
-        (([3, 4], [0.5, 0.4]), ValueError, "weights must sum to 1; got a sum of 0.9; divide"),
-        (([3, 4], [0.5, 0.50001]), ValueError, "weights must sum to 1"),
-        (([3, 4], [1.5, -0.5]), ValueError, "weights must be finite and not negative"),
-        (([3, 4], [float("nan"), 1.0]), ValueError, "weights must be finite"),
-        (([3, 4], [float("inf"), 1.0]), ValueError, "weights must be finite"),
+        (([3, 4], [0.5, 0.4]), ValueError, "weights must be .*sum to 1 within 1e-6; got sum 0.9 .*divide"),
+        (([3, 4], [0.5, 0.50001]), ValueError, "weights must be .*sum to 1"),
+        (([3, 4], [1.5, -0.5]), ValueError, "weights must be at least 0"),
+        (([3, 4], [float("nan"), 1.0]), ValueError, "weights must be at least 0.*got sum (nan|inf)"),
+        (([3, 4], [float("inf"), 1.0]), ValueError, "weights must be at least 0.*got sum (nan|inf)"),
         (([3, 4], [True, False]), TypeError, "weights must be numbers; got"),
         (([3, 4], ["0.5", "0.5"]), TypeError, "weights must be numbers; got"),
         (([3, 4], [None, 1.0]), TypeError, "weights must be a sequence or mapping of numbers"),
@@ -403,7 +430,7 @@ def put(*path, value):
         (put("block", "counts", 0, value=2**80), "block.counts must be"),
         (put("origin", "counts", value=[5000, 0, 0, 0]), "counts must follow the weights"),
         (put("origin", "at", value=4_999), "origin.counts must be"),
-        (put("origin", "weights", value=[0.5, 0.5, 0.5, 0.5]), "weights must sum to 1"),
+        (put("origin", "weights", value=[0.5, 0.5, 0.5, 0.5]), "weights must be .*sum to 1"),
         (put("origin", "weights", value=THIRD), "counts must follow the weights"),
         (put("changes", 0, "at", value=1), "changes.at must be"),
         (put("changes", value=[{"at": 90_000, "weights": FIRST}] * 2), "rising samples"),

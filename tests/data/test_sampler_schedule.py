@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tikmix_fast.data.schedule import BLOCK, _earliest_first, check_counts, quantize, schedule_block
+from tikmix_fast.data.draw_order import BLOCK, _earliest_first, check_counts, quantize, schedule_block
 
 
 def planned(weights, blocks=1, seed=0):

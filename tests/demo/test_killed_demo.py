@@ -21,7 +21,7 @@ KILLS = int(os.environ.get("TIKMIX_FAST_KILLS", "5"))
 # The server imports everything once; each run is forked from it and is killed as a whole process is.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["tikmix_fast.cli.app", "tikmix_fast.demo.demonstration", "tikmix_fast.report.plots", "lightgbm"]
+    ["tikmix_fast.cli.app", "tikmix_fast.demo.demonstration", "tikmix_fast.report.pictures", "lightgbm"]
 )
 
 

@@ -187,7 +187,7 @@ class Copy:
         finally:
             path.write_text(text, encoding="utf-8")  # a new time stamp: the next build compiles it again
             self._place(self._sound)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
         if status == 1 and failed:
             return True, f"caught by {failed[1]}"
         if status == 0:

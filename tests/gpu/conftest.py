@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels import check_group_influence
 from tikmix_fast import ops, testing
 from tikmix_fast.ops.backends import triton
 from tikmix_fast.ops.backends.cuda import exact as cuda
@@ -115,20 +116,7 @@ class Call(NamedTuple):
 
     def check(self, values: Tensor, grad_weight: Tensor | None = None, before: Tensor | None = None) -> None:
         """Check the values, and the sum with ``before``, against the error budget of every backend."""
-        offsets = self.offsets.cpu()
-        eager, eager_total = testing.eager_group_influence(self.input, self.grad_output, offsets, self.queries)
-        total = self.gradients.sum(0)
-        floor = testing.rounding_floor(total.numel())
-        testing.check_budget(
-            testing.influence_error(values, self.values, self.queries, self.gradients),
-            testing.influence_error(eager, self.values, self.queries, self.gradients),
-            floor,
-        )
-        if grad_weight is not None and before is not None:
-            right, eager_sum = before.double() + total, before + eager_total.to(before.dtype)
-            testing.check_budget(
-                testing.gradient_error(grad_weight, right), testing.gradient_error(eager_sum, right), floor
-            )
+        check_group_influence(*self.arguments, values=values, grad_weight=grad_weight, before=before)
 
 
 class MakeCall:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.layouts import every_other_column, every_third_row, transposed, unaligned
 from tikmix_fast import ops
-from tikmix_fast.testing import domain_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 
@@ -119,29 +119,6 @@ def test_every_length_of_a_domain(make_call, backend: str) -> None:
     call.check(ops.group_influence(*call.arguments, backend=backend))
 
 
-def transposed(tensor: Tensor) -> Tensor:
-    return tensor.mT.contiguous().mT
-
-
-def every_third_row(tensor: Tensor) -> Tensor:
-    *leading, rows, columns = tensor.shape
-    tall = torch.full((*leading, 3 * rows, columns), math.nan, dtype=tensor.dtype, device=tensor.device)
-    tall[..., 1::3, :] = tensor
-    return tall[..., 1::3, :]
-
-
-def every_other_column(tensor: Tensor) -> Tensor:
-    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), math.nan, dtype=tensor.dtype, device=tensor.device)
-    wide[..., ::2] = tensor
-    return wide[..., ::2]
-
-
-def unaligned(tensor: Tensor) -> Tensor:
-    padded = torch.full((tensor.numel() + 1,), math.nan, dtype=tensor.dtype, device=tensor.device)
-    padded[1:] = tensor.flatten()
-    return padded[1:].view(tensor.shape)
-
-
 @pytest.mark.parametrize("lay_out", [transposed, every_third_row, every_other_column, unaligned])
 @pytest.mark.parametrize("which", [0, 1, 3], ids=["input", "grad_output", "queries"])
 def test_strides(make_call, backend: str, dtype: torch.dtype, which: int, lay_out) -> None:
@@ -214,10 +191,6 @@ def test_a_small_domain_after_a_huge_one_keeps_its_digits(
 ) -> None:
     call = make_call(72, 136, [200, 3, 200], 2, dtype)
     call.input[:200] *= 1e3
-    gradients = domain_gradients(call.input, call.grad_output, call.offsets.cpu())
-    call = call._replace(
-        gradients=gradients, values=torch.einsum("noi,moi->nm", call.queries.double(), gradients)
-    )  # fmt: skip
     grad_weight = torch.zeros(72, 136, device=call.input.device) if with_total else None
     call.check(ops.group_influence(*call.arguments, grad_weight=grad_weight, backend=backend))
 

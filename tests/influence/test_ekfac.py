@@ -112,11 +112,13 @@ def tiny():
     return model, batches, targets
 
 
-def expected_solve(model, batches, targets, gradients, damping, per_sequence=True):
-    """Factors by hooks, eigenvectors by numpy, eigenvalues from every sequence's (or batch's) own backward."""
-    parameters = named(model)
-    names = list(parameters)
-    moments = {}  # name -> [left, right]
+def summed_loss(model, x, y):
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
+
+
+def second_moments(model, batches, targets):
+    """Second moments [left, right] of every weight's products by name, by hooks, and the number of target tokens."""
+    moments = {}
 
     def add(name, x, d):
         x, d = (each.detach().reshape(-1, each.shape[-1]).numpy() for each in (x, d))
@@ -140,14 +142,11 @@ def expected_solve(model, batches, targets, gradients, damping, per_sequence=Tru
         # The product with raw is the only use: its output's gradient d gives d raw^T here.
         return mixed[-1]
 
-    def loss(x, y):
-        return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
-
     tokens = 0
     for x, y in zip(batches, targets, strict=True):
         F.scaled_dot_product_attention = attend
         try:
-            value = loss(x, y)
+            value = summed_loss(model, x, y)
         finally:
             F.scaled_dot_product_attention = attention
         tokens += int((y != -100).sum())
@@ -160,12 +159,20 @@ def expected_solve(model, batches, targets, gradients, damping, per_sequence=Tru
         model.zero_grad()
     for handle in handles:
         handle.remove()
+    return moments, tokens
+
+
+def expected_solve(model, batches, targets, gradients, damping, per_sequence=True):
+    """Factors by hooks, eigenvectors by numpy, eigenvalues from every sequence's (or batch's) own backward."""
+    parameters = named(model)
+    moments, tokens = second_moments(model, batches, targets)
     bases = {name: [np.linalg.eigh(each)[1] for each in pair] for name, pair in moments.items()}
     squares = {name: np.zeros(p.shape) for name, p in parameters.items()}
     for x, y in zip(batches, targets, strict=True):
-        whole = torch.autograd.grad(loss(x, y), list(parameters.values()))
-        rows = [torch.autograd.grad(loss(x[b : b + 1], y[b : b + 1]), list(parameters.values())) for b in range(len(x))]
-        for index, name in enumerate(names):
+        leaves = list(parameters.values())
+        whole = torch.autograd.grad(summed_loss(model, x, y), leaves)
+        rows = [torch.autograd.grad(summed_loss(model, x[b : b + 1], y[b : b + 1]), leaves) for b in range(len(x))]
+        for index, name in enumerate(parameters):
             groups = [row[index] for row in rows] if per_sequence and name in SINGLE else [whole[index]]
             for g in groups:
                 g = g.numpy()
@@ -734,7 +741,7 @@ def test_fit_needs_batches_that_can_be_gone_through_twice(tiny):
     with pytest.raises(TypeError, match="gone through twice"):
         EKFAC().fit(model, iter(batches), causal_loss)
     with (
-        pytest.raises(ValueError, match="sequences must be a positive int"),
+        pytest.raises(ValueError, match="sequences must be an int of at least 1"),
         EKFAC().observe(model, named(model), "factors", sequences=0),
     ):
         pass

@@ -103,6 +103,17 @@ def test_bfloat16_weights(kit):
     assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
 
 
+def test_bfloat16_gradients_of_many_batches_are_summed_wider(kit):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(37, 8), nn.Linear(8, 37)).bfloat16()
+    task, batches = kit.make_batch(1, 2, 6), [kit.make_batch(2, 2, 6, ids=[0, 1])]
+    once, often = (
+        kit.measure(model, {"a": [task] * many}, batches, 2, preconditioner="identity").matrix().values
+        for many in (1, 64)
+    )
+    assert often == pytest.approx(once, rel=1e-4)
+
+
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
 def test_compiled_model(kit, how):
     """Compiled before, it runs as written inside the contexts and compiled again afterwards."""

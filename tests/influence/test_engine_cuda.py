@@ -171,7 +171,7 @@ def test_the_same_numbers_from_host_memory(tasks, batches, cast, projection):
         model = make_model().to(DEVICE)
         engine = measure(model, tasks, batches, cast, projection=projection, queries_device=where)
         found.append((engine.matrix(), [p.grad for p in model.parameters()]))
-        away = engine._session._queries.held._away
+        away = engine._session._queries.store._away
         assert bool(away) == (where == "cpu")
         assert all(value.is_pinned() for value in away.values())
     (here, gradients), (there, others) = found
@@ -316,9 +316,9 @@ def test_the_estimate(kit, cast, projection, where):
 
 def test_auto(tasks, batches, monkeypatch):
     model = make_model().to(DEVICE)
-    assert not measure(model, tasks, batches, queries_device="auto")._session._copiers
+    assert not measure(model, tasks, batches, queries_device="auto")._session.placement.copiers
     monkeypatch.setattr(offload, "free_memory", lambda device: (1000, 1000))
-    assert measure(model, tasks, batches, queries_device="auto")._session._copiers
+    assert measure(model, tasks, batches, queries_device="auto")._session.placement.copiers
 
 
 def test_free_memory():

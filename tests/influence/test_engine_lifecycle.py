@@ -247,7 +247,7 @@ def test_bad_ids(kit, model, ids, error, match):
     [
         (torch.ones(3, 8), TypeError, "float32"),
         (torch.ones(2, 8, dtype=torch.bool), ValueError, r"\[B, S\]"),
-        (5, ValueError, "bool tensor where a batch mixes"),
+        (5, ValueError, "bool tensor if a batch mixes"),
         (-1, ValueError, "negative"),
         ("all", TypeError, "str"),
     ],
@@ -488,7 +488,7 @@ def test_conservation_is_checked_again_after_a_reset(kit, model):
 
 def test_getters_leave_the_model_alone(kit, model, monkeypatch):
     """fully_shard's parameters may be whole when a getter is called; only a pass that begins makes them parts again."""
-    from tikmix_fast.influence.passes import covered
+    from tikmix_fast.influence.passes import covered_parameters as covered
 
     engine = engine_for(model)
     run_task(kit, engine)

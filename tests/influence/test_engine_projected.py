@@ -121,8 +121,8 @@ def test_gradients_are_bit_identical(kit, model):
 
 def test_queries_are_small(kit, model):
     engine, _, _ = measure(kit, model, Projection(dim=16))
-    assert engine._session._queries.held["up.weight"].shape == (4, 16, 16)
-    assert not {name for name, _ in engine._session._queries.held._packed} & PROJECTED
+    assert engine._session._queries.store["up.weight"].shape == (4, 16, 16)
+    assert not {name for name, _ in engine._session._queries.store._packed} & PROJECTED
 
 
 def test_tables_may_stay_exact(kit, model):

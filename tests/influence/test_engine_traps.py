@@ -140,6 +140,8 @@ MOVED = {
     "through frozen weights": lambda h, flat: flat[backwards(flat)] @ torch.eye(8),
     "as features and back": lambda h, flat: flat[backwards(flat)].view(-1, 2, 4).flatten(1),
     "flipped": lambda h, flat: flat.flip(0),
+    "flipped, counted from the end": lambda h, flat: flat.flip(-2),
+    "selected, counted from the end": lambda h, flat: flat.index_select(-2, backwards(flat)),
     "rolled": lambda h, flat: flat.roll(1, 0),
     "gathered": lambda h, flat: flat.gather(0, backwards(flat)[:, None].expand_as(flat)) + 1,
     "scattered": lambda h, flat: torch.zeros_like(flat).index_copy(0, backwards(flat), flat),
@@ -360,7 +362,7 @@ def test_queries_are_let_go(kit):
         loss = kit.mean_loss(outer, batch)
         loss.backward(retain_graph=True)
     assert isinstance(outer.cached, ParameterView)
-    references = [weakref.ref(query) for query in engine._session._queries.held.values()]
+    references = [weakref.ref(query) for query in engine._session._queries.store.values()]
     values = engine.matrix().values.copy()
     model.zero_grad()
     loss.backward()  # after the context: an ordinary backward that records nothing

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tikmix_fast import InfluenceEngine, Projection, ops, shifted_mask
 from tikmix_fast.influence.capture.rows import RowLabels
-from tikmix_fast.influence.parallel.transfers import read_together, send
+from tikmix_fast.influence.parallel.device_transfers import read_together, send
 from tikmix_fast.influence.passes.fingerprint import Fingerprint
-from tikmix_fast.influence.passes.recorder import Recorder
+from tikmix_fast.influence.passes.influence_sink import InfluenceSink
 from tikmix_fast.ops.common import device_checks
 
 
@@ -126,7 +126,7 @@ def test_not_a_number_stays_what_it_was():
 
 
 class View:
-    """As much of a `ParameterView` as a recorder asks of a parameter: a fake tensor cannot be one."""
+    """As much of a `ParameterView` as a sink asks of a parameter: a fake tensor cannot be one."""
 
     is_parameter = True
 
@@ -152,21 +152,21 @@ def test_devices_fit_together(ids, dtype):
     labels = RowLabels(ids, 2, batch_dim=0, length=5)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         shapes = {"w": (6, 4), "b": (6,), "n": (4,), "t": (9, 4), "p": (5, 4)}
-        recorder = Recorder(labels, {name: torch.empty(2, *shape, device=device) for name, shape in shapes.items()})
+        sink = InfluenceSink(labels, {name: torch.empty(2, *shape, device=device) for name, shape in shapes.items()})
         views = {name: View(name, torch.empty(shape, device=device)) for name, shape in shapes.items()}
         rows = torch.empty(3, 5, 4, device=device, dtype=dtype)
         wide = torch.empty(3, 5, 6, device=device, dtype=dtype)
-        recorder.product(views["w"], rows, wide, False, torch.empty(6, 4, device=device))
-        recorder.features(views["b"], wide)
-        recorder.spread(views["n"], rows)
-        recorder.lookup(views["t"], torch.zeros(3, 5, dtype=torch.int64, device=device), 1, rows)
-        recorder.spread(views["p"], rows)
-        for name, found in recorder.sums.items():
+        sink.product(views["w"], rows, wide, False, torch.empty(6, 4, device=device))
+        sink.features(views["b"], wide)
+        sink.spread(views["n"], rows)
+        sink.lookup(views["t"], torch.zeros(3, 5, dtype=torch.int64, device=device), 1, rows)
+        sink.spread(views["p"], rows)
+        for name, found in sink.sums.items():
             assert found.device == device, name
             assert found.shape == (2, 2)
             assert found.dtype == torch.float64
-        assert set(recorder.sums) == set(shapes)
-        layout = recorder.labels.layout((3, 5), device)
+        assert set(sink.sums) == set(shapes)
+        layout = sink.labels.layout((3, 5), device)
         assert layout.offsets.device == layout.domains.device == device
         assert send(torch.ones(1), device).device == device
 
@@ -210,7 +210,7 @@ def test_half_precision_with_a_scaler_and_checkpointing(kit, reentrant):
 def test_streams_of_a_forward_are_joined(kit, monkeypatch):
     """A product's stream is noted where it runs, and joined before anything is read."""
     model, calls = kit.make_model("attentive"), []
-    from tikmix_fast.influence.parallel.transfers import PassStreams
+    from tikmix_fast.influence.parallel.device_transfers import PassStreams
 
     monkeypatch.setattr(PassStreams, "note", lambda self, tensor: calls.append("note"))
     monkeypatch.setattr(PassStreams, "join", lambda self, kept=(): calls.append("join"))

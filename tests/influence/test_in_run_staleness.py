@@ -12,7 +12,7 @@ from torch import nn
 
 from tikmix_fast.influence.in_run.staleness import StalenessHistory
 from tikmix_fast.influence.preconditioners.protocol import Identity
-from tikmix_fast.influence.queries.sketch import QuerySketch, Watched
+from tikmix_fast.influence.queries.query_sketch import QuerySketch, Watched
 
 WIDTH = 1021
 

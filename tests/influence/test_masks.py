@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tikmix_fast import shifted_mask
-from tikmix_fast.influence.loss.watch import targets_and_weight, watch_losses
+from tikmix_fast.influence.loss.watched_losses import targets_and_weight, watch_losses
 
 
 def test_shifted_mask_counts_what_transformers_counts():

@@ -160,7 +160,7 @@ def test_what_is_held_and_what_is_allocated(run):
     domains = allocations.of(run.run_domains)
     run.run_domains()
     assert not storages(engine._session._tasks)
-    assert near(estimate.queries + estimate.packed, storages(engine._session._queries.held))
+    assert near(estimate.queries + estimate.packed, storages(engine._session._queries.store))
     own = max(estimate.freezing, estimate.domains)
     assert abs(max(estimate.freezing, estimate.domains + plain) - domains) <= 0.1 * own
     assert estimate.peak == max(estimate.tasks, own)
@@ -196,9 +196,9 @@ def test_what_is_held_elsewhere(monkeypatch, dtype):
     assert near(estimate.host, storages(run.engine._session._tasks))
     for _ in range(3):
         run.run_domains()
-    held = run.engine._session._queries.held
-    assert near(estimate.queries, storages(held._here))
-    (prefetcher,) = held._prefetchers.values()
+    store = run.engine._session._queries.store
+    assert near(estimate.queries, storages(store._here))
+    (prefetcher,) = store._prefetchers.values()
     largest = max(p.numel() for p in run.model.parameters())
     assert near(estimate.visitors, prefetcher._memory.nbytes)
     assert estimate.visitors >= prefetcher._memory.nbytes >= 8 * largest * (4 if dtype is None else 2)

@@ -9,7 +9,7 @@ import torch
 
 from tikmix_fast import InfluenceEngine, Projection, shifted_mask
 from tikmix_fast.influence.queries import offload
-from tikmix_fast.influence.queries.offload import ALIGNMENT, Prefetcher
+from tikmix_fast.influence.queries.offload import Prefetcher, aligned
 
 
 class LateCopier:
@@ -70,7 +70,7 @@ def test_the_next_is_sent_for_before_this_one_is_used():
     expected = [("start", a), ("start", b), ("wait", a), ("start", c), ("wait", b), ("start", d), ("wait", c)]
     assert moves == [*expected, ("wait", d)]
     # The memory is that of the two neighbours that take most, and it stays.
-    assert copier.sizes("allocate") == [sum(-(-4 * size // ALIGNMENT) * ALIGNMENT for size in (b, c))]
+    assert copier.sizes("allocate") == [sum(aligned(4 * size) for size in (b, c))]
     copier.log.clear()
     one_pass(prefetcher, host, "abcd")
     assert not copier.sizes("allocate")
@@ -140,8 +140,8 @@ def test_same_numbers(kit, copiers, kind, cast, projection):
     assert (here.stderr_task == away.stderr_task).all()
     (copier,) = copiers
     assert copier.sizes("to_host")
-    held = engine._session._queries.held
-    assert set(held._away) == {
+    store = engine._session._queries.store
+    assert set(store._away) == {
         name
         for name, p in engine.parameters().items()
         if p.ndim > 1 and name not in engine._session._queries.projections
@@ -151,12 +151,12 @@ def test_same_numbers(kit, copiers, kind, cast, projection):
 def test_two_weights_at_a_time(kit, copiers):
     """The device holds vectors' queries and, of matrices', the memory for two; every one is waited for before use."""
     engine, _ = run(kit, "gpt2", queries_device="cpu", check_every=0, task_splits=1, passes=4)
-    held, (copier,) = engine._session._queries.held, copiers
-    sizes = sorted(each.nbytes for each in held._away.values())
-    assert copier.sizes("allocate")[-1] <= sizes[-1] + sizes[-2] + 2 * ALIGNMENT
-    assert all(engine.parameters()[name].ndim == 1 for name in held._here)
+    store, (copier,) = engine._session._queries.store, copiers
+    sizes = sorted(each.nbytes for each in store._away.values())
+    assert copier.sizes("allocate")[-1] <= sizes[-1] + sizes[-2] + 2 * aligned(1)
+    assert all(engine.parameters()[name].ndim == 1 for name in store._here)
     assert len(copier.sizes("start")) == len(copier.sizes("wait"))
-    order = engine._session._queries.held._prefetchers[torch.device("cpu")]._order
+    order = engine._session._queries.store._prefetchers[torch.device("cpu")]._order
     # The tied table is the head's weight first and looked up last.
     assert order[0] == order[-1] == "transformer.wte.weight"
 
@@ -191,7 +191,7 @@ def test_a_failed_pass_teaches_no_order_that_breaks(kit, copiers):
 
 def test_nothing_moves_on_the_cpu(kit):
     engine, away = run(kit, "attentive", queries_device="cpu")
-    assert not engine._session._queries.held._away
+    assert not engine._session._queries.store._away
     assert (away.values == run(kit, "attentive")[1].values).all()
 
 

@@ -123,7 +123,7 @@ def test_constants_in_the_place_of_the_data_are_derived_from(scaled_rule):
     [
         (3, print, {}, TypeError, "function must be callable; got int"),
         (print, 3, {}, TypeError, "rule must be callable; got int"),
-        (print, print, {"data": 0}, TypeError, "data must be the place and the name"),
+        (print, print, {"data": 0}, TypeError, "data must be the position and the name"),
         (torch.matmul, print, {}, ValueError, "'matmul' has one"),
         (torch.add, print, {}, ValueError, "'add' has one"),
     ],

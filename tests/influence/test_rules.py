@@ -10,7 +10,7 @@ from torch import nn
 from tikmix_fast.influence.capture.capture import Capture
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.capture.views import ParameterView, UncapturedParameterError
-from tikmix_fast.influence.passes.recorder import Recorder
+from tikmix_fast.influence.passes.influence_sink import InfluenceSink
 
 B, S, C = 5, 5, 6  # as many rows as positions: neither may pass for the other
 IDS = torch.tensor([1, 0, 2, 1, 1])
@@ -116,12 +116,12 @@ def test_form(name, ids, fused):
             expected[:, domain] += (query.double() * gradient.double()).reshape(2, -1).sum(1)
     plain = torch.autograd.grad(losses.sum(), [x, *parameters.values()], materialize_grads=True)
 
-    recorder = Recorder(RowLabels(ids, 3, batch_dim=0, length=S), queries)
-    with Capture(holder, parameters, recorder, fused).open():
+    sink = InfluenceSink(RowLabels(ids, 3, batch_dim=0, length=S), queries)
+    with Capture(holder, parameters, sink, fused).open():
         losses = objective(form, holder, x)
         assert not isinstance(losses, ParameterView)
         losses.sum().backward()
-    found = sum(recorder.sums.values())
+    found = sum(sink.sums.values())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for value, gradient in zip([x, *parameters.values()], plain, strict=True):
         got = torch.zeros_like(gradient) if value.grad is None else value.grad
@@ -162,12 +162,12 @@ def test_form(name, ids, fused):
 def test_other_forms_are_refused(form):
     holder = Holder()
     parameters = dict(holder.named_parameters())
-    recorder = Recorder(
+    sink = InfluenceSink(
         RowLabels(IDS, 3, batch_dim=0, length=S), {k: torch.zeros(1, *v.shape) for k, v in parameters.items()}
     )
     x = torch.randn(B, S, C, requires_grad=True)
     with (
-        Capture(holder, parameters, recorder, True).open(),
+        Capture(holder, parameters, sink, True).open(),
         pytest.raises(UncapturedParameterError, match=r"cannot be captured.*exclude="),
     ):
         form(holder, x)
@@ -177,8 +177,8 @@ def test_views_pass_for_parameters():
     """What models ask of a parameter besides arithmetic gets the parameter's own answer."""
     holder = Holder()
     parameters = dict(holder.named_parameters())
-    recorder = Recorder(RowLabels(0, 1), {})
-    with Capture(holder, parameters, recorder, True).open():
+    sink = InfluenceSink(RowLabels(0, 1), {})
+    with Capture(holder, parameters, sink, True).open():
         assert isinstance(holder.w, ParameterView)
         assert holder.w.shape == (C, C)
         assert holder.w.dtype == torch.float32

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tikmix_fast import shifted_mask
-from tikmix_fast.influence.passes.recorder import Recorder
+from tikmix_fast.influence.passes.influence_sink import InfluenceSink
 
 
 def per_row(kit):
@@ -65,8 +65,8 @@ def test_per_position(kit):
 def test_notices_a_wrong_capture(kit, monkeypatch):
     engine = engine_for(kit, "gpt2")
     batch = kit.make_batch(5, 5, 9)
-    original = Recorder.features
-    monkeypatch.setattr(Recorder, "features", lambda self, view, rows: original(self, view, 1.5 * rows))
+    original = InfluenceSink.features
+    monkeypatch.setattr(InfluenceSink, "features", lambda self, view, rows: original(self, view, 1.5 * rows))
     report = engine.verify(per_row(kit), (batch.x, batch.labels), torch.tensor([0, 1, 1, 3, 0]))
     assert report.max_error > 1e-4
 

@@ -14,7 +14,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from tikmix_fast import InfluenceMatrix, tikmix_d
-from tikmix_fast.mixture.direct.caution import cautious_step, known_shares
+from tikmix_fast.mixture.direct.confidence import cautious_step, known_shares
 from tikmix_fast.mixture.direct.problem import Problem, kl_divergence
 
 SEEDS = st.integers(0, 2**32 - 1)

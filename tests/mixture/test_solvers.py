@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, linprog, minimize
 
-from tikmix_fast.mixture.direct import interior, slsqp
+from tikmix_fast.mixture.direct import interior_point as interior
+from tikmix_fast.mixture.direct import slsqp
 from tikmix_fast.mixture.direct.problem import Problem, entropy, kl_divergence
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -12,7 +12,8 @@ from scipy.special import softmax
 
 import tikmix_fast
 from tikmix_fast import InfluenceMatrix, tikmix_d
-from tikmix_fast.mixture.direct import interior, slsqp
+from tikmix_fast.mixture.direct import interior_point as interior
+from tikmix_fast.mixture.direct import slsqp
 from tikmix_fast.mixture.direct.problem import Solution
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -13,18 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tikmix_fast.testing import (
-    aligned_rows,
-    check_budget,
-    domain_gradients,
-    eager_group_influence,
-    gradient_error,
-    influence_error,
-    rounding_floor,
-)
+from tests.kernels import check_group_influence
+from tests.native.operands import ELEMENTS, RandomRows, aligned_rows, pack
+from tikmix_fast.testing import domain_gradients
 
 TILE = 128
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NAN = float("nan")
 
 
@@ -42,41 +35,21 @@ def native(build_module) -> Native:
 
 
 @dataclass
-class Case:
+class Case(RandomRows):
     """One call, with random numbers."""
 
-    height: int
-    width: int
-    offsets: list[int]
-    tasks: int = 2
-    splits: int = 1
-    with_order: bool = False
-    dtype: torch.dtype = torch.bfloat16
     query_dtype: torch.dtype = torch.bfloat16
     total_dtype: torch.dtype | None = torch.float32
     blocks: int = 2
     stages: int = 4
-    seed: int = 0
-    rows: int = -1
     wrong_order: dict[int, int] = field(default_factory=dict)  # entries of order that are replaced
 
     def __post_init__(self) -> None:
-        random = torch.Generator().manual_seed(self.seed)
-
-        def numbers(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random)
-
-        if self.rows < 0:
-            self.rows = self.offsets[-1]
-        self.order = torch.randperm(self.rows, generator=random) if self.with_order else None
-        self.grad_output = aligned_rows(self.rows, self.height, self.dtype)
-        self.grad_output.copy_(numbers(self.rows, self.height))
-        self.input = aligned_rows(self.rows, self.width, self.dtype)
-        self.input.copy_(numbers(self.rows, self.width))
-        self.queries = numbers(self.tasks, self.height, self.width).to(self.query_dtype)
+        super().__post_init__()
+        self.queries = self.normal(self.tasks, self.height, self.width).to(self.query_dtype)
         # Rows of the total have other numbers between them, which stay.
-        self.before = numbers(self.height, self.width + 3).to(self.total_dtype or torch.float32)
-        self.domains = len(self.offsets) - 1
+        before = self.normal(self.height, self.width + 3)
+        self.before = before.to(self.total_dtype or torch.float32)
 
     def sorted(self, rows: Tensor) -> Tensor:
         return rows if self.order is None else rows[self.order]
@@ -84,16 +57,7 @@ class Case:
     def run(self, native: Native) -> None:
         tiles = -(-self.height // TILE) * -(-self.width // TILE)
         packed = aligned_rows(1, max(1, tiles * self.tasks * TILE * TILE), self.query_dtype)
-        native.finish.pack(
-            "mma",
-            self.queries.shape,
-            self.queries.data_ptr(),
-            ELEMENTS[self.query_dtype],
-            self.queries.stride(),
-            packed.data_ptr(),
-            ELEMENTS[self.query_dtype],
-            2,
-        )
+        pack(native.finish, "mma", self.queries, packed, blocks=2)
         offsets = torch.tensor(self.offsets)
         order = None if self.order is None else self.order.clone()
         for row, place in self.wrong_order.items():
@@ -261,21 +225,12 @@ def test_the_bits_do_not_depend_on_who_runs_first(native: Native) -> None:
 def test_the_error_budget(native: Native, dtype: torch.dtype, total_dtype: torch.dtype | None) -> None:
     case = Case(210, 300, [0, 193, 200, 700], 2, dtype=dtype, query_dtype=torch.bfloat16, total_dtype=total_dtype)
     case.run(native)
-    offsets = torch.tensor(case.offsets)
-    gradients = domain_gradients(case.input, case.grad_output, offsets)
-    right = torch.einsum("noi,moi->nm", case.queries.double(), gradients)
-    eager_values, eager_total = eager_group_influence(case.input, case.grad_output, offsets, case.queries.to(dtype))
-    floor = rounding_floor(gradients[0].numel())
-    check_budget(
-        influence_error(case.values, right, case.queries, gradients),
-        influence_error(eager_values, right, case.queries, gradients),
-        floor,
+    check_group_influence(
+        *(case.input, case.grad_output, torch.tensor(case.offsets), case.queries.to(dtype)),
+        values=case.values,
+        grad_weight=None if total_dtype is None else case.total[:, : case.width],
+        before=case.before[:, : case.width],
     )
-    if total_dtype is not None:
-        before = case.before[:, : case.width]
-        right = before.double() + gradients.sum(0)
-        eager_sum = before + eager_total.to(before.dtype)
-        check_budget(gradient_error(case.total[:, : case.width], right), gradient_error(eager_sum, right), floor)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -12,11 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tikmix_fast.testing import aligned_rows
+from tests.native.operands import ELEMENTS, RandomRows, aligned_rows
 
 TILE = (128, 256)
 ROW_BLOCK = 64
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @pytest.fixture(scope="module")
@@ -25,44 +24,25 @@ def kernel(build_module) -> ModuleType:
 
 
 @dataclass
-class Case:
+class Case(RandomRows):
     """One call of the kernel, with random numbers."""
 
-    height: int
-    width: int
-    offsets: list[int]
-    tasks: int = 2
-    splits: int = 1
-    with_order: bool = False
-    dtype: torch.dtype = torch.bfloat16
     query_dtype: torch.dtype = torch.bfloat16
     total_dtype: torch.dtype | None = torch.float32
     cluster: int = 1
     clusters: int = 2
-    seed: int = 0
     schedule: int = 0  # of the simulator
     poison: tuple[int, float] | None = None  # a sorted row, and what its first element of the input becomes
     first_row: int = 0  # rows before it exist for the kernel alone; no domain has them
 
     def __post_init__(self) -> None:
-        random = torch.Generator().manual_seed(self.seed)
-
-        def numbers(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=random)
-
-        self.rows = self.offsets[-1]
-        self.order = torch.randperm(self.rows, generator=random) if self.with_order else None
-        self.grad_output = aligned_rows(self.rows, self.height, self.dtype)
-        self.grad_output.copy_(numbers(self.rows, self.height))
-        self.input = aligned_rows(self.rows, self.width, self.dtype)
-        self.input.copy_(numbers(self.rows, self.width))
+        super().__post_init__()
         self.clean_input = self.input.clone()
         if self.poison is not None:
             row, value = self.poison
             self.input[row if self.order is None else self.order[row], 0] = value
-        self.queries = numbers(self.tasks, self.height, self.width).to(self.query_dtype)
-        self.before = numbers(self.height, self.width).to(self.total_dtype or torch.float32)
-        self.domains = len(self.offsets) - 1
+        self.queries = self.normal(self.tasks, self.height, self.width).to(self.query_dtype)
+        self.before = self.normal(self.height, self.width).to(self.total_dtype or torch.float32)
 
     @property
     def tiles(self) -> int:

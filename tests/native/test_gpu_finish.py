@@ -8,12 +8,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tikmix_fast.testing import aligned_rows
+from tests.native.operands import ELEMENTS, aligned_rows, pack
 
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KERNELS = ["mma", "wgmma"]
 NAN = float("nan")
 LANES = 32
@@ -81,16 +80,7 @@ def test_queries_are_packed_in_the_order_of_registers(
         per_load = 8 if to == torch.bfloat16 else 4
         right = packed_by_model(queries.to(to).float().numpy(), layout, per_load)
         packed = aligned_rows(1, right.size, to)[0]
-        native.pack(
-            kernel,
-            queries.shape,
-            queries.data_ptr(),
-            ELEMENTS[dtype],
-            queries.stride(),
-            packed.data_ptr(),
-            ELEMENTS[to],
-            3,
-        )
+        pack(native, kernel, queries, packed, blocks=3)
         assert np.array_equal(packed.float().numpy(), right.ravel())
 
 
@@ -102,16 +92,7 @@ def test_every_16_bit_query_is_packed_as_it_is(native: ModuleType) -> None:
     ):
         queries = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, 256, 256)
         packed = aligned_rows(1, 2**16, to)[0]
-        native.pack(
-            "mma",
-            queries.shape,
-            queries.data_ptr(),
-            ELEMENTS[dtype],
-            queries.stride(),
-            packed.data_ptr(),
-            ELEMENTS[to],
-            2,
-        )
+        pack(native, "mma", queries, packed, blocks=2)
         per_load = 8 if to == torch.bfloat16 else 4
         right = packed_by_model(queries.to(torch.float32).numpy(), native.layout("mma"), per_load)
         assert np.array_equal(packed.float().numpy(), right.ravel(), equal_nan=True)
@@ -127,6 +108,9 @@ def test_every_16_bit_query_is_packed_as_it_is(native: ModuleType) -> None:
     blocks=st.integers(1, 3),
     seed=st.integers(0, 2**20),
 )
+# More tiles than a lane's four sums of every 32nd one take at once.
+@example(kernel="mma", height=2560, width=5120, sizes=[7, 100], tasks=2, splits=2, blocks=1, seed=0)
+@example(kernel="wgmma", height=2560, width=5120, sizes=[7, 100], tasks=2, splits=2, blocks=1, seed=0)
 @settings(max_examples=60, deadline=None)
 def test_values_are_sums_over_the_items_that_met_the_domain(
     native: ModuleType,

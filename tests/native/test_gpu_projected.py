@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.native.operands import ELEMENTS, RandomRows, aligned_rows
 from tikmix_fast.ops.common.projection import LayerProjection, factor_matrix
-from tikmix_fast.testing import aligned_rows
 
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FACTORS = ELEMENTS | {torch.int8: 3, torch.int32: 4}
 ROW_BLOCK = 64
 SHAPES = [(64, 128), (64, 64), (128, 128), (128, 64), (128, 32)]  # the kernels: dim, rows at once
@@ -35,42 +34,24 @@ def write_factor(kernel: ModuleType, factor: Tensor, k: int, dim: int, dtype: to
 
 
 @dataclass
-class Case:
+class Case(RandomRows):
     """One call of a kernel and of what follows it, with random numbers."""
 
-    height: int
-    width: int
-    offsets: list[int]
     k_out: int = 64
     k_in: int = 64
     kind: str = "rademacher"
     shape: tuple[int, int] = SHAPES[0]
-    tasks: int = 2
-    splits: int = 1
     blocks: int = 1
-    with_order: bool = False
     with_gradients: bool = False
-    dtype: torch.dtype = torch.bfloat16
-    seed: int = 0
-    rows: int = -1
     poison: tuple[str, int, float] | None = None  # a side, a sorted row of it and what an element of that becomes
 
     def __post_init__(self) -> None:
-        random = torch.Generator().manual_seed(self.seed)
-
-        def rows(columns: int) -> Tensor:
-            return aligned_rows(self.rows, columns, self.dtype).copy_(torch.randn(self.rows, columns, generator=random))
-
-        if self.rows < 0:
-            self.rows = self.offsets[-1]
-        self.domains = len(self.offsets) - 1
-        self.order = torch.randperm(self.rows, generator=random) if self.with_order else None
-        self.grad_output, self.input = rows(self.height), rows(self.width)
+        super().__post_init__()
         if self.poison:
             side, row, value = self.poison
             poisoned = self.input if side == "input" else self.grad_output
             poisoned[row if self.order is None else self.order[row], poisoned.shape[1] // 2] = value
-        self.queries = torch.randn(self.tasks, self.k_out, self.k_in, generator=random)
+        self.queries = self.normal(self.tasks, self.k_out, self.k_in)
         projection = LayerProjection(
             self.height, self.width, k_out=self.k_out, k_in=self.k_in, kind=self.kind, seed=self.seed
         )

@@ -11,7 +11,14 @@ from tikmix_fast import ops
 from tikmix_fast.ops.backends.cpu.cost import count_costs
 from tikmix_fast.ops.backends.cpu.exact import fused, row_wise
 from tikmix_fast.ops.common.checks import Arguments
-from tikmix_fast.testing import check_budget, domain_gradients, eager_group_influence, influence_error, rounding_floor
+from tikmix_fast.testing import (
+    WorstCell,
+    check_budget,
+    domain_gradients,
+    eager_group_influence,
+    influence_error,
+    rounding_floor,
+)
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["f32", "bf16"])
@@ -53,8 +60,27 @@ def many_small_domains(draw: st.DrawFn) -> tuple[torch.Tensor, ...]:
     return input, grad_output, torch.tensor([0, *sizes]).cumsum(0), queries, order
 
 
-# The same examples in every run: among enough random ones, eager is lucky and its error far below what rounding allows.
-@settings(deadline=None, derandomize=True)
+def eager_error(call: tuple[torch.Tensor, ...], domains: int = 100) -> WorstCell:
+    """Measure the eager path on the call and on random rows after it, in at least that many domains of its sizes.
+
+    In a few cells the eager path's roundings may happen to cancel: their error alone does not tell its accuracy.
+    """
+    input, grad_output, offsets, queries, order = call
+    sizes = offsets.diff()
+    copies = -(-domains // max(int(sizes.count_nonzero()), 1))
+    generator = torch.Generator().manual_seed(0)
+    input, grad_output = (
+        torch.cat([rows[order], torch.randn(copies * len(rows), rows.shape[1], generator=generator).to(rows.dtype)])
+        for rows in (input, grad_output)
+    )
+    offsets = torch.cat([offsets[:1], sizes.repeat(1 + copies).cumsum(0)])
+    gradients = domain_gradients(input, grad_output, offsets)
+    right = torch.einsum("noi,moi->nm", queries.double(), gradients)
+    values, _ = eager_group_influence(input, grad_output, offsets, queries)
+    return influence_error(values, right, queries, gradients)
+
+
+@settings(deadline=None)
 @given(call=many_small_domains(), ordered=st.booleans(), with_total=st.booleans())
 def test_both_ways_stay_within_the_error_budget(
     call: tuple[torch.Tensor, ...], ordered: bool, with_total: bool
@@ -63,7 +89,8 @@ def test_both_ways_stay_within_the_error_budget(
     order = permutation if ordered else None
     gradients = domain_gradients(input, grad_output, offsets, order)
     right = torch.einsum("noi,moi->nm", queries.double(), gradients)
-    eager, _ = eager_group_influence(input, grad_output, offsets, queries, order)
+    rows = permutation if ordered else torch.arange(len(input))
+    eager = eager_error((input, grad_output, offsets, queries, rows))
     weights = queries.shape[1] * queries.shape[2]
     for way in ("fused", "row_wise"):
         total = torch.zeros(queries.shape[1:]) if with_total else None
@@ -71,9 +98,7 @@ def test_both_ways_stay_within_the_error_budget(
         values = fused(arguments) if way == "fused" else row_wise(arguments, offsets.tolist())
         # A cell of one row and few weights is rounded once or twice, where eager may happen not to round at all.
         floor = rounding_floor(weights) * (torch.finfo(input.dtype).eps / torch.finfo(torch.float32).eps)
-        check_budget(
-            influence_error(values, right, queries, gradients), influence_error(eager, right, queries, gradients), floor
-        )
+        check_budget(influence_error(values, right, queries, gradients), eager, floor)
         if total is not None:
             torch.testing.assert_close(total.double(), gradients.sum(0), rtol=1e-5, atol=1e-5)
 

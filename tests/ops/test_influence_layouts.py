@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -13,38 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.layouts import contiguous, every_other_column, every_third_row, transposed, unaligned
 from tikmix_fast import ops
 from tikmix_fast.testing import domain_gradients
 
 OFFSETS = torch.tensor([0, 13, 13, 40])
 ROWS, HEIGHT, WIDTH, TASKS = 40, 26, 37, 3
-
-
-def contiguous(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    return tensor.mT.contiguous().mT
-
-
-def every_other_column(tensor: Tensor) -> Tensor:
-    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), math.nan, dtype=tensor.dtype)
-    wide[..., ::2] = tensor
-    return wide[..., ::2]
-
-
-def every_third_row(tensor: Tensor) -> Tensor:
-    *leading, rows, columns = tensor.shape
-    tall = torch.full((*leading, 3 * rows, columns), math.nan, dtype=tensor.dtype)
-    tall[..., 1::3, :] = tensor
-    return tall[..., 1::3, :]
-
-
-def unaligned(tensor: Tensor) -> Tensor:
-    padded = torch.full((tensor.numel() + 1,), math.nan, dtype=tensor.dtype)
-    padded[1:] = tensor.flatten()
-    return padded[1:].view(tensor.shape)
 
 
 def assert_same(values: Tensor, expected: Tensor) -> None:

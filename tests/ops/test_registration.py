@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tests.kernels import linear
 from tikmix_fast import ops
 
 OP = torch.ops.tikmix_fast.group_influence.default
@@ -121,27 +122,18 @@ def test_runs_in_inference_mode(backend: str) -> None:
 def test_runs_inside_an_autograd_function(backend: str) -> None:
     """Backward is where the op belongs: grad mode is off there, and saved tensors require grad."""
     input, grad_output, offsets, queries = arguments()
-    seen = []
+    rows = input.clone().requires_grad_()
+    results = []
 
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, input: Tensor, weight: Tensor) -> Tensor:
-            ctx.save_for_backward(input, weight)
-            return input @ weight.T
-
-        @staticmethod
-        def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-            input, weight = ctx.saved_tensors
-            grad_weight = torch.zeros_like(weight)
-            seen.append(
-                ops.group_influence(input, grad_output, offsets, queries, grad_weight=grad_weight, backend=backend)
-            )
-            return grad_output @ weight, grad_weight
+    def measure(grad_output: Tensor, grad_weight: Tensor) -> None:
+        results.append(
+            ops.group_influence(rows, grad_output, offsets, queries, grad_weight=grad_weight, backend=backend)
+        )
 
     weight = torch.randn(4, 5, requires_grad=True)
-    Linear.apply(input.clone().requires_grad_(), weight).backward(grad_output)
+    linear(rows, weight, measure).backward(grad_output)
     torch.testing.assert_close(weight.grad, grad_output.T @ input)
-    assert torch.equal(seen[0], ops.group_influence(input, grad_output, offsets, queries, backend=backend))
+    assert torch.equal(results[0], ops.group_influence(input, grad_output, offsets, queries, backend=backend))
 
 
 def test_forward_mode_is_refused_too(backend: str) -> None:

@@ -14,17 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels import NOTHING, WRONG_ROWS, check_group_influence
+from tests.layouts import every_other_column, padded_rows, transposed
 from tikmix_fast.ops.backends import reference
 from tikmix_fast.ops.common.checks import Arguments
 from tikmix_fast.ops.common.device_checks import WRONG_OFFSETS, WRONG_ORDER
-from tikmix_fast.testing import (
-    check_budget,
-    domain_gradients,
-    eager_group_influence,
-    gradient_error,
-    influence_error,
-    rounding_floor,
-)
+from tikmix_fast.testing import domain_gradients
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
@@ -87,16 +82,12 @@ def right_answer(call: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def check(call: Arguments, values: Tensor, grad_weight: Tensor | None) -> None:
-    right, gradients = right_answer(call)
-    eager, eager_total = eager_group_influence(call.input, call.grad_output, call.offsets, call.queries, call.order)
-    floor = rounding_floor(call.queries[0].numel())
-    errors = [influence_error(each, right, call.queries, gradients) for each in (values, eager)]
-    check_budget(*errors, floor)
-    if grad_weight is not None:
-        before = call.grad_weight
-        total = before.double() + gradients.sum(0)
-        sums = (grad_weight, before + eager_total.to(before.dtype))
-        check_budget(*(gradient_error(each, total) for each in sums), floor)
+    check_group_influence(
+        *(call.input, call.grad_output, call.offsets, call.queries, call.order),
+        values=values,
+        grad_weight=grad_weight,
+        before=call.grad_weight,
+    )
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -206,16 +197,7 @@ def test_a_nan_in_one_query_reaches_its_own_task_only(kernel: ModuleType) -> Non
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(
-    ("rows", "height", "width", "offsets", "tasks"),
-    [
-        pytest.param(0, 3, 4, [0, 0, 0], 2, id="no-rows"),
-        pytest.param(0, 3, 4, [0], 2, id="no-domains"),
-        pytest.param(5, 3, 4, [0, 5], 0, id="no-tasks"),
-        pytest.param(5, 0, 4, [0, 2, 5], 2, id="no-outputs"),
-        pytest.param(5, 3, 0, [0, 2, 5], 2, id="no-inputs"),
-    ],
-)
+@pytest.mark.parametrize(("rows", "height", "width", "offsets", "tasks"), NOTHING)
 @pytest.mark.parametrize("noted", [False, True], ids=["host", "device"])
 def test_nothing_sums_to_zero(
     kernel: ModuleType, rows: int, height: int, width: int, offsets: list[int], tasks: int, noted: bool
@@ -237,18 +219,7 @@ def test_nothing_sums_to_zero(
     assert flag is None or flag.item() == 0
 
 
-WRONG = [
-    pytest.param([1, 20, 40], None, WRONG_OFFSETS, id="begins-late"),
-    pytest.param([0, 20, 39], None, WRONG_OFFSETS, id="ends-early"),
-    pytest.param([0, 20, 41], None, WRONG_OFFSETS, id="ends-late"),
-    pytest.param([0, 30, 20, 40], None, WRONG_OFFSETS, id="decreases"),
-    pytest.param([0, -(2**40), 40], None, WRONG_OFFSETS, id="negative"),
-    pytest.param([0, 2**40, 40], None, WRONG_OFFSETS, id="far"),
-    pytest.param([0, 20, 40], -1, WRONG_ORDER, id="negative-row"),
-    pytest.param([0, 20, 40], 40, WRONG_ORDER, id="row-after-the-last"),
-    pytest.param([0, 20, 40], 2**50, WRONG_ORDER, id="far-row"),
-    pytest.param([5], -1, WRONG_OFFSETS | WRONG_ORDER, id="both"),
-]
+WRONG = [*WRONG_ROWS, pytest.param([5], -1, WRONG_OFFSETS | WRONG_ORDER, id="both-and-no-domain")]
 
 
 @pytest.mark.parametrize(("offsets", "row", "code"), WRONG)
@@ -314,23 +285,6 @@ def test_panels_fit_and_are_whole_tiles(height: int, width: int, bytes_per_weigh
     assert bytes_per_weight * tall * wide <= max(two_pass.PANEL_BYTES, one_tile)
     assert tall == height or tall % 128 == 0
     assert wide == width or wide % 128 == 0
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    return tensor.mT.contiguous().mT
-
-
-def every_other_column(tensor: Tensor) -> Tensor:
-    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), math.nan, dtype=tensor.dtype)
-    wide[..., ::2] = tensor
-    return wide[..., ::2]
-
-
-def padded_rows(tensor: Tensor) -> Tensor:
-    columns = tensor.shape[-1]
-    wide = torch.full((*tensor.shape[:-1], 16 * (columns // 16 + 1)), math.nan, dtype=tensor.dtype)
-    wide[..., :columns] = tensor
-    return wide[..., :columns]
 
 
 @st.composite

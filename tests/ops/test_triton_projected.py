@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels import NOTHING, WRONG_ROWS
 from tikmix_fast import ops, testing
 from tikmix_fast.ops.backends import reference
 from tikmix_fast.ops.common.device_checks import WRONG_OFFSETS, WRONG_ORDER
@@ -254,16 +255,7 @@ def test_two_runs_are_the_same_bits() -> None:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(
-    ("rows", "height", "width", "offsets", "tasks"),
-    [
-        pytest.param(0, 3, 4, [0, 0, 0], 2, id="no-rows"),
-        pytest.param(0, 3, 4, [0], 2, id="no-domains"),
-        pytest.param(5, 3, 4, [0, 5], 0, id="no-tasks"),
-        pytest.param(5, 0, 4, [0, 2, 5], 2, id="no-outputs"),
-        pytest.param(5, 3, 0, [0, 2, 5], 2, id="no-inputs"),
-    ],
-)
+@pytest.mark.parametrize(("rows", "height", "width", "offsets", "tasks"), NOTHING)
 @pytest.mark.parametrize("noted", [False, True], ids=["host", "device"])
 @pytest.mark.parametrize("kind", ["countsketch", "rademacher"])
 def test_nothing_sums_to_zero(
@@ -288,21 +280,7 @@ def test_nothing_sums_to_zero(
     assert flag is None or flag.item() == 0
 
 
-WRONG = [
-    pytest.param([1, 20, 40], None, WRONG_OFFSETS, id="begins-late"),
-    pytest.param([0, 20, 39], None, WRONG_OFFSETS, id="ends-early"),
-    pytest.param([0, 20, 41], None, WRONG_OFFSETS, id="ends-late"),
-    pytest.param([0, 30, 20, 40], None, WRONG_OFFSETS, id="decreases"),
-    pytest.param([0, -(2**40), 40], None, WRONG_OFFSETS, id="negative"),
-    pytest.param([0, 2**40, 40], None, WRONG_OFFSETS, id="far"),
-    pytest.param([0, 20, 40], -1, WRONG_ORDER, id="negative-row"),
-    pytest.param([0, 20, 40], 40, WRONG_ORDER, id="row-after-the-last"),
-    pytest.param([0, 20, 40], 2**50, WRONG_ORDER, id="far-row"),
-    pytest.param([0, 5], -1, WRONG_OFFSETS | WRONG_ORDER, id="both"),
-]
-
-
-@pytest.mark.parametrize(("offsets", "row", "code"), WRONG)
+@pytest.mark.parametrize(("offsets", "row", "code"), WRONG_ROWS)
 def test_what_the_host_must_not_read_is_noted(offsets: list[int], row: int | None, code: int) -> None:
     call = integers(9, 10, 3, 4, [40], 2, "pair", shuffled=row is not None)._replace(offsets=torch.tensor(offsets))
     if row is not None:

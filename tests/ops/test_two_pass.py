@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.kernels import check_group_influence
 from tikmix_fast.ops.backends import reference
 from tikmix_fast.ops.backends.cuda import grouped_mm as two_pass
 from tikmix_fast.ops.common.checks import Arguments
 from tikmix_fast.ops.common.device_checks import raise_on_device_errors
-from tikmix_fast.testing import (
-    check_budget,
-    domain_gradients,
-    eager_group_influence,
-    gradient_error,
-    influence_error,
-    rounding_floor,
-)
 
 ROWS, HEIGHT, WIDTH = 150, 272, 40
 
@@ -36,12 +28,6 @@ def arguments(sizes: list[int], tasks: int, shuffled: bool = False) -> Arguments
     )
 
 
-def in_order(call: Arguments) -> tuple[Tensor, Tensor]:
-    if call.order is None:
-        return call.input, call.grad_output
-    return call.input[call.order], call.grad_output[call.order]
-
-
 @pytest.fixture
 def low_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(two_pass, "_PANEL_BYTES", 1)  # 128 rows high: three panels, the last one ragged
@@ -57,20 +43,11 @@ def test_panels_agree_with_float64(sizes: list[int], shuffled: bool, total: torc
     grad_weight = before.clone()
     assert two_pass.refusal(call) is None
     values = two_pass.group_influence(call._replace(grad_weight=grad_weight))
-    gradients = domain_gradients(*in_order(call), call.offsets)
-    right = torch.einsum("noi,moi->nm", call.queries.double(), gradients)
-    eager_values, eager_total = eager_group_influence(*in_order(call), call.offsets, call.queries)
-    floor = rounding_floor(HEIGHT * WIDTH)
-    check_budget(
-        influence_error(values, right, call.queries, gradients),
-        influence_error(eager_values, right, call.queries, gradients),
-        floor,
-    )
-    right_total = before.double() + gradients.sum(0)
-    check_budget(
-        gradient_error(grad_weight, right_total),
-        gradient_error(before + eager_total.to(total), right_total),
-        floor,
+    check_group_influence(
+        *(call.input, call.grad_output, call.offsets, call.queries, call.order),
+        values=values,
+        grad_weight=grad_weight,
+        before=before,
     )
 
 

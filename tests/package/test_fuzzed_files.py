@@ -32,7 +32,7 @@ from tikmix_fast.influence.preconditioners.ekfac import EKFAC, DiagonalFisher
 from tikmix_fast.matrix.microbatch_record import MicrobatchRecord
 from tikmix_fast.mixture.schedule.dynamic import DynamicMixture
 from tikmix_fast.mixture.surrogate.mixture_model import MixtureModel
-from tikmix_fast.report.sources import read_sources
+from tikmix_fast.report.result_files import read_sources
 from tikmix_fast.tensor_files import write_tensors
 
 NAMES = ("x", "y")

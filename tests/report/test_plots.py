@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from tikmix_fast.demo.results import DemoResult
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
-from tikmix_fast.report.plots import _spread, draw_influence, draw_losses, draw_mixture, save_figure
+from tikmix_fast.report.pictures import _spread, draw_influence, draw_losses, draw_mixture, save_figure
 
 
 def texts_that_overlap(figure: Figure) -> list[tuple[str, str]]:

@@ -104,9 +104,9 @@ class Measurement:
     mixed: list[tuple[Tensor, Tensor]]
 
 
-def make_measurement(case: MeasurementCase, seed: int = 0) -> Measurement:
+def make_measurement(case: MeasurementCase) -> Measurement:
     """Draw random tokens and weights."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(sequences: int) -> Tensor:
         return torch.randint(case.vocabulary, (sequences, case.length + 1), generator=generator)
@@ -116,7 +116,7 @@ def make_measurement(case: MeasurementCase, seed: int = 0) -> Measurement:
     order = torch.randperm(case.domain_sequences, generator=generator)
     return Measurement(
         case,
-        make_gpt(case.layers, case.heads, case.width, case.length, case.vocabulary, seed),
+        make_gpt(case.layers, case.heads, case.width, case.length, case.vocabulary),
         [list(draw(case.task_sequences).split(case.batch)) for _ in range(case.tasks)],
         [list(sequences[ids == domain].split(case.batch)) for domain in range(case.domains)],
         [(sequences[part], ids[part]) for part in order.split(case.batch)],

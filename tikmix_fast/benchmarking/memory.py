@@ -41,7 +41,7 @@ def peak_growth(function: Callable[[], object]) -> dict[str, int]:
     return {"growth": max(0, peak - before) * 1024, "peak": peak * 1024}
 
 
-def in_fresh_process(module: str, request: dict[str, Any], timeout: float = 600) -> dict[str, Any]:
+def in_fresh_process(module: str, request: dict[str, Any]) -> dict[str, Any]:
     """Run ``python -m module`` with the request as JSON on stdin, and return the JSON that it prints.
 
     Raises
@@ -56,7 +56,7 @@ def in_fresh_process(module: str, request: dict[str, Any], timeout: float = 600)
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=600,
         env=environment,
     )
     if done.returncode:

@@ -32,7 +32,7 @@ from tikmix_fast.influence.preconditioners.optimizer_state import read_adam
 from tikmix_fast.influence.queries.offload import free_memory
 from tikmix_fast.influence.queries.projection import Projection
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
-from tikmix_fast.tensor_files import digest, read_tensors, write_tensors
+from tikmix_fast.tensor_files import digest, read_state, write_tensors
 
 __all__ = ["CheckpointInfluence", "Progress"]
 
@@ -271,16 +271,7 @@ class CheckpointInfluence:
         path = self.out / RESUME
         if not path.exists():
             return None
-        advice = "delete it to measure anew, or use another folder"
-        try:
-            tensors, content = read_tensors(path, _FORMAT)
-        except ValueError as error:
-            raise ValueError(f"{error}; {advice}") from None
-        differ = [name for name, value in self._identity.items() if content["of"].get(name) != value]
-        if differ:
-            raise ValueError(
-                f"{str(path)!r} belongs to an interrupted measurement that differs in {', '.join(differ)}: {advice}"
-            )
+        tensors, content = read_state(path, _FORMAT, self._identity)
         self.resumed, self.seconds = content["done"], content["seconds"]
         state: dict[str, Any] = content["engine"]
         projected = {name.removeprefix("projected/"): value for name, value in tensors.items()}

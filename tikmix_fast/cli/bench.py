@@ -9,8 +9,8 @@ import typer
 
 from tikmix_fast.arguments import require_choice
 from tikmix_fast.cli.folders import make_folder
-from tikmix_fast.cli.mistakes import user_mistakes
 from tikmix_fast.cli.options import AsJson, Threads
+from tikmix_fast.cli.user_mistakes import user_mistakes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +88,7 @@ def _run(name: str, settings: BenchSettings, out: Path, console: Console) -> dic
             raise typer.Exit(1) from None
     files.write_json(out / f"{name}.json", result)
     if name == "ops":
-        from tikmix_fast.report.plots import save_figure
+        from tikmix_fast.report.pictures import save_figure
         from tikmix_fast.report.roofline import draw_roofline
 
         save_figure(draw_roofline(result), out / "roofline.png")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tikmix_fast.cli.folders import make_folder
-from tikmix_fast.cli.mistakes import user_mistakes
 from tikmix_fast.cli.options import AsJson
+from tikmix_fast.cli.user_mistakes import user_mistakes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,7 +157,7 @@ def _run(settings: DemoSettings, corpora: Corpora, console: Console, state: Demo
 
 
 def _write(result: DemoResult, folder: Path) -> None:
-    from tikmix_fast.report.plots import draw_influence, draw_losses, draw_mixture, save_figure
+    from tikmix_fast.report.pictures import draw_influence, draw_losses, draw_mixture, save_figure
 
     result.save(folder / "results.json")
     last = result.boundaries[-1]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tikmix_fast.cli.folders import make_folder
-from tikmix_fast.cli.mistakes import user_mistakes
 from tikmix_fast.cli.options import AsJson, Threads
+from tikmix_fast.cli.user_mistakes import user_mistakes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,30 +99,18 @@ def influence(
     The command downloads nothing, loads no pickle, and runs no code of the checkpoint. After a kill, the same command
     continues.
     """
+    options = dict(locals())
+    for name in ("domain", "task", "out", "device", "threads", "as_json"):
+        del options[name]
     with user_mistakes():
-        options = {
-            "model": str(model),
-            "domains": _named("domain", domain),
-            "tasks": _named("task", task),
-            "tokenizer": tokenizer,
-            "token_dtype": token_dtype,
-            "preconditioner": preconditioner or ("identity" if optimizer is None else "adam"),
-            "optimizer": None if optimizer is None else str(optimizer),
-            "damping": damping,
-            "projection": projection,
-            "projection_kind": projection_kind,
-            "tokens": tokens,
-            "task_tokens": task_tokens,
-            "fit_tokens": fit_tokens,
-            "rel_error": rel_error,
-            "length": length,
-            "batch": batch,
-            "task_splits": task_splits,
-            "exclude": tuple(exclude or ()),
-            "dtype": dtype,
-            "seed": seed,
-            "save_every": save_every,
-        }
+        options.update(
+            model=str(model),
+            domains=_named("domain", domain),
+            tasks=_named("task", task),
+            preconditioner=preconditioner or ("identity" if optimizer is None else "adam"),
+            optimizer=None if optimizer is None else str(optimizer),
+            exclude=tuple(exclude or ()),
+        )
     _influence(options, device, threads, out, as_json)
 
 

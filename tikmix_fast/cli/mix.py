@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tikmix_fast.cli.mistakes import user_mistakes
 from tikmix_fast.cli.options import AsJson
+from tikmix_fast.cli.user_mistakes import user_mistakes
 
 if TYPE_CHECKING:
     from tikmix_fast.matrix.influence_matrix import InfluenceMatrix

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tikmix_fast.cli.mistakes import user_mistakes
+from tikmix_fast.cli.user_mistakes import user_mistakes
 
 __all__ = ["report"]
 
@@ -31,7 +31,7 @@ def report(
 
     from tikmix_fast import files
     from tikmix_fast.report.page import make_page
-    from tikmix_fast.report.sources import read_sources
+    from tikmix_fast.report.result_files import read_sources
 
     with user_mistakes():
         sources = read_sources(paths)

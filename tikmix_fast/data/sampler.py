@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from tikmix_fast.arguments import require_int
+from tikmix_fast.data.draw_order import BLOCK, check_counts
 from tikmix_fast.data.permutation import MAX_LENGTH
-from tikmix_fast.data.schedule import BLOCK, check_counts
 from tikmix_fast.data.stream import Block, Change, Origin, Stream
+from tikmix_fast.simplex import require_mixtures
 
 __all__ = ["MixtureSampler"]
 
@@ -24,7 +24,6 @@ Weights = Sequence[float] | Mapping[str, float] | NDArray[np.float64]
 _VERSION = 1
 _MAX_DOMAINS = 1 << 16
 _MAX_DRAWS = 1 << 62
-_TOLERANCE = 1e-6
 
 
 class MixtureSampler(Sampler[int]):
@@ -329,11 +328,7 @@ class MixtureSampler(Sampler[int]):
         if len(values) != len(self._lengths):
             raise ValueError(f"weights must have one number per domain, {len(self._lengths)}; got {len(values)}")
         result = np.array(values, dtype=np.float64)
-        if not np.isfinite(result).all() or (result < 0).any():
-            raise ValueError(f"weights must be finite and not negative; got {result.tolist()}")
-        total = math.fsum(result)
-        if abs(total - 1) > _TOLERANCE:
-            raise ValueError(f"weights must sum to 1; got a sum of {total!r}; divide them by it")
+        require_mixtures("weights", result, 1e-6)
         empty = [self._called(int(j)) for j in np.flatnonzero((self._lengths == 0) & (result > 0))]
         if empty:
             raise ValueError(f"weights must be 0 for domains without items; got positive ones for {', '.join(empty)}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tikmix_fast.data.draw_order import BLOCK, quantize, schedule_block
 from tikmix_fast.data.permutation import mix, permute
-from tikmix_fast.data.schedule import BLOCK, quantize, schedule_block
 
 __all__ = ["Block", "Change", "Origin", "Stream"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from tikmix_fast.data.optional import optional
+from tikmix_fast.data.optional_packages import optional
 
 __all__ = ["TEXT_SUFFIXES", "Piece", "read_text"]
 

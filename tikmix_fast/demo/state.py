@@ -14,7 +14,7 @@ from tikmix_fast.arguments import require_int
 from tikmix_fast.demo.arm import Arm
 from tikmix_fast.demo.corpora import Corpora
 from tikmix_fast.demo.settings import DemoSettings
-from tikmix_fast.tensor_files import read_tensors, write_tensors
+from tikmix_fast.tensor_files import read_state, write_tensors
 
 __all__ = ["DemoState"]
 
@@ -46,18 +46,8 @@ class DemoState:
         self._tensors: dict[str, Tensor] = {}
         self.progress: dict[str, Any] | None = None
         if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        advice = "delete it to start again, or use another folder"
-        try:
-            self._tensors, content = read_tensors(self.path, _FORMAT)
-        except ValueError as error:
-            raise ValueError(f"{error}; {advice}") from None
-        differ = [name for name, mine in self._of.items() if content["of"].get(name) != mine]
-        if differ:
-            raise ValueError(f"{self.path}: belongs to an interrupted run with other {' and '.join(differ)}: {advice}")
-        self.progress = content["progress"]
+            self._tensors, content = read_state(self.path, _FORMAT, self._of)
+            self.progress = content["progress"]
 
     def write(self, arms: Mapping[str, Arm], progress: Mapping[str, Any]) -> None:
         """Write the arms, and ``progress`` as JSON."""

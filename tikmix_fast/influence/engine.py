@@ -1,4 +1,4 @@
-"""Group Influence around anybody's ``loss.backward()``."""
+"""Measure Group Influence around any ``loss.backward()``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tikmix_fast.influence.engine_reports import EngineReports
 from tikmix_fast.influence.in_run.run import InRun
 from tikmix_fast.influence.options import EngineOptions
 from tikmix_fast.influence.parallel.ranks import ranks_of
-from tikmix_fast.influence.passes.covered import CoveredParameters
-from tikmix_fast.influence.passes.ids import Ids
+from tikmix_fast.influence.passes.covered_parameters import CoveredParameters
+from tikmix_fast.influence.passes.domain_ids import Ids
 from tikmix_fast.influence.preconditioners.choose import make_preconditioner
 from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 from tikmix_fast.influence.queries.projection import Projection
@@ -29,63 +29,63 @@ __all__ = ["InfluenceEngine"]
 class InfluenceEngine(EngineReports):
     """Measure how much a small step on each domain lowers the loss of each task, at the current weights.
 
-    First run every task forward and backward inside `task`, then batches of the domains (mixed or not) inside
+    First run every task forward and backward inside `task`. Then run batches of the domains, mixed or not, inside
     `domains`. `matrix` returns S[i, j] = <P g_i, g_j>, where g is the mean gradient per target token (arXiv 2508.17677,
-    Eq. 8, with the sign turned so that positive helps). The domain side is one ordinary backward pass: its gradients
-    land in ``p.grad`` as usual, so it may be the training step itself.
+    Eq. 8, with the opposite sign, so that positive helps). The domain side is one ordinary backward pass that
+    accumulates ``p.grad`` as usual, so it can be the training step itself.
 
-    Memory: one gradient per task and split, and from the first `domains` on those of the weights once more, packed for
-    the kernel. Nothing grows with the number of domains. `memory_estimate` counts it before anything runs.
+    Memory: one gradient per task and split, and from the first `domains` on a second copy of those of weights, packed
+    for the kernel. Memory does not grow with the number of domains. `memory_estimate` counts it before anything runs.
 
     Parameters
     ----------
     model : nn.Module
-        The outermost wrapper that is called (DistributedDataParallel, compiled, ...). Compiled models run as written
-        inside the contexts.
+        The outermost wrapper that you call (DistributedDataParallel, compiled, ...). Compiled models run eagerly inside
+        the contexts.
     domains, tasks : sequence of str
         The columns and the rows of the matrix.
     preconditioner : "adam", "identity", "ekfac", "diagonal_fisher" or Preconditioner
-        P. "adam" scales by the optimizer's own second moments; `fisher` fits "ekfac" and "diagonal_fisher".
+        P. "adam" scales by the optimizer's second moments; `fisher` fits "ekfac" and "diagonal_fisher".
     optimizer : torch.optim.Adam, AdamW, or a state dict with names
-        "adam" reads it when the queries freeze, and never changes it.
+        "adam" reads it when the queries freeze, and does not change it.
     projection : Projection or None
-        None: exact influence. Otherwise the matrices of layers are measured through random projections, and their
-        ``p.grad`` is bit-identical to a backward without influence. Costs dim x dim numbers per domain and weight in
-        memory, for the error bars.
+        None: exact influence. Otherwise random projections measure the matrices of layers, and their ``p.grad`` is
+        bit-identical to a backward without influence. Costs memory of dim x dim numbers per domain and weight, for the
+        error bars.
     exclude : str or sequence of str
         Patterns (``fnmatch``) of parameter names to leave out; their influence counts as zero.
     reduction : "mean" or "sum"
-        How the loss combines the target tokens of one batch; see ``normalizer`` of `domains` for anything else.
+        How the loss combines the target tokens of one batch. For other losses pass ``normalizer`` to `domains`.
     grad : "fused" or "ordinary"
-        "fused": the influence kernel's own pass makes a linear layer's weight gradient, as accurately as the ordinary
-        one. "ordinary": the product is computed a second time, and ``p.grad`` is bit-identical to a backward without
+        "fused": the influence kernel also computes a linear layer's weight gradient, as accurately as the ordinary
+        product. "ordinary": the ordinary product computes it, and ``p.grad`` is bit-identical to a backward without
         influence.
     task_splits : int
-        Deal each task's batches into so many splits, which estimate the task side's own error (1: not estimated, and
-        ``stderr`` is NaN). Costs that many gradients per task in memory.
+        Number of splits of each task's batches, from which the task side's error is estimated (1: no estimate, and
+        ``stderr`` is NaN). Costs as many gradients per task in memory.
     batch_dim : 0, 1 or None
-        Where activations have their batch dimension: [B, S, ...] or [S, B, ...]. None is 0, and refuses a batch that
-        mixes domains and has as many sequences as positions, because shapes do not tell which is which.
+        The batch dimension of activations: [B, S, ...] or [S, B, ...]. None means 0, but refuses mixed batches with as
+        many sequences as positions, because their shapes are ambiguous.
     check_every : int
-        Check conservation every so many micro-batches, the first included; 0 never.
+        Check conservation at the first micro-batch and then once per this number of micro-batches; 0: never.
     allow_stale : bool
-        Allow weights that changed since the queries froze. S then is no slope at any weights.
+        Allow weights to change after the queries froze. S is then not a slope at any weights.
     max_dropped_in_row : int
-        A GradScaler may explain fewer non-finite micro-batches in a row than this.
+        So many non-finite micro-batches in a row raise, even with a GradScaler.
     queries_device : None, "cpu" or "auto"
-        Where task gradients and queries rest. None: with their parameters. "cpu": those of matrices in pinned host
-        memory; each visits the GPU when its weight's turn comes, while the next one is on its way. The results are the
-        same. "auto": "cpu" if they do not fit on the GPU, decided (and logged) at the first task.
+        Where task gradients and queries rest. None: with their parameters. "cpu": those of matrices rest in pinned host
+        memory, and each visits the GPU at its weight's turn in the backward, while the next one is copied. The results
+        are the same. "auto": "cpu" if they do not fit on the GPU, decided and logged at the first task.
     process_group : ProcessGroup, "auto" or None
-        The processes that measure one matrix together, each on its own batches; "auto": those of
-        DistributedDataParallel around the model or of ``fully_shard``; None: this one alone. The matrix is the one that
-        a single process with all the batches would find. Every rank must make the same calls of `refresh`, `matrix`,
-        `state_dict` and the first `domains`, and have a batch of some task. Each keeps (q + 1) x m numbers per
+        The processes that measure one matrix together, each on its own batches. "auto": those of
+        DistributedDataParallel around the model or of ``fully_shard``. None: this process alone. The matrix equals that
+        of a single process with all the batches. Every rank must make the same calls of `refresh`, `matrix`,
+        `state_dict` and the first `domains`, and have a batch of some task. Each rank stores (q + 1) x m numbers per
         micro-batch between two read-outs, q = tasks x ``task_splits``.
     share_queries : bool
-        Each of R ranks holds one R-th of the task gradients and of the queries; a weight's queries are gathered when
-        its turn in the backward comes. All ranks then run every `task` and `domains` together, at the same task at a
-        time, and their batches of it count as one in a split.
+        Each of R ranks stores one R-th of the task gradients and queries; a weight's queries are gathered at its turn
+        in the backward. All ranks must then run every `task` and `domains` together, always at the same task, and their
+        batches of it count as one batch.
 
     Raises
     ------
@@ -158,19 +158,18 @@ class InfluenceEngine(EngineReports):
     def task(
         self, name: str, mask: Tensor | int | None = None, normalizer: float | None = None, *, scaler: Any = None
     ) -> AbstractContextManager[None]:
-        """Add one batch of a task: run forward and backward inside, any number of times before the first `domains`.
+        """Add one batch of a task: run forward and backward inside. Call it any number of times before `domains`.
 
-        ``p.grad`` stays as it was, None included. Needs as much memory as one gradient.
+        ``p.grad`` stays as it was, even None. Costs the memory of one gradient.
 
         Parameters
         ----------
         name : str
         mask : bool [B, S] or [B], int, or None
-            Where the logits enter the loss, or how many positions do; None = all. `shifted_mask` makes it for models
-            that shift labels themselves.
+            True where the logits enter the loss, or the number of such positions; None: all. `shifted_mask` makes the
+            mask of models that shift labels themselves.
         normalizer : float, optional
-            What the sum of the token losses was divided by; default: the target tokens for reduction "mean", 1 for
-            "sum".
+            The divisor of the sum of the token losses; default: the target tokens for reduction "mean", 1 for "sum".
         scaler : torch.amp.GradScaler, optional
             If it scaled the loss.
 
@@ -179,8 +178,7 @@ class InfluenceEngine(EngineReports):
         ValueError
             If the task is unknown, or the mask disagrees with the cross-entropy that the model called.
         RuntimeError
-            If the queries are frozen already (call `refresh`), weights changed since the first task, or no backward
-            ran.
+            If the queries are frozen (call `refresh`), weights changed since the first task, or no backward ran.
         FloatingPointError
             If the gradient is not finite and no scaler explains it.
         """
@@ -195,32 +193,32 @@ class InfluenceEngine(EngineReports):
     ) -> AbstractContextManager[None]:
         """Fit the Fisher matrix of "ekfac" or "diagonal_fisher" to one batch: run forward and backward inside.
 
-        Do this before the first `domains`: "factors" for a number of batches, then "eigenvalues" for the same or others
-        ("diagonal_fisher" needs the second alone). Labels sampled from the model replace those that ``F.cross_entropy``
-        or ``F.nll_loss`` compares with, wherever these are not ignored. What divides or scales the loss does not
-        matter; leave out terms beside the cross-entropy. ``p.grad`` is untouched. Costs a forward and a backward and,
-        per layer, products as large as these.
+        Do this before the first `domains`: run "factors" on some batches, then "eigenvalues" on the same or others
+        ("diagonal_fisher" needs "eigenvalues" alone). Labels sampled from the model replace the data's labels in
+        ``F.cross_entropy`` and ``F.nll_loss``, except ignored ones. Divisor and scale of the loss do not matter; leave
+        out terms beside the cross-entropy. ``p.grad`` is untouched. Costs a forward and a backward and, per layer,
+        products as large as theirs.
 
         Parameters
         ----------
         stage : "factors" or "eigenvalues"
         sequences : int, optional
-            How many sequences the batch has: eigenvalues then come from per-sequence gradients, with less noise than
-            from the gradient of the whole batch.
+            The number of sequences in the batch. Eigenvalues then come from per-sequence gradients, with less noise
+            than from the whole batch's gradient.
         tokens : int, optional
-            For losses other than cross-entropy: you sampled the labels yourself, and the loss is the *sum* of the
-            negative log-likelihoods of so many targets. With the data's own labels it is the empirical Fisher matrix.
+            For losses other than cross-entropy: the number of targets, if you sampled the labels yourself and the loss
+            is the *sum* of the negative log-likelihoods. The data's own labels give the empirical Fisher matrix.
 
         Raises
         ------
         RuntimeError
-            If the preconditioner is of another kind, the stages are out of order, the queries are frozen, or no
-            cross-entropy or no backward was seen.
+            If the preconditioner is of another kind, the stages are out of order, the queries are frozen, or the
+            context ran no cross-entropy or no backward.
         ValueError
-            If a layer had no part in "factors", labels cannot be sampled (class weights), or ``tokens`` disagrees with
-            a cross-entropy that was seen.
+            If "factors" did not reach a layer, labels cannot be sampled (class weights), or ``tokens`` disagrees with
+            the cross-entropy.
         FloatingPointError
-            If the result is not finite; nothing of the batch is kept then.
+            If the result is not finite; the fit is unchanged then.
 
         Examples
         --------
@@ -237,23 +235,23 @@ class InfluenceEngine(EngineReports):
     ) -> AbstractContextManager[None]:
         """Measure one micro-batch of domain data: run its forward and its backward inside.
 
-        The backward is the ordinary one: ``p.grad`` accumulates as usual, and with it comes the influence of every
-        domain in the batch. The first call freezes the queries. Costs one pass of the kernel per linear layer instead
-        of the weight-gradient product. On a GPU the host waits for the device once, when the context ends, and where
-        conservation is checked.
+        The backward is the ordinary one: ``p.grad`` accumulates as usual, and the influence of every domain in the
+        batch is measured on the way. The first call freezes the queries. Costs one pass of the kernel per linear layer
+        instead of the weight-gradient product. On a GPU the host waits once, when the context ends, and again to check
+        conservation.
 
         Parameters
         ----------
         ids : str, int, int [B] or [B, S], or a sequence of B names or indices
-            The domain of the batch, of every sequence, or of every position. Per position is exact only where attention
-            does not cross documents.
+            The domain of the batch, of every sequence, or of every position. Ids per position are exact only if
+            attention does not cross documents.
         mask : bool [B, S] or [B], int, or None
-            Where the logits enter the loss; None = at all positions. A count is enough for a batch of one domain.
+            True where the logits enter the loss; None: at all positions. A count suffices for a batch of one domain.
         normalizer : float, optional
-            What the sum of the token losses was divided by, accumulation steps included; default: the target tokens of
-            this batch for reduction "mean", 1 for "sum".
+            The divisor of the sum of the token losses, accumulation steps included; default: the target tokens of this
+            batch for reduction "mean", 1 for "sum".
         scaler : torch.amp.GradScaler, optional
-            If it scaled the loss. A micro-batch that is not finite is then dropped and counted.
+            If it scaled the loss. A non-finite micro-batch is then dropped and counted.
 
         Raises
         ------
@@ -265,21 +263,21 @@ class InfluenceEngine(EngineReports):
         UncapturedParameterError
             If a trainable parameter got a gradient without being captured.
         ConservationError
-            If what was captured of a parameter is not what its gradient holds.
+            If the captured influence of a parameter disagrees with its gradient.
         FloatingPointError
-            If the result is not finite and no scaler explains it, or too often in a row.
+            If the result is not finite without a scaler, or too often in a row with one.
         """
         return self._session.domains(ids, mask, normalizer, scaler)
 
     def matrix(self) -> InfluenceMatrix:
         """Return the influence measured so far, [n tasks, m domains], with its standard errors.
 
-        A domain never measured is NaN. ``stderr`` is NaN where a domain or a task had fewer than two micro-batches.
+        Domains without a micro-batch are NaN. ``stderr`` is NaN if the domain or task had fewer than two micro-batches.
 
         Raises
         ------
         ValueError
-            If a kernel on a GPU met offsets that it could not use.
+            If a GPU kernel got invalid offsets.
         """
         return self._session.matrix()
 
@@ -287,13 +285,13 @@ class InfluenceEngine(EngineReports):
         """Yield batches to measure inside `domains`, until the influence is known well enough for a mixture.
 
         Stops when `InfluenceMatrix.relative_error` of every task is at most ``rel_error`` and every domain has
-        ``least`` micro-batches. (The errors are looked at again and again, so a few would look good by chance.) Logs a
+        ``least`` micro-batches. (Repeated looks at few micro-batches would find a small error by chance.) Logs a
         warning if the batches end first, or if the tasks' own error is too large.
 
         Raises
         ------
         ValueError
-            If ``rel_error`` is not above 0, ``least`` is below 2, or there are fewer than two domains to tell apart.
+            If ``rel_error`` is not above 0, ``least`` is below 2, or there are fewer than two domains.
 
         Examples
         --------
@@ -311,7 +309,7 @@ class InfluenceEngine(EngineReports):
         """
         if len(self.domain_names) < 2:
             raise ValueError(
-                f"domains must be at least two for run_until, which looks at how they differ; got {self.domain_names}"
+                f"domains must be at least two for run_until, which compares them; got {self.domain_names}"
             )
         return until_known(batches, self.matrix, rel_error, least)
 
@@ -322,20 +320,20 @@ class InfluenceEngine(EngineReports):
         time_constant: float = math.inf,
         near_every: int = 0,
     ) -> InRun:
-        """Measure in a training run, from its own mixed batches: every so many steps, with fresh small task passes.
+        """Measure in a training run, on its own mixed batches and fresh small task passes, once every ``every`` steps.
 
         `InRun` describes the arguments and shows a training loop; `plan` chooses ``every``.
         """
         return InRun(self._session, every, tasks, time_constant, near_every)
 
     def refresh(self, *, keep: float = 1.0) -> None:
-        """Forget the queries, so that tasks can be measured at new weights; the influence measured so far stays.
+        """Drop the queries, so that tasks can be measured at new weights; the influence so far stays.
 
         Parameters
         ----------
         keep : float
-            Multiply the weight of everything measured so far by this, from 0 to 1: exp(-age / time constant) at each of
-            several rounds makes an exponential average of them.
+            Factor from 0 to 1 for the weight of everything measured so far. exp(-age / time constant) at every round
+            makes an exponential average of the rounds.
 
         Raises
         ------
@@ -349,27 +347,26 @@ class InfluenceEngine(EngineReports):
         self._session.reset()
 
     def state_dict(self, *, within_round: bool = False) -> dict[str, Any]:
-        """Return what was measured as plain JSON types, without the queries: a resumed run measures its tasks anew.
+        """Return the measurement as plain JSON types, without the queries: a resumed run measures its tasks again.
 
-        With several ranks it is the same on all of them, and any number of ranks may load it.
+        The state is the same on all ranks, and any number of ranks may load it.
 
         Parameters
         ----------
         within_round : bool
-            False: the resumed run may measure its tasks on any batches, at any weights. True: it measures them at the
-            same weights on the same batches in the same order, and then goes on to the same matrix, bit for bit, as if
-            it had not been interrupted (where torch computes the same bits again). A projection adds tensors, under
-            "projected".
+            False: the resumed run may measure its tasks on any batches, at any weights. True: the resumed run must
+            measure its tasks at the same weights, on the same batches in the same order. It then reaches the same
+            matrix as an uninterrupted run, bit for bit (if torch's own results are reproducible). A projection adds
+            tensors under "projected".
         """
         return self._session.state_dict(within_round=within_round)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; queries must be measured anew.
+        """Continue from a state of `state_dict`; the tasks must be measured again.
 
         Raises
         ------
         ValueError
-            If the state is of another kind or version, or of other tasks, domains or preconditioner; nothing changes
-            then.
+            If kind, version, tasks, domains or preconditioner differ; nothing changes then.
         """
         self._session.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What an engine says before and after it measures: names, coverage, memory, costs, and a check by another road."""
+"""What an engine reports without measuring: names, coverage, memory, costs, and an independent check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tikmix_fast.arguments import require_int
 from tikmix_fast.influence.in_run.plan import InRunPlan, plan_in_run
 from tikmix_fast.influence.memory_estimate import MemoryEstimate
 from tikmix_fast.influence.passes.coverage import Coverage
-from tikmix_fast.influence.passes.ids import Ids
+from tikmix_fast.influence.passes.domain_ids import Ids
 from tikmix_fast.influence.passes.verify import Verification
 from tikmix_fast.influence.preconditioners.protocol import Preconditioner
 from tikmix_fast.influence.queries.projection import Projection
@@ -22,7 +22,7 @@ __all__ = ["EngineReports"]
 
 
 class EngineReports:
-    """The part of `InfluenceEngine` that measures nothing."""
+    """The methods of `InfluenceEngine` that do not measure."""
 
     _session: Session
 
@@ -43,22 +43,22 @@ class EngineReports:
 
     @property
     def preconditioner(self) -> Preconditioner:
-        """P."""
+        """The preconditioner P."""
         return self._session.preconditioner
 
     @property
     def projection(self) -> Projection | None:
-        """What the matrices of layers are measured through."""
+        """The projection of layers' matrices, or None."""
         return self._session.options.projection
 
     @property
     def task_splits(self) -> int:
-        """Splits of a task's batches."""
+        """The number of splits of each task's batches."""
         return self._session.options.task_splits
 
     @property
     def dropped(self) -> int:
-        """How many passes of this process were dropped because they were not finite."""
+        """The number of this process's passes that were dropped because they were not finite."""
         return self._session.dropped
 
     def parameters(self) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class EngineReports:
         return self._session.covered.parameters()
 
     def coverage(self) -> Coverage:
-        """Return which trainable parameters the influence covers; ``print(engine.coverage())`` gives one line."""
+        """Return which trainable parameters the influence covers; ``print`` shows it in one line."""
         return self._session.coverage()
 
     def memory_estimate(
@@ -77,25 +77,25 @@ class EngineReports:
         device: torch.device | str | None = None,
         queries_device: str | torch.device | None = None,
     ) -> MemoryEstimate:
-        """Count before any pass how much memory the engine will take on a device, besides what the model takes.
+        """Estimate before any pass how much memory the engine will take on a device, besides the model's own.
 
         Parameters
         ----------
         dtype : torch.dtype, optional
-            Of the rows that products read: that of autocast, if the model runs under it. Default: the parameter's.
+            The dtype of the rows that products read; autocast's, if the model runs under it. Default: the parameter's.
         tokens : int
-            Rows of one micro-batch; with them the copies of activations in the backward are counted too.
+            Rows of one micro-batch. With them, the estimate includes copies of activations in the backward.
         device : torch.device or str, optional
             Default: that of the first parameter.
         queries_device : "cpu" or "auto", optional
-            Another one than the engine's own. "auto" rests on the device until it is decided.
+            Replaces the engine's own setting. "auto" counts as on the device until it is decided.
 
         Returns
         -------
         MemoryEstimate
-            For batches that fill all ``task_splits`` of every task, and gradients as they are now (conservation copies
-            a ``p.grad`` that is there). Within 10% of what the engine allocates. The kernels' own scratch, and what
-            "ekfac" (its ``factor_memory``) or your own preconditioner needs, come on top.
+            Within 10% of what the engine allocates, if batches fill all ``task_splits`` of every task. It counts
+            gradients as they are now, because conservation copies each existing ``p.grad``. Add the kernels' scratch,
+            and the memory of "ekfac" (its ``factor_memory``) or of your own preconditioner.
 
         Examples
         --------
@@ -105,11 +105,11 @@ class EngineReports:
         8008000
         """
         home = next(iter(self.parameters().values())).device if device is None else torch.device(device)
-        asked = None if queries_device is None else str(queries_device)
-        return self._session.memory_estimate(dtype, tokens, home, asked)
+        rest = None if queries_device is None else str(queries_device)
+        return self._session.placement.memory_estimate(dtype, tokens, home, rest)
 
     def plan(self, budget: float = 0.05, *, step_tokens: int, sequence_tokens: int, **options: Any) -> InRunPlan:
-        """Choose how often `in_run` measures, and on how much of each task, by counting; nothing runs.
+        """Plan how often `in_run` measures, and on how much of each task; nothing runs.
 
         `plan_in_run` describes ``options``: micro_batches, near_every, flops_per_byte, matrix, task_tokens and
         time_constant.
@@ -152,10 +152,10 @@ class EngineReports:
     ) -> Verification:
         """Recompute random cells on one batch by forward-mode derivatives in float64, independently of the capture.
 
-        The batch is captured once more for the comparison; nothing of it enters the matrix, and ``p.grad`` is
-        untouched. With a projection, the derivatives run along P_out^T q P_in of the projected queries q: this verifies
-        the capture, not the projection's error. Queries that rest in host memory all visit the device. Switch dropout
-        off before (``model.eval()``). Costs float64 copies of the parameters and a few passes over the batch.
+        For the comparison the batch is captured once more, without adding to the matrix or to ``p.grad``. With a
+        projection, the derivatives run along P_out^T q P_in of the projected queries q, so this verifies the capture,
+        not the projection's error. All queries come to the device at once. Switch dropout off before
+        (``model.eval()``). Costs float64 copies of the parameters and a few passes over the batch.
 
         Parameters
         ----------
@@ -164,15 +164,15 @@ class EngineReports:
         batch : any nesting of tensors
         ids : int [B] or [B, S], or a sequence of B names or indices
         cells : int
-            How many (task, domain) cells to recompute, among the domains in the batch.
+            The number of (task, domain) cells to recompute, among the domains in the batch.
         seed : int
-            Which cells.
+            Chooses the cells.
 
         Returns
         -------
         Verification
-            ``max_error`` is the largest ``|difference| / (|q_i| |g_j|)``: about 1e-7 for a float32 model that is
-            covered rightly.
+            ``max_error`` is the largest ``|difference| / (|q_i| |g_j|)``: about 1e-7 for a correctly captured float32
+            model.
 
         Raises
         ------

@@ -14,7 +14,7 @@ __all__ = ["EngineOptions"]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What does not change while an engine measures; see `InfluenceEngine` for the meaning of each.
+    """The arguments of `InfluenceEngine` that do not change while it measures.
 
     Raises
     ------

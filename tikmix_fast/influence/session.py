@@ -1,4 +1,4 @@
-"""The state of an engine while it measures, and what its contexts do with it."""
+"""The state of an engine while it measures, and the contexts that change it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tikmix_fast.influence.capture.rows import RowLabels
-from tikmix_fast.influence.loss.account import LossAccount
-from tikmix_fast.influence.memory_estimate import MemoryEstimate, estimate_memory
+from tikmix_fast.influence.loss.loss_account import LossAccount
 from tikmix_fast.influence.options import EngineOptions
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded
 from tikmix_fast.influence.parallel.ranks import Ranks
 from tikmix_fast.influence.passes.conservation import check_conservation
 from tikmix_fast.influence.passes.coverage import Coverage
-from tikmix_fast.influence.passes.covered import CoveredParameters
-from tikmix_fast.influence.passes.dropped import DroppedPasses
+from tikmix_fast.influence.passes.covered_parameters import CoveredParameters
+from tikmix_fast.influence.passes.domain_ids import Ids, index_of, label_rows
+from tikmix_fast.influence.passes.dropped_passes import DroppedPasses
 from tikmix_fast.influence.passes.fingerprint import Fingerprint
-from tikmix_fast.influence.passes.ids import Ids, index_of, label_rows
+from tikmix_fast.influence.passes.influence_sink import InfluenceSink
 from tikmix_fast.influence.passes.measured_pass import MeasuredPass, all_finite, check_captured, not_captured, sum_of
-from tikmix_fast.influence.passes.recorder import Recorder
 from tikmix_fast.influence.passes.verify import Verification, verify_cells
-from tikmix_fast.influence.placement import choose_copiers
 from tikmix_fast.influence.preconditioners.adam import Adam
 from tikmix_fast.influence.preconditioners.ekfac import EKFAC
 from tikmix_fast.influence.preconditioners.protocol import Preconditioner
-from tikmix_fast.influence.queries.held import Queries
-from tikmix_fast.influence.queries.offload import Copier
-from tikmix_fast.influence.queries.pending import PendingMicrobatches
 from tikmix_fast.influence.queries.projected_sums import ProjectedSums
-from tikmix_fast.influence.queries.sketch import QuerySketch, Watched
+from tikmix_fast.influence.queries.query_sketch import QuerySketch, Watched
+from tikmix_fast.influence.queries.rank_exchange import PendingMicrobatches
+from tikmix_fast.influence.queries.store import Queries
 from tikmix_fast.influence.queries.task_gradients import TaskGradients
+from tikmix_fast.influence.query_placement import Placement
 from tikmix_fast.matrix.estimator import Estimator
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.ops.common.device_checks import raise_on_device_errors
@@ -51,14 +49,14 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class Phase(Enum):
-    """What a session does in a round: first it sums task gradients, then it measures domains with frozen queries."""
+    """The phases of a round: first it sums task gradients, then it measures domains with frozen queries."""
 
     TASKS = "tasks"
     FROZEN = "frozen"
 
 
 class Session:
-    """Measure: sum task gradients, freeze them as queries, add up micro-batches, and begin anew with `refresh`.
+    """Sum task gradients, freeze them as queries, add up micro-batches of domains, and start over with `refresh`.
 
     Parameters
     ----------
@@ -66,15 +64,17 @@ class Session:
     options : EngineOptions
     preconditioner : Preconditioner
     optimizer : object
-        What the preconditioner reads.
+        The optimizer or state dict that the preconditioner reads.
+    covered : CoveredParameters
     ranks : Ranks or None
         The processes that measure together.
 
     Attributes
     ----------
     phase : Phase
+    placement : Placement
     sketch : QuerySketch or None
-        Sees the queries when they freeze.
+        Gets the queries when they freeze.
     """
 
     def __init__(
@@ -90,13 +90,19 @@ class Session:
         self.preconditioner, self.optimizer = preconditioner, optimizer
         self._ranks = ranks
         self._shares = options.share_queries and ranks is not None
-        self._copiers: dict[torch.device, Copier] | None = None  # decided at the first task
+        self.placement = Placement(
+            model,
+            options,
+            covered,
+            adam=isinstance(preconditioner, Adam),
+            shares=ranks.size if self._shares and ranks is not None else 1,
+        )
         self._busy = False
         self.sketch: QuerySketch | None = None
         self._begin()
 
     def _begin(self) -> None:
-        """Begin with nothing measured."""
+        """Start with nothing measured."""
         self._estimator = Estimator(*self.options.shape)
         self._projected = ProjectedSums(self.options.projection, *self.options.shape)
         self._captured: set[str] = set()
@@ -107,11 +113,11 @@ class Session:
     def _begin_tasks(self) -> None:
         self.phase = Phase.TASKS
         self._tasks = TaskGradients(
-            self.options.tasks, self.options.task_splits, self._copiers, self._ranks, self._shares
+            self.options.tasks, self.options.task_splits, self.placement.copiers, self._ranks, self._shares
         )
         self._pending = PendingMicrobatches()
         self._queries: Queries | None = None
-        self._weights: Fingerprint | None = None  # those of the tasks
+        self._weights: Fingerprint | None = None  # at which the tasks were measured
 
     @property
     def queries(self) -> Queries | None:
@@ -120,7 +126,7 @@ class Session:
 
     @property
     def dropped(self) -> int:
-        """How many passes of this process were dropped because they were not finite."""
+        """The number of this process's passes that were dropped because they were not finite."""
         return self._dropped.count
 
     @contextmanager
@@ -134,18 +140,19 @@ class Session:
         measured = MeasuredPass(
             self.model, parameters, account, context="task", frozen=self._weights, since="the first task"
         )
-        self._decide_placement(parameters)
-        with self._occupied(), measured.open(None, fused=False, take=True, keep=True) as taken:
+        if self.placement.decide({parameter.device for parameter in parameters.values()}):
+            self._begin_tasks()
+        with self._occupied(), measured.open(None, fused=False, take=True, keep=True) as pass_gradients:
             yield
-            gradients = taken.taken()
-            if taken.unseen():
-                raise not_captured(taken.unseen())
+            gradients = pass_gradients.taken()
+            if pass_gradients.unseen():
+                raise not_captured(pass_gradients.unseen())
             if not gradients:
                 raise RuntimeError(f"no gradient reached a parameter inside task({name!r}): run loss.backward() in it")
             readings, rows = measured.read(gradients.values(), sums=[sum_of(each) for each in gradients.values()])
             account.settle(readings, rows)
             finite = self._tasks.all_usable(index, all_finite(readings["sums"], gradients.values()))
-            if self._dropped.takes(finite, f"task {name!r}", scaler):
+            if self._dropped.drops(finite, f"task {name!r}", scaler):
                 return
             account.check()
             self._tasks.add(index, gradients, float(account.tokens[0]), account.factor, parameters)
@@ -169,27 +176,26 @@ class Session:
         )
         queries = self._freeze(parameters)
         checking = options.check_every > 0 and self._passes % options.check_every == 0
-        recorder = Recorder(labels, queries.held, queries.projections)
-        passing = measured.open(recorder, fused=options.grad == "fused", take=False, keep=checking)
+        sink = InfluenceSink(labels, queries.store, queries.projections)
+        passing = measured.open(sink, fused=options.grad == "fused", take=False, keep=checking)
         with self._occupied(), passing as gradients:
-            queries.held.begin_pass()
+            queries.store.begin_pass()
             yield
-        # The host did not wait for the device until here. Now one copy brings everything that it must know.
-        sums = list(recorder.sums.values())
-        total = [torch.stack([each.to(sums[0].device) for each in sums]).sum(0)] if sums else []
-        readings, rows = measured.read(products=total)
-        check_captured(gradients.touched(), recorder.sums)
+        # The host has not waited for the device so far. Now one copy brings everything that it must know.
+        total = sink.total()
+        readings, rows = measured.read(products=[] if total is None else [total])
+        check_captured(gradients.touched(), sink.sums)
         account.settle(readings, rows)
         products = readings["products"][0].numpy() * account.factor
-        if self._dropped.takes(bool(np.isfinite(products).all()), "a micro-batch of domains", scaler):
+        if self._dropped.drops(bool(np.isfinite(products).all()), "a micro-batch of domains", scaler):
             return
         account.check()
         if checking:
-            low = recorder.saw_half or any(p.dtype in _HALF for p in parameters.values())
+            low = sink.saw_half or any(p.dtype in _HALF for p in parameters.values())
             before, after = gradients.change()
             tolerance = 2e-2 if low else 1e-3
-            check_conservation(recorder.sums, queries.held, before, after, tolerance, queries.projections)
-        self._add(products, account, recorder)
+            check_conservation(sink.sums, queries.store, before, after, tolerance, queries.projections)
+        self._add(products, account, sink)
 
     @contextmanager
     def fisher(self, stage: Any, sequences: int | None, tokens: int | None) -> Iterator[None]:
@@ -197,8 +203,8 @@ class Session:
         self._require_idle()
         if self._ranks is not None or any(map(is_sharded, self.covered.parameters().values())):
             raise RuntimeError(
-                "fisher(...) fits on one process: fit with process_group=None, save the preconditioner, and give every "
-                "rank an engine with what EKFAC.load or DiagonalFisher.load returns"
+                "fisher(...) fits on one process: fit with process_group=None, save the preconditioner, and make every "
+                "rank's engine with preconditioner=EKFAC.load(path) or DiagonalFisher.load(path)"
             )
         if not isinstance(self.preconditioner, EKFAC):
             raise RuntimeError(
@@ -253,29 +259,6 @@ class Session:
         """See `InfluenceEngine.coverage`."""
         return self.covered.coverage(self._captured)
 
-    def memory_estimate(
-        self, dtype: torch.dtype | None, tokens: int, device: torch.device, queries_device: str | None
-    ) -> MemoryEstimate:
-        """See `InfluenceEngine.memory_estimate`."""
-        options = self.options
-        if queries_device is None and self._copiers is not None:
-            away = device in self._copiers
-        else:
-            away = (queries_device or options.queries_device) == "cpu" and device.type != "cpu"
-        return estimate_memory(
-            self.model,
-            {name: p for name, p in self.covered.parameters().items() if p.device == device},
-            queries=len(options.tasks) * options.task_splits,
-            domains=len(options.domains),
-            projection=options.projection,
-            adam=isinstance(self.preconditioner, Adam),
-            away=away,
-            shares=self._ranks.size if self._shares and self._ranks is not None else 1,
-            checked=options.check_every > 0,
-            dtype=dtype,
-            tokens=tokens,
-        )
-
     def refresh(self, keep: float) -> None:
         """See `InfluenceEngine.refresh`."""
         self._require_idle()
@@ -317,12 +300,12 @@ class Session:
         projected = self._projected.read_state(state, self.covered.parameters())
         self._estimator.load_state_dict(state.get("estimator", {}))
         self._projected, self._captured = projected, set(captured)
-        # All ranks dropped these together; from here on the first rank counts them.
+        # The count is the sum over all ranks, so only the first rank takes it over.
         self._dropped.count = dropped if self._ranks is None or self._ranks.index == 0 else 0
         self._begin_tasks()
 
     def exchange(self) -> int:
-        """Share what the ranks measured since they last did, and return how many micro-batches they dropped in all."""
+        """Exchange the ranks' new micro-batches, and return how many passes all ranks dropped."""
         if self._ranks is None:
             return self.dropped
         if self._queries is not None:
@@ -330,16 +313,16 @@ class Session:
         return int(self._ranks.total(np.array([self.dropped]))[0])
 
     def open_round(self) -> tuple[Queries | None, NDArray[np.float64], NDArray[np.float64]]:
-        """Return the round's queries, and its tokens times influence [n, m] and target tokens [m] so far."""
+        """Return the round's queries, tokens times influence [n, m], and target tokens [m] so far."""
         self.exchange()
         return self._queries, *self._estimator.open_round()
 
     def fewest_splits(self) -> int:
-        """Return how many splits have a batch, for the task with the fewest. Every rank must call this."""
+        """Return how many splits have a batch, for the task with the fewest; all ranks must call this."""
         return self._tasks.fewest_splits()
 
     def _identity(self) -> dict[str, Any]:
-        """Return what a state must share with this engine."""
+        """Return the part of a state that must equal this engine's."""
         return {
             "format": _FORMAT,
             "version": _VERSION,
@@ -349,15 +332,6 @@ class Session:
             "excluded": self.covered.excluded(),
             "projection": self.options.projection_settings,
         }
-
-    def _decide_placement(self, parameters: Mapping[str, Tensor]) -> None:
-        if self._copiers is None:
-            self._copiers = choose_copiers(
-                {parameter.device for parameter in parameters.values()},
-                self.options.queries_device,
-                lambda dtype, device: self.memory_estimate(dtype, 0, device, "auto"),
-            )
-            self._begin_tasks()
 
     def _freeze(self, parameters: Mapping[str, Tensor]) -> Queries:
         if self._queries is not None:
@@ -370,14 +344,14 @@ class Session:
         self._queries, self.phase = queries, Phase.FROZEN
         return queries
 
-    def _add(self, products: NDArray[np.float64], account: LossAccount, recorder: Recorder) -> None:
-        projected = {name: gradients.mul_(account.factor) for name, gradients in recorder.projected.items()}
+    def _add(self, products: NDArray[np.float64], account: LossAccount, sink: InfluenceSink) -> None:
+        projected = {name: gradients.mul_(account.factor) for name, gradients in sink.projected.items()}
         if self._ranks is None:
             self._estimator.add(products, account.tokens)
             self._projected.add(projected)
         else:
             self._pending.add(products, account.tokens, projected)
-        self._captured |= set(recorder.sums)
+        self._captured |= set(sink.sums)
         self._passes += 1
         if self._passes == 1:
             coverage = self.coverage()

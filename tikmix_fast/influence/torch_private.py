@@ -1,4 +1,4 @@
-"""Every private name of torch that influence relies on, in one file: a new torch breaks things here or nowhere."""
+"""All private names of torch that influence uses, so that a new torch version can break only this file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ tree_unflatten: Callable[..., Any] = torch.utils._pytree.tree_unflatten
 
 
 def in_backward() -> bool:
-    """Whether this thread runs a backward, as where activation checkpointing recomputes a forward."""
+    """Whether this thread runs a backward, in which checkpointing may recompute a forward."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -45,7 +45,7 @@ def without_subclass_dispatch() -> AbstractContextManager[Any]:
 
 
 def run_compiled_as_written() -> AbstractContextManager[Any]:
-    """Run compiled models eagerly inside: a compiled graph has the ordinary parameters built in.
+    """Run compiled models eagerly inside, because compiled graphs use the ordinary parameters.
 
     If nothing was compiled in this process, torch's compiler is not even imported.
     """
@@ -69,12 +69,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def steps_in_backward(parameter: Tensor) -> bool:
-    """Whether a hook runs after the gradient is accumulated, as optimizers that step inside the backward use."""
+    """Whether the parameter has a post-accumulate hook, as optimizers have that step inside the backward."""
     return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def current_scale(scaler: Any) -> Tensor | None:
-    """Return the scale of a GradScaler without waiting for the device; None if it keeps none as a tensor."""
+    """Return a GradScaler's scale without waiting for the device; None if its scale is not a tensor."""
     scale = getattr(scaler, "_scale", None)
     return scale if isinstance(scale, Tensor) else None
 
@@ -96,12 +96,12 @@ def input_shape(node: Any, index: int) -> tuple[int, ...]:
 
 
 def saved(node: Any, name: str) -> Any:
-    """Return what an autograd node saved under this name, or None."""
+    """Return the value that an autograd node saved under this name, or None."""
     return getattr(node, f"_saved_{name}", None)
 
 
 def without_memory() -> AbstractContextManager[Any]:
-    """Make tensors inside that have a shape, a dtype and a device, and no memory."""
+    """Give tensors made inside a shape, dtype and device, but no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
+from tikmix_fast.simplex import require_mixtures
 
 Array = NDArray[np.float64]
 Names = tuple[str, ...] | None
@@ -25,7 +26,6 @@ __all__ = [
     "read_number",
     "read_objective",
     "read_prior",
-    "require_mixtures",
 ]
 
 # Sums off by no more than this are rounding: the weights stay as they were given.
@@ -135,21 +135,6 @@ def per_domain(name: str, value: Any, domains: Names, count: int, default: float
         j = int(wrong_at[0])
         raise ValueError(f"{name} must be at least 0; got {numbers[j]} for domain {label(domains, j)}")
     return numbers
-
-
-def require_mixtures(name: str, weights: Array, tolerance: float) -> None:
-    """Raise ValueError unless each row of weights [m] or [N, m] is at least 0 and sums to 1 within ``tolerance``."""
-    rows = np.atleast_2d(weights)
-    sums = rows.sum(axis=1)
-    wrong = np.flatnonzero(~((rows >= 0).all(axis=1) & (np.abs(sums - 1.0) <= tolerance)))
-    if wrong.size:
-        row = int(wrong[0])
-        bound = f"{tolerance:g}".replace("e-0", "e-")
-        every, which, each = (" in every row", f" row {row} with", "each row") if weights.ndim == 2 else ("", "", "it")
-        raise ValueError(
-            f"{name} must be at least 0 and sum to 1 within {bound}{every}; got{which} sum {sums[row]:g} and"
-            f" least weight {rows[row].min():g}; divide {each} by its sum"
-        )
 
 
 def read_prior(prior: Any, domains: Names, count: int, name: str = "prior") -> Array:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tikmix_fast.mixture.inputs import Array, require_mixtures
+from tikmix_fast.mixture.inputs import Array
+from tikmix_fast.simplex import require_mixtures
 
 __all__ = ["MixtureResult", "plain_types"]
 

@@ -153,39 +153,18 @@ def empty_panels(queries: Tensor) -> Tensor:
     return cuda.empty_panels(queries) if queries.is_cuda else cpu.empty_panels(queries)
 
 
-def run_group_influence(
-    input: Tensor,
-    grad_output: Tensor,
-    offsets: Tensor,
-    queries: Tensor,
-    panels: Tensor | None,
-    order: Tensor | None,
-    grad_weight: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    """Check the arguments of ``group_influence`` and run it in one backend; the schema calls this."""
-    arguments = Arguments(input, grad_output, offsets, queries, panels, order, grad_weight)
+def run_group_influence(arguments: Arguments, backend: str | None) -> Tensor:
+    """Check the arguments of ``group_influence`` and run it in one backend."""
     check_arguments(arguments)
     check_grad_weight_memory(arguments)
-    with torch.autocast(input.device.type, enabled=False):
+    with torch.autocast(arguments.input.device.type, enabled=False):
         return _BACKENDS[_choose(backend, arguments)].group_influence(arguments)
 
 
-def run_projected_group_influence(
-    input: Tensor,
-    grad_output: Tensor,
-    offsets: Tensor,
-    queries: Tensor,
-    output_factor: Tensor,
-    input_factor: Tensor,
-    scale: float,
-    order: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    """Check the arguments of ``projected_group_influence`` and run it in one backend; the schema calls this."""
-    arguments = ProjectedArguments(input, grad_output, offsets, queries, output_factor, input_factor, scale, order)
+def run_projected_group_influence(arguments: ProjectedArguments, backend: str | None) -> Tensor:
+    """Check the arguments of ``projected_group_influence`` and run it in one backend."""
     check_projected_arguments(arguments)
-    with torch.autocast(input.device.type, enabled=False):
+    with torch.autocast(arguments.input.device.type, enabled=False):
         return _BACKENDS[_choose(backend, arguments)].projected_group_influence(arguments)
 
 

@@ -100,10 +100,6 @@ def probe(
         ``prepare(mixture, repeat)`` runs before the first step on each mixture. Use it to set a sampler's weights, and
         to choose other data in each repeat if the data does not come from the global random states.
 
-    Returns
-    -------
-    ProbeLabels
-
     Raises
     ------
     TypeError, ValueError

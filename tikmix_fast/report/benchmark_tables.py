@@ -16,8 +16,8 @@ __all__ = [
     "bytes_text",
     "error_text",
     "main_rows",
-    "ops_summary",
     "ratio_text",
+    "skipped_notes",
 ]
 
 
@@ -69,15 +69,8 @@ class TextTable:
 
 
 def benchmark_tables(result: dict[str, Any]) -> list[TextTable]:
-    """Return every table of one suite's result, as `tikmix_fast.benchmarking.suites.run_suite` returns it."""
-    make = {
-        "ops": _ops_tables,
-        "choice": _choice_tables,
-        "engine": _engine_tables,
-        "mixture": _mixture_tables,
-        "sampler": _sampler_tables,
-    }
-    return make[result["suite"]](result)
+    """Return every table of a suite of ``tikmix-fast bench``, whose result `run_suite` returned."""
+    return _ops_tables(result) if result["suite"] == "ops" else _engine_tables(result)
 
 
 def benchmark_facts(result: dict[str, Any]) -> str:
@@ -88,37 +81,6 @@ def benchmark_facts(result: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['threads']} threads, torch {packages['torch']}, commit "
         f"{' '.join([commit[0][:10], *commit[1:]])}, {result['date']}"
     )
-
-
-def ops_summary(result: dict[str, Any]) -> TextTable:
-    """Return one row per case: ours, and the fastest other method with the same results (the total too, if exact)."""
-    header = ["case", "tikmix_fast", "fastest other", "extra memory", "of the other", "GF/s", "of peak", "error"]
-    rows, slower = [], []
-    for case in result["cases"]:
-        ours, other = main_rows(case)
-        if ours is None or other is None:
-            rows.append([case["case"], "not available here", *["-"] * (len(header) - 2)])
-            continue
-        if other["ratio"] < ours["ratio"]:
-            slower.append(case["case"])
-        rows.append(
-            [
-                case["case"],
-                ratio_text(ours),
-                f"{other['ratio']:.2f} {other['method']}",
-                bytes_text(ours["scratch_bytes"]),
-                bytes_text(other["scratch_bytes"]),
-                f"{ours['flops_per_second'] / 1e9:.0f}",
-                f"{ours['peak_share']:.0%}",
-                error_text(ours["error"]),
-            ]
-        )
-    notes = [f"Slower than the fastest other: {'; '.join(slower)}"] if slower else []
-    if any(case.get("projection") for case in result["cases"]):
-        notes.append(
-            "A projection counts as the dense product it stands for; a countsketch adds instead of multiplying"
-        )
-    return TextTable("Influence and total gradient of one layer", header, rows, notes)
 
 
 def main_rows(case: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -153,22 +115,8 @@ def _ops_tables(result: dict[str, Any]) -> list[TextTable]:
             for row in case["rows"]
             if row["sampling_error"] is not None
         ]
-        tables.append(TextTable(title, header, rows, [*notes, *_skipped(case)], _ours(case["rows"])))
+        tables.append(TextTable(title, header, rows, [*notes, *skipped_notes(case)], _ours(case["rows"])))
     return tables
-
-
-def _choice_tables(result: dict[str, Any]) -> list[TextTable]:
-    rows = []
-    for case in result["cases"]:
-        seconds = case["seconds"]
-        share = seconds[case["chosen"]] / min(seconds.values())
-        times = [f"{seconds[way] * 1e3:.3g}" if way in seconds else "-" for way in ("fused", "two_pass", "row_wise")]
-        name = f"{case['dtype']}, {case['rows_per_domain']} rows per domain, n={case['tasks']}"
-        rows.append([name, *times, case["chosen"].replace("_", "-"), f"{share:.2f}"])
-    sizes = result["cases"][0]
-    title = "Three ways, T={rows} O={height} I={width}, one thread".format(**sizes)
-    header = ["case", "fused, ms", "two-pass, ms", "row-wise, ms", "chosen", "over the best"]
-    return [TextTable(title, header, rows)]
 
 
 def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
@@ -177,7 +125,7 @@ def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
             f"{case['case']}: error {error_text(case['error'])}, autograd's own {error_text(case['eager_error'])}",
             ["training step", "s", "x without [95 %]", "CPU s"],
             [[row["method"], *_times(row)] for row in case["rows"]],
-            _skipped(case),
+            skipped_notes(case),
             _ours(case["rows"]),
         )
         for case in result["steps"]
@@ -187,7 +135,7 @@ def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
             case["case"],
             ["all influence", "s", "x floor [95 %]", "CPU s", "parameters", "error"],
             [[row["method"], *_times(row), row["covers"], error_text(row["error"])] for row in case["rows"]],
-            _skipped(case),
+            skipped_notes(case),
             _ours(case["rows"]),
         )
         for case in result["measurements"]
@@ -207,32 +155,9 @@ def _engine_tables(result: dict[str, Any]) -> list[TextTable]:
                     ]
                     for row in memory["rows"]
                 ],
-                _skipped(memory),
+                skipped_notes(memory),
             )
         )
-    return tables
-
-
-def _mixture_tables(result: dict[str, Any]) -> list[TextTable]:
-    rows = [
-        [f"{case['case']}, {row['method']}", f"{row['seconds'] * 1e3:.3g}", f"{row['objective_above_best']:.0e}"]
-        for case in result["cases"]
-        for row in case["rows"]
-    ]
-    notes = [f"{case['case']}: {note}" for case in result["cases"] for note in _skipped(case)]
-    return [TextTable("TiKMiX-D", ["domains, tasks, solver", "ms", "objective above the best"], rows, notes)]
-
-
-def _sampler_tables(result: dict[str, Any]) -> list[TextTable]:
-    tables = []
-    for case in result["cases"]:
-        rows = [[row["method"], f"{row['draws_per_second']:.2e}"] for row in case["rows"]]
-        tables.append(TextTable(f"Sampler, {case['case']}", ["draws", "per second"], rows))
-        rows = [
-            [f"{row['domains']} domains, {row['samples']:.0e} samples", bytes_text(row["peak_bytes"])]
-            for row in case["memory"]
-        ]
-        tables.append(TextTable("Sampler, memory", ["a sampler that draws", "peak"], rows))
     return tables
 
 
@@ -240,7 +165,8 @@ def _ours(rows: Sequence[dict[str, Any]]) -> frozenset[int]:
     return frozenset(index for index, row in enumerate(rows) if row["ours"])
 
 
-def _skipped(case: dict[str, Any]) -> list[str]:
+def skipped_notes(case: dict[str, Any]) -> list[str]:
+    """Return a note for every method that could not run."""
     return [f"{name} left out: {reason}" for name, reason in case.get("skipped", {}).items()]
 
 

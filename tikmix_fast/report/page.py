@@ -16,9 +16,9 @@ from tikmix_fast.demo.results import DemoResult
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 from tikmix_fast.mixture.schedule.decision import Decision
 from tikmix_fast.mixture.schedule.dynamic import DynamicMixture
-from tikmix_fast.report.charts import loss_chart, mixture_chart, sparkline
 from tikmix_fast.report.findings import list_names, matrix_warnings, relative_influence
-from tikmix_fast.report.sources import Sources
+from tikmix_fast.report.page_charts import loss_chart, mixture_chart, sparkline
+from tikmix_fast.report.result_files import Sources
 
 __all__ = ["make_page"]
 

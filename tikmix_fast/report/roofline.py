@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tikmix_fast.report.benchmark_tables import main_rows
-from tikmix_fast.report.plots import WIDTH, new_figure
+from tikmix_fast.report.pictures import WIDTH, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from scipy.stats import pearsonr
 
 from benchmarks.study.ranks import spearman_by_task
 from tikmix_fast import files
-from tikmix_fast.report.plots import new_figure, save_figure
+from tikmix_fast.report.pictures import new_figure, save_figure
 
 Array = NDArray[np.float64]
 Parts = dict[str, dict[int, dict[str, Any]]]

@@ -11,7 +11,7 @@ import numpy as np
 
 from tikmix_fast import files
 from tikmix_fast.data.exports.shares import check_names, checked_weights
-from tikmix_fast.data.optional import optional
+from tikmix_fast.data.optional_packages import optional
 
 __all__ = ["mixture_file_algorithm"]
 

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tikmix_fast.arguments import require_int
+from tikmix_fast.simplex import require_mixtures
 
 __all__ = ["check_names", "checked_weights", "decimals"]
-
-_TOLERANCE = 1e-6
 
 
 def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
@@ -25,11 +24,8 @@ def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must map names to numbers; got {type(weights).__name__}; use MixtureResult.as_dict()")
     values = {name: float(weight) for name, weight in weights.items()}
-    if not all(math.isfinite(value) and value >= 0 for value in values.values()):
-        raise ValueError(f"weights must be finite and not negative; got {values}")
+    require_mixtures("weights", np.array(list(values.values())), 1e-6)
     total = math.fsum(values.values())
-    if abs(total - 1) > _TOLERANCE:
-        raise ValueError(f"weights must sum to 1; got a sum of {total!r}; divide them by it")
     return {name: value / total for name, value in values.items()}
 
 

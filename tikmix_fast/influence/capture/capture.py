@@ -1,4 +1,4 @@
-"""While a capture is open, the parameters of a model are seen as views that record their influence."""
+"""Replace the parameters of a model by views while one micro-batch runs."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor, nn
 from tikmix_fast.influence.capture.rules import apply_rule, product_rows
 from tikmix_fast.influence.capture.sink import Sink
 from tikmix_fast.influence.capture.views import ParameterView, Source, plain
+from tikmix_fast.influence.parallel.device_transfers import PassStreams
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded, units
-from tikmix_fast.influence.parallel.transfers import PassStreams
 from tikmix_fast.influence.torch_private import in_backward, run_compiled_as_written
 
 __all__ = ["Capture"]
 
 
 class Capture:
-    """Stand in for the parameters of a model while one micro-batch runs forward and backward.
+    """Show views instead of a model's parameters while one micro-batch runs forward and backward.
 
     Parameters
     ----------
     model : nn.Module
     parameters : mapping of str to Tensor
-        The parameters to capture, by name. Others are left alone.
+        The parameters to capture, by name. Others stay as they are.
     sink : Sink or None
-        Takes what is read; None only observes the shape of the rows.
+        Gets the rows and gradients; None: only `rows` and `streams` are noted.
     fused : bool
         Whether a linear layer's weight gradient comes from the sink's own pass.
     watch : callable (name, parameter), optional
-        Called for every parameter when it is shown; for a sharded one each time that it has become whole.
+        Called for every parameter when its view is shown; for a sharded one each time that it becomes whole.
 
     Attributes
     ----------
     rows : tuple of int or None
-        Leading dimensions of the last product in the forward: the shape of the positions that have logits.
+        Leading dimensions of the last product in the forward, which are those of the logits.
     streams : PassStreams
         The CUDA streams of the forward's products.
     """
@@ -61,14 +61,20 @@ class Capture:
 
     @property
     def sink(self) -> Sink:
-        """Where readings go."""
+        """The sink.
+
+        Raises
+        ------
+        RuntimeError
+            If the capture has none.
+        """
         if self._sink is None:
             raise RuntimeError("a capture that only observes has no sink")
         return self._sink
 
     @contextmanager
     def open(self) -> Iterator[Capture]:
-        """Show views in place of the parameters; afterwards the modules are as before, whatever happened inside."""
+        """Show views instead of the parameters inside; the modules are restored afterwards, even after an error."""
         places = self._places()
         views: dict[str, ParameterView] = {}
 
@@ -81,15 +87,15 @@ class Capture:
                     views[name] = ParameterView.make(parameter, self, (Source(name, parameter.detach()),))
                     if self._watch is not None:
                         self._watch(name, parameter)
-                # An entry in the instance's own dictionary hides the parameter of that name. The parameter, its hooks
-                # and the state dict stay as they are.
+                # An entry in the module's own dictionary hides the parameter of that name. The parameter, its hooks
+                # and the state dict stay unchanged.
                 vars(module)[attribute] = views[name]
 
         with ExitStack() as stack:
             stack.callback(self._close, places)
             show(places)
             for unit in units(self._model):
-                # The hook of fully_shard makes the parameters whole before this one runs, in a recomputation too.
+                # The hook of fully_shard runs before this one and makes the parameters whole, also in a recomputation.
                 inside = set(unit.modules())
                 own = [place for place in places if place[0] in inside]
                 stack.callback(unit.register_forward_pre_hook(lambda _module, _args, own=own: show(own)).remove)
@@ -98,7 +104,7 @@ class Capture:
                 yield self
 
     def _places(self) -> list[tuple[nn.Module, str, str]]:
-        """Return every place of a parameter: the module, its attribute, and the parameter's name."""
+        """Return every place of a parameter: the module, the attribute, and the parameter's name."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         return [
             (module, attribute, names[id(parameter)])
@@ -116,7 +122,7 @@ class Capture:
                 del vars(module)[attribute]
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a torch function that met a view."""
+        """Run a torch function that got a view."""
         rows = product_rows(func, args, kwargs) if self._open and not in_backward() else None
         if rows is not None:
             self.rows = tuple(rows.shape[:-1])

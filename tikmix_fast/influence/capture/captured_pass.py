@@ -1,4 +1,4 @@
-"""The ritual of every pass: follow its gradients, and show views in place of the parameters."""
+"""What every pass needs: its gradients are followed, and views replace the parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def captured_pass(
     parameters : mapping of str to Tensor
         The parameters to capture.
     sink : Sink or None
-        Takes what is read; None only observes.
+        As in `Capture`.
     fused : bool
         Whether a linear layer's weight gradient comes from the sink's own pass.
     take, keep : bool

@@ -1,4 +1,4 @@
-"""Parameters on their way to the data: combined with each other and with constants, then broadcast over the batch."""
+"""Operations on parameters before they meet the data, and the broadcast with which they meet it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def named(*names: str) -> frozenset[Any]:
-    """Return the functions of these names in torch, torch.Tensor and torch.nn.functional."""
+    """Return the functions with these names in torch, torch.Tensor and torch.nn.functional."""
     homes = (torch, torch.Tensor, F)
     return frozenset(getattr(home, name) for name in names for home in homes if hasattr(home, name))
 
@@ -63,7 +63,7 @@ def refusal(view: ParameterView, func: Any, why: str) -> UncapturedParameterErro
 
 
 def meets_data(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a tensor takes part that carries a gradient and is not made from parameters alone."""
+    """Whether any argument is a tensor with a gradient that depends on more than parameters."""
     return any(
         isinstance(each, Tensor) and not isinstance(each, ParameterView) and each.requires_grad
         for each in tree_leaves((args, kwargs))
@@ -71,9 +71,9 @@ def meets_data(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def spread_view(capture: OpenCapture, view: ParameterView, shape: torch.Size) -> Tensor:
-    """Broadcast a view to the shape of the data it meets, and let the sink read the gradient of every copy.
+    """Broadcast a view to the shape of the data it meets, and give the sink the gradient of every copy.
 
-    One domain for the whole batch needs no copies: the sum over them is read.
+    If the batch has one domain, the sink gets the sum over the copies instead.
     """
     sink = capture.sink
     target = view.plain.shape if sink.labels.single is not None else shape
@@ -81,17 +81,17 @@ def spread_view(capture: OpenCapture, view: ParameterView, shape: torch.Size) ->
 
 
 def settle(capture: OpenCapture, value: Any, func: Any) -> Any:
-    """Take ``value`` as data: a view whose leading dimensions are rows of the batch is read from here on.
+    """Return ``value`` as data; if it is a view whose leading dimensions are rows, give the sink its gradient.
 
     Raises
     ------
     UncapturedParameterError
-        If it is a view of another shape.
+        If it is a view without rows of the batch.
     """
     if not isinstance(value, ParameterView):
         return value
     if not value.in_rows or not capture.sink.labels.are_features(value.plain.shape[:-1]):
-        raise refusal(value, func, "a parameter stands there in the place of the data")
+        raise refusal(value, func, "its data argument is a parameter")
     return spread_view(capture, value, value.plain.shape)
 
 
@@ -102,8 +102,8 @@ def apply_elementwise(capture: OpenCapture, func: Any, args: tuple[Any, ...], kw
     others = [each for each in tensors if not isinstance(each, ParameterView)]
     shape = torch.broadcast_shapes(*(plain(each).shape for each in tensors))
     labels = capture.sink.labels
-    # A vector (a norm's weight, a bias) that meets frozen activations [B, S, ...] meets data. Anything else without a
-    # gradient is a constant.
+    # Frozen activations [B, S, ...] are data for a vector (a norm's weight, a bias). Other tensors without gradient are
+    # constants.
     frozen = all(view.plain.ndim < 2 for view in views) and labels.length is not None
     if not meets_data(args, kwargs) and not (
         frozen and any(each.shape == shape and labels.are_rows(each.shape[:-1]) for each in others)
@@ -123,7 +123,7 @@ def apply_elementwise(capture: OpenCapture, func: Any, args: tuple[Any, ...], kw
 
 
 def apply_other(capture: OpenCapture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation without a rule: allowed while no data takes part, or where the view is rows already."""
+    """Run an operation without a rule: allowed before parameters meet data, and for views that are rows already."""
     if not meets_data(args, kwargs):
         return derive(capture, func, args, kwargs)
     for view in tree_leaves((args, kwargs)):
@@ -134,7 +134,7 @@ def apply_other(capture: OpenCapture, func: Any, args: tuple[Any, ...], kwargs: 
 
 
 def derive(capture: OpenCapture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on parameters and constants, and remember how, so that queries can follow."""
+    """Run an operation on parameters and constants, and store it, so that queries can be pushed through it."""
     result = func(*plain(args), **plain(kwargs))
     if isinstance(result, (tuple, list)) and result and all(isinstance(each, Tensor) for each in result):
         parts = [_derived(capture, func, args, kwargs, part, index) for index, part in enumerate(result)]

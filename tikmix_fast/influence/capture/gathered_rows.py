@@ -1,4 +1,4 @@
-"""Where flat rows come from: [N, C] may be the batch flattened, or rows gathered from it in another order."""
+"""Trace flat rows [N, C] back: are they the flattened batch, or gathered from it in another order?"""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ _GATHERS = ("Index", "Gather", "Sort", "Flip", "Roll", "Rot90", "Scatter", "Mask
 _PIECES = ("Cat", "Stack", "Slice", "Split", "Repeat", "Unfold")
 _RESHAPES = ("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze")
 _PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm")
-# Made by the rules of products, norms, lookups and parameters that meet data: their rows were looked at then.
+# Results of our rules for products, norms, look-ups and broadcasts, which checked their rows already.
 _OURS = ("_FusedProduct", "_Tap", "_Spread")
-_SEEN = "tikmix_fast: rows in the order of the batch"
+_CHECKED = "tikmix_fast: rows in the order of the batch"
 
 
 def refuse_gathered_rows(rows: Tensor, labels: RowLabels) -> None:
-    """Refuse rows [N, C] of a mixed batch whose autograd history says that they are not the batch in its own order.
+    """Refuse rows [N, C] of a mixed batch that are not the batch in its own order, by their autograd history.
 
-    A shape alone cannot tell the flattened batch from as many rows picked by an index (a mixture of experts), nor [B *
-    S] from [S * B]. So the history is followed, over every operand with N rows, back to the first activation that has
-    the batch's own dimensions, or to the parameters. A custom autograd function is taken to keep its rows in order,
-    activations of three and more dimensions are taken at their word, and what has no history (no gradient flows there)
-    cannot be followed.
+    The shape alone does not distinguish the flattened batch from as many rows picked by an index (a mixture of
+    experts), or [B * S] from [S * B]. So this follows the history over every operand with N rows, back to the first
+    activation with the batch's own dimensions, or to the parameters. It trusts activations of three and more
+    dimensions, and assumes that a custom autograd function keeps the order of its rows. Tensors without gradient have
+    no history to follow.
 
     Raises
     ------
     RowShapeError
-        If the rows were gathered, put together from pieces, or flattened from dimensions that are not the batch's.
+        If the rows were gathered, concatenated from pieces, or flattened from other dimensions than the batch's.
     """
     if labels.single is not None:
         return
     if rows.ndim > 2 and labels.length is None:
-        labels.are_rows(rows.shape[:-1])  # the first activation [B, S, ...] tells S
+        labels.are_rows(rows.shape[:-1])  # the first activation [B, S, ...] sets S
     if rows.ndim != 2:
         return
     count = len(rows)
-    followed: list[Any] = []
-    waiting: list[Any] = [rows.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or _SEEN in node.metadata:
+    visited: list[Any] = []
+    nodes: list[Any] = [rows.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or _CHECKED in node.metadata:
             continue
-        followed.append(node)
+        visited.append(node)
         kind = node.name().rstrip("0123456789").removesuffix("Backward")
         if kind in _OURS:
             continue
@@ -67,20 +67,20 @@ def refuse_gathered_rows(rows: Tensor, labels: RowLabels) -> None:
                 "cannot be matched to the sequences of a batch that mixes domains: measure batches of one domain each, "
                 "or exclude the parameters behind"
             )
-        waiting += [each for each, shape in operands if shape[:1] == (count,)]
-    # Not again for the next layer: a residual stream would be followed to its beginning each time.
-    for node in followed:
-        node.metadata[_SEEN] = True
+        nodes += [each for each, shape in operands if shape[:1] == (count,)]
+    # The next layer stops here, instead of following the residual stream to its beginning again.
+    for node in visited:
+        node.metadata[_CHECKED] = True
 
 
 def _along_rows(node: Any) -> bool:
-    """Whether an indexing operation moves rows; along the features it does not."""
+    """Whether an indexing operation moves rows, not only features."""
     indices = saved(node, "indices")
     if indices is not None:
         return len(indices) > 0 and indices[0] is not None
     dim = saved(node, "dim")
     dims = saved(node, "dims") or () if dim is None else (dim,)
-    # Negative dimensions are kept as unsigned numbers.
+    # Autograd stores negative dimensions as unsigned numbers.
     signed = [each - (1 << 64) if each >= 1 << 63 else each for each in dims]
     ndim = len(input_shape(node, 0))
     return not signed or 0 in [each % ndim for each in signed]

@@ -1,4 +1,4 @@
-"""Which domain each row of an activation belongs to, whatever shape the activation has."""
+"""The domain of each row of an activation, for activations of any shape."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tikmix_fast.influence.parallel.transfers import send
+from tikmix_fast.influence.parallel.device_transfers import send
 
 __all__ = ["Layout", "RowLabels", "RowShapeError"]
 
 
 class RowShapeError(ValueError):
-    """The rows of an activation cannot be matched to the domain ids of the batch."""
+    """The rows of an activation do not match the domain ids of the batch."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """The rows of one activation, sorted by domain.
 
-    ``offsets`` int64 [m + 1] and ``order`` int64 [T] or None are what `tikmix_fast.ops.group_influence` takes. In the
-    activation's own order the rows come in runs of ``run`` rows of one domain, ``domains`` int64 [T / run].
+    ``offsets`` int64 [m + 1] and ``order`` int64 [T] or None are arguments of `tikmix_fast.ops.group_influence`. In the
+    activation's own order, every run of ``run`` rows has one domain: ``domains`` int64 [T / run].
     """
 
     offsets: Tensor
@@ -44,15 +44,15 @@ class Layout:
         runs = rows.reshape(-1, self.run, rows.shape[-1])
         if rows.dtype == wide or rows.device.type != "cpu":
             return runs.sum(1, dtype=wide)
-        # On a CPU a few hundred rows at a time are widened within the cache.
+        # A CPU widens a few hundred rows at a time within its cache.
         return torch.cat([some.to(wide).sum(1) for some in runs.split(max(1, 256 // self.run))])
 
     def sum_domains(self, runs: Tensor) -> Tensor:
-        """Sum what `sum_runs` gave over the runs of each domain: float64 [m, C]."""
+        """Sum the result of `sum_runs` over the runs of each domain: float64 [m, C]."""
         domains = len(self.offsets) - 1
         if runs.device.type == "cpu":
             return runs.new_zeros(domains, runs.shape[-1]).index_add_(0, self.domains, runs).double()
-        # A GPU's atomic additions come in any order; a product is the same every time.
+        # A product is reproducible; a GPU's atomic additions are not.
         member = torch.arange(domains, device=runs.device).unsqueeze(1) == self.domains
         return (member.to(runs.dtype) @ runs).double()
 
@@ -66,15 +66,15 @@ class RowLabels:
         One domain for the whole batch, one per sequence, or one per position.
     n_domains : int
     batch_dim : 0, 1 or None
-        Where activations have their batch dimension: [B, S, ...] or [S, B, ...]. ``ids`` is [B, S] in both cases. None
-        is 0, but a batch with as many sequences as positions is then refused.
+        The batch dimension of activations: [B, S, ...] or [S, B, ...]. ``ids`` is [B, S] in both cases. None means 0,
+        but refuses a batch with B = S.
     length : int, optional
-        S where a mask tells it; otherwise it is learnt from the first activation [B, S, ...].
+        S if a mask gives it; otherwise the first activation [B, S, ...] does.
 
     Raises
     ------
     RowShapeError
-        If the batch mixes domains, B = S, and ``batch_dim`` does not say which is which.
+        If the batch mixes domains, B = S, and ``batch_dim`` is None.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class RowLabels:
         self.n_domains = n_domains
         self.ids = ids.detach().cpu().long() if isinstance(ids, Tensor) else ids
         self._ids: NDArray[np.int64] | None = self.ids.numpy() if isinstance(self.ids, Tensor) else None
-        # Rows of a batch with one domain need no matching to sequences: every row belongs to it, whatever the shape.
+        # If the batch has one domain, every row belongs to it, whatever the shape of the activation.
         if isinstance(self.ids, Tensor) and self.ids.numel() and bool((self.ids == self.ids.flatten()[0]).all()):
             self.single: int | None = int(self.ids.flatten()[0])
         else:
             self.single = None if isinstance(self.ids, Tensor) else self.ids
         self.batch_dim = batch_dim or 0
-        self._told = batch_dim is not None
+        self._unambiguous = batch_dim is not None
         self.length: int | None = None
         self._layouts: dict[tuple[tuple[int, ...], torch.device], Layout] = {}
         if isinstance(self.ids, Tensor) and self.ids.ndim == 2:
@@ -99,7 +99,7 @@ class RowLabels:
 
     @property
     def batch(self) -> int | None:
-        """Number of sequences, or None where one domain was named for the whole batch."""
+        """The number of sequences; None if the ids are one domain for the whole batch."""
         return self.ids.shape[0] if isinstance(self.ids, Tensor) else None
 
     def layout(self, leading: tuple[int, ...], device: torch.device) -> Layout:
@@ -116,10 +116,10 @@ class RowLabels:
         return self._layouts[key]
 
     def are_rows(self, leading: tuple[int, ...]) -> bool:
-        """Tell whether something that may be no rows at all, as a table looked up once, surely is rows of the batch.
+        """Whether leading dimensions are certainly rows of the batch; a table looked up once, for one, has none.
 
-        Two dimensions are so if they are [B, S], the first such activation telling S. One dimension is so only where S
-        is known: otherwise [S] cannot be told from [B], nor from [B * S].
+        Two dimensions are rows if they are [B, S]; the first such activation sets S. One dimension can be rows only
+        once S is known: before that, [S] looks like [B] or [B * S].
         """
         if self.single is not None:
             return True
@@ -136,10 +136,10 @@ class RowLabels:
         return leading[1 - self.batch_dim] == self.length and self._fits(leading)
 
     def are_features(self, leading: tuple[int, ...]) -> bool:
-        """Tell whether a tensor without gradient that a layer takes as its input is rows of the batch, and no constant.
+        """Whether a layer's input without gradient is rows of the batch, not a constant.
 
-        As `are_rows`, but inputs [B, C] of a model without positions and inputs with other positions [B, P, C] are
-        rows.
+        As `are_rows`, and also true for inputs [B, C] of a model without positions, and inputs [B, P, C] with another
+        number of positions.
         """
         if self.single is not None or self.are_rows(leading):
             return True
@@ -148,7 +148,7 @@ class RowLabels:
         return len(leading) > 1 and leading[self.batch_dim] == self.batch and self._fits(leading)
 
     def _learn(self, length: int) -> None:
-        if self.single is None and length == self.batch and not self._told:
+        if self.single is None and length == self.batch and not self._unambiguous:
             raise RowShapeError(
                 f"the batch has as many sequences as positions (B = S = {length}), so shapes do not tell them apart: "
                 "make the engine with batch_dim=0 (activations are [B, S, ...]) or batch_dim=1 ([S, B, ...])"
@@ -162,7 +162,7 @@ class RowLabels:
             run = max(prod(leading), 1)
             domains = torch.full((prod(leading) // run,), self.single, device=device)
             return Layout(send(torch.from_numpy(offsets), device), None, run, domains)
-        # All on the host, where the ids are; what the device needs is sent once a pass, and nobody waits for it.
+        # Compute on the host, where the ids are, and send the result once per pass without waiting.
         rows = self._row_domains(leading)
         offsets = np.concatenate([[0], np.bincount(rows, minlength=self.n_domains).cumsum()])
         steps = np.diff(rows)
@@ -202,6 +202,5 @@ class RowLabels:
             f"dimensions must be {shapes if self.batch_dim == 0 else '[S, B, ...] or [S * B]'} with B = {batch}, "
             + (f"S = {length}" if length is not None else "S not known (a mask of shape [B, S] tells it)")
             + "; for activations with the batch in the second dimension use batch_dim=1; rows routed to experts or "
-            "gathered are "
-            "not supported in a batch that mixes domains"
+            "gathered are not supported in a batch that mixes domains"
         )

@@ -1,9 +1,9 @@
-"""What each torch function does with a parameter: the operations that influence can be captured through.
+"""Rules: how influence is captured for each torch function that uses a parameter.
 
-A rule gets the open capture, the function, and the function's own arguments, at least one of which is a
-`ParameterView`. It returns what the function returns, as ordinary tensors, with the reading of gradients attached. An
-operation without a rule is refused, not guessed, unless it only reshapes, casts or combines parameters before they meet
-the data. `register_rule` adds a rule for an operation of your own.
+A rule gets the open capture, the function, and the function's arguments, at least one of which is a `ParameterView`. It
+returns the function's result as ordinary tensors, and attaches the reading of gradients. Operations without a rule may
+only reshape, cast or combine parameters before they meet the data; other uses raise an error. `register_rule` adds a
+rule for your own operation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Run = TypeVar("Run", bound=Callable[..., Any])
 
 class _Rule(NamedTuple):
     run: Callable[..., Any]
-    data: tuple[int, str] | None = None  # which argument must be rows of the batch for the rule to apply
+    data: tuple[int, str] | None = None  # the argument that must be rows of the batch for the rule to apply
     is_product: bool = False
 
 
@@ -48,25 +48,26 @@ _RULES: dict[Any, _Rule] = {}
 
 
 def register_rule(function: Callable[..., Any], rule: Run | None = None, *, data: tuple[int, str] | None = None) -> Any:
-    """Teach the capture an operation of your own; use it as a decorator or as a call.
+    """Add a rule for your own operation; works as a decorator or as a call.
 
     Parameters
     ----------
     function : callable
-        A function that dispatches on ``__torch_function__``: one of torch's, ``torch.ops.LIBRARY.NAME``, or one of
-        yours behind ``torch.overrides.handle_torch_function``. ``autograd.Function.apply`` does not dispatch.
+        A function that dispatches on ``__torch_function__``: one of torch's, ``torch.ops.LIBRARY.NAME``, or your own
+        that calls ``torch.overrides.handle_torch_function``. ``autograd.Function.apply`` does not dispatch.
     rule : callable (capture, function, ...)
-        Gets the arguments of the call as well. Runs the operation on ``plain(...)`` of them, and hands what it reads to
-        ``capture.sink``, which `Sink` describes: ``product`` for a matrix, ``features`` for one value per feature,
-        ``spread`` for anything broadcast, ``lookup`` for a table. `tap` attaches the reading to an output.
+        Gets the arguments of the call too. It runs the operation on ``plain(...)`` of them, and gives rows and
+        gradients to a method of ``capture.sink`` (see `Sink`): ``product`` for a matrix, ``features`` for one value per
+        feature, ``spread`` for anything broadcast, ``lookup`` for a table. `tap` calls a function with the gradient of
+        an output.
     data : (int, str), optional
-        Place and name of the argument that holds the batch. If a call has a parameter or a constant there, the result
-        counts as derived from parameters and the rule does not run.
+        Position and name of the argument that holds the batch. If it is a parameter or a constant in a call, the result
+        counts as derived from parameters, and the rule does not run.
 
     Returns
     -------
     callable
-        The rule itself.
+        The rule.
 
     Raises
     ------
@@ -93,7 +94,7 @@ def register_rule(function: Callable[..., Any], rule: Run | None = None, *, data
     if not callable(function):
         raise TypeError(f"function must be callable; got {type(function).__name__}")
     if data is not None and not (isinstance(data, tuple) and tuple(map(type, data)) == (int, str)):
-        raise TypeError(f"data must be the place and the name of an argument, such as (0, 'input'); got {data!r}")
+        raise TypeError(f"data must be the position and the name of an argument, such as (0, 'input'); got {data!r}")
     if function in _RULES or function in ELEMENTWISE:
         raise ValueError(f"function must have no rule yet; {getattr(function, '__name__', function)!r} has one")
 
@@ -107,7 +108,7 @@ def register_rule(function: Callable[..., Any], rule: Run | None = None, *, data
 
 
 def apply_rule(capture: OpenCapture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run ``func`` with at least one view among its arguments, and attach what its influence needs.
+    """Run ``func``, which has at least one view among its arguments, and attach the reading of gradients.
 
     Raises
     ------
@@ -137,7 +138,7 @@ def _argument(place: tuple[int, str], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _takes_data(capture: OpenCapture, place: tuple[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a layer's input is rows of the batch. Positions and constants may pass through the layer first."""
+    """Whether a layer's input is rows of the batch; it may also be positions or constants."""
     data = _argument(place, args, kwargs)
     if not isinstance(data, Tensor) or meets_data(args, kwargs):
         return True
@@ -178,13 +179,13 @@ def _product(
     in_out: bool,
     ordinary: Callable[..., Tensor],
 ) -> Any:
-    """Run rows times a weight, plus a bias: what nearly all parameters of a language model do."""
+    """Run rows times a weight, plus a bias; nearly all parameters of a language model are used so."""
     if plain(weight).ndim != 2:
         raise refusal(first_view(input, weight, bias), func, "the weight of a product must be two-dimensional")
     rows = settle(capture, input, func)
     sink = capture.sink
     refuse_gathered_rows(rows, sink.labels)
-    # If the dtypes do not fit together, torch's own product says so.
+    # If the dtypes do not match, torch's own product raises its error.
     fits = rows.dtype == plain(weight).dtype or torch.is_autocast_enabled(rows.device.type)
     one_bias = bias is None or plain(bias).ndim == 1
     fused = isinstance(weight, ParameterView) and weight.is_parameter and capture.fused and fits and one_bias
@@ -227,7 +228,7 @@ def _embedding(
     if labels.are_rows(input.shape):
         _refuse_relative_positions(weight, func, input, labels)
         return tap(rows, lambda gradient: sink.lookup(weight, input, padding, gradient))
-    # Positions looked up once for all sequences, [S] or [1, S], wait for the operation where they meet the batch.
+    # Positions looked up once for all sequences, [S] or [1, S], are read at the operation where they meet the batch.
     source = Source(weight.sources[0].name, rows.detach(), Lookup(input, padding))
     return ParameterView.make(rows, capture, (source,))
 
@@ -239,7 +240,7 @@ def _embedding_bag(capture: OpenCapture, func: Any, *args: Any, **kwargs: Any) -
 def _attention(
     capture: OpenCapture, func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **more: Any
 ) -> Any:
-    """Run attention; a learnt bias of the scores meets the batch here."""
+    """Run attention, which broadcasts a learnt bias of the scores over the batch."""
     query, key, value = (settle(capture, each, func) for each in (query, key, value))
     if isinstance(attn_mask, ParameterView):
         attn_mask = spread_view(capture, attn_mask, torch.Size((*query.shape[:-1], key.shape[-2])))
@@ -247,7 +248,7 @@ def _attention(
 
 
 def _refuse_relative_positions(weight: ParameterView, func: Any, ids: Tensor, labels: RowLabels) -> None:
-    """A table of relative positions looked up at [S, S] looks like tokens [B, S] where B = S; its ids give it away."""
+    """Refuse a table of relative positions at [S, S], which looks like tokens [B, S] if B = S, by its ids."""
     if labels.single is None and ids.ndim == 2 and ids.shape[0] == ids.shape[1] > 1:
         along_diagonals = bool((ids[1:, 1:] == ids[:-1, :-1]).all())
         if along_diagonals and bool((ids != ids[0, 0]).any()):
@@ -318,15 +319,15 @@ def _dropout(
 
 
 def _backward(capture: OpenCapture, func: Any, loss: ParameterView, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a loss that met no data: no lookup behind it was recognised as rows of the batch."""
+    """Refuse a loss that met no data: none of its look-ups was recognised as rows of the batch."""
     for source in loss.sources:
         if source.lookup is not None:
             capture.sink.labels.layout(source.value.shape[:-1], torch.device("cpu"))
     raise refusal(
         loss,
         func,
-        "what it was looked up at, in one dimension, cannot be told from positions: pass a mask of shape [B, S], or "
-        "look it up at [B, S] (or [B, 1])",
+        "its ids have one dimension and cannot be told from positions: pass a mask of shape [B, S], or look it up at "
+        "[B, S] (or [B, 1])",
     )
 
 

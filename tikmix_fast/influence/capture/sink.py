@@ -1,4 +1,4 @@
-"""What a capture talks to: a sink takes the rows and gradients of every use of a parameter."""
+"""The protocol of sinks, which take the rows and gradients of every use of a parameter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["OpenCapture", "Sink"]
 
 
 class Sink(Protocol):
-    """Take what a capture reads while a backward runs.
+    """Take the readings of a capture while a backward runs.
 
     Attributes
     ----------
@@ -24,7 +24,7 @@ class Sink(Protocol):
     labels: RowLabels
 
     def is_projected(self, view: ParameterView) -> bool:
-        """Whether the view is a parameter whose gradient must be read apart from the ordinary product."""
+        """Whether the view is a parameter that the sink measures through a projection."""
 
     def product(
         self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
@@ -43,7 +43,7 @@ class Sink(Protocol):
         """
 
     def spread(self, view: ParameterView, gradient: Tensor) -> None:
-        """Take a view that was broadcast to the shape of ``gradient`` where it met the data."""
+        """Take a view that was broadcast to the shape of ``gradient`` when it met the data."""
 
     def features(self, view: ParameterView, per_row: Tensor) -> Tensor:
         """Take a parameter with one value per feature: ``per_row`` [..., C] is its gradient by row.
@@ -55,11 +55,11 @@ class Sink(Protocol):
         """Take an embedding looked up at ``ids`` [...], with the gradient [..., C] of the looked-up rows."""
 
     def close(self) -> None:
-        """Take no more, and let go of everything large: a graph that outlives the pass must not keep it."""
+        """Stop, and release everything large: a graph that outlives the pass must not keep it alive."""
 
 
 class OpenCapture(Protocol):
-    """What a rule sees of the capture that calls it.
+    """The part of a capture that rules use.
 
     Attributes
     ----------

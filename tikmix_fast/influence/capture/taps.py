@@ -1,4 +1,4 @@
-"""Autograd functions that read gradients where they pass."""
+"""Autograd functions that read the gradients that flow through them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["fused_product", "spread", "tap"]
 
 
 def tap(output: Tensor, read: Callable[..., object], *saved: Tensor) -> Tensor:
-    """Return ``output`` as it is, and read its gradient on the way back: ``read(gradient, *saved)``."""
+    """Return ``output`` unchanged; the backward calls ``read(gradient, *saved)``."""
     same: Tensor = _Tap.apply(output, read, *saved)  # type: ignore[no-untyped-call]
     return same
 
 
 def spread(value: Tensor, shape: torch.Size, read: Callable[[Tensor], None]) -> Tensor:
-    """Return ``value`` broadcast to ``shape``, and read the gradient of every copy before they are summed."""
+    """Return ``value`` broadcast to ``shape``; the backward calls ``read`` with the gradient of all copies."""
     copies: Tensor = _Spread.apply(value, shape, read)  # type: ignore[no-untyped-call]
     return copies
 
@@ -30,10 +30,10 @@ def fused_product(
     in_out: bool,
     read: Callable[[Tensor, Tensor, Tensor], Tensor | None],
 ) -> Tensor:
-    """Return ``rows @ weight.T + bias`` of a layer whose weight gradient and influence share one pass of the kernel.
+    """Return ``rows @ weight.T + bias``, so that one pass of the kernel gives weight gradient and influence.
 
-    ``weight`` is [O, I], or [I, O] with ``in_out``. On the way back ``read(gradient, rows, total)`` is called once and
-    must add the weight gradient to ``total``; if it sums the gradient over all rows, [O], it returns that.
+    ``weight`` is [O, I], or [I, O] with ``in_out``. The backward calls ``read(gradient, rows, total)`` once, which must
+    add the weight gradient to ``total`` and may return the sum of the gradient over all rows, [O].
     """
     output: Tensor = _FusedProduct.apply(rows, weight, bias, in_out, read)  # type: ignore[no-untyped-call]
     return output
@@ -51,7 +51,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # Once only: checkpointing recomputes a saved tensor when it is unpacked, and then lets go of it.
+        # Unpack once only: checkpointing recomputes a saved tensor when it is unpacked, and then frees it.
         saved = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
             ctx.read(gradient, *saved)
@@ -85,7 +85,7 @@ class _FusedProduct(torch.autograd.Function):
             cast_rows, cast_weight = rows.to(dtype), weight.to(dtype)
             flat = cast_rows.reshape(-1, rows.shape[-1])
             right = cast_weight if in_out else cast_weight.t()
-            # A result that owns its memory, no view: later in-place operations on it are allowed.
+            # The output owns its memory; later in-place operations would refuse a view.
             output = flat.new_empty(rows.shape[:-1] + right.shape[1:])
             if bias is None:
                 torch.mm(flat, right, out=output.view(-1, right.shape[1]))

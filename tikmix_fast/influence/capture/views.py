@@ -1,8 +1,8 @@
-"""A parameter as the model sees it while influence is captured: a tensor that says where it is used.
+"""Views: tensors that stand in for the parameters while influence is captured, and report their uses.
 
-While a capture is open, ``module.weight`` is a `ParameterView`. Every torch function that meets one comes to
-`Capture.handle`, which knows how the operation uses a parameter. Because the view is a tensor subclass and no mode, it
-works wherever the parameter is used: in any module, in a hand-written norm, in a tied head, and again when activation
+While a capture is open, ``module.weight`` is a `ParameterView`. Every torch function that gets a view calls
+`Capture.handle`, which knows how the operation uses a parameter. A view is a tensor subclass, not a mode, so it works
+wherever the model uses the parameter: in any module, in a hand-written norm, in a tied head, and again when activation
 checkpointing recomputes a forward inside the backward.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["Lookup", "ParameterView", "Source", "UncapturedParameterError", "pla
 
 
 class UncapturedParameterError(RuntimeError):
-    """A trainable parameter is used in a way whose influence cannot be captured."""
+    """The influence of one use of a trainable parameter cannot be captured."""
 
 
 class Handler(Protocol):
@@ -30,23 +30,23 @@ class Handler(Protocol):
 
 @dataclass(frozen=True)
 class Lookup:
-    """The rows ``ids`` [...] of a table [V, C]; those of the row ``padding`` pass no gradient on."""
+    """The look-up of rows ``ids`` [...] in a table [V, C]; look-ups of the row ``padding`` have no gradient."""
 
     ids: Tensor
     padding: int | None
 
     def lift(self, queries: Tensor) -> Tensor:
-        """Take queries of the table, [q, V, C], to queries of what was found, [q, ..., C]."""
+        """Return the queries of the looked-up rows [q, ..., C], given those of the table [q, V, C]."""
         return self.masked(queries[:, self.ids])
 
     def masked(self, rows: Tensor) -> Tensor:
-        """Return ``rows`` [..., *ids.shape, C] with zeros where padding was looked up."""
+        """Return ``rows`` [..., *ids.shape, C] with zeros at look-ups of the padding."""
         return rows if self.padding is None else rows * (self.ids != self.padding).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A parameter, or rows looked up in one, that a view is made from."""
+    """What a view is made from: a parameter, or rows looked up in one."""
 
     name: str
     value: Tensor
@@ -54,18 +54,18 @@ class Source:
 
 
 class ParameterView(torch.Tensor):
-    """A parameter, or what was computed from parameters alone, on its way to meet the data.
+    """A parameter, or a function of parameters alone, before it meets the data.
 
     Attributes
     ----------
     plain : Tensor
         The same values as an ordinary tensor with its autograd history.
     sources : tuple of Source
-        What it was made from.
+        The parameters, or rows of parameters, that the view depends on.
     build : callable or None
-        How to make it from the values of its sources; None = it is the one source itself.
+        Computes the view from the values of its sources; None if it is its only source itself.
     in_rows : bool
-        Its leading dimensions are rows of the batch (or broadcast to them), as with a looked-up position embedding.
+        Whether the leading dimensions are rows of the batch, or broadcast to them, as in a position embedding.
     handler : Handler
     """
 
@@ -83,7 +83,7 @@ class ParameterView(torch.Tensor):
         build: Callable[..., Tensor] | None = None,
         in_rows: bool = False,
     ) -> ParameterView:
-        # The alias keeps the gradient flowing to the parameter where a view reaches code that no torch function shows.
+        # An alias: the gradient reaches the parameter even through code that calls no torch function.
         with torch.enable_grad(), without_subclass_dispatch():
             view = plain.as_subclass(ParameterView)
         view.plain, view.handler, view.sources, view.build, view.in_rows = plain, handler, sources, build, in_rows
@@ -102,14 +102,15 @@ class ParameterView(torch.Tensor):
 
     @property
     def is_parameter(self) -> bool:
-        """Whether this is a parameter itself, untouched."""
+        """Whether the view is an unchanged parameter."""
         return self.build is None and self.sources[0].lookup is None
 
     def queries(self, of: Mapping[str, Tensor], without: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """Yield for each source but some its name and its queries carried to this view, [q, *view.shape].
+        """Yield each source's name and its queries pushed forward to this view, [q, *view.shape].
 
-        ``of`` holds the queries of every parameter, [q, *parameter.shape]. An inner product with the gradient of the
-        parameter equals one of the carried query with the gradient of the view: <q, J^T g> = <J q, g>.
+        ``of`` has the queries of every parameter, [q, *parameter.shape]. Sources named in ``without`` are left out. The
+        pushed query and the view's gradient have the inner product of the query and the parameter's gradient: <J q, g>
+        = <q, J^T g>.
         """
         for index, source in enumerate(self.sources):
             if source.name in without:
@@ -121,27 +122,27 @@ class ParameterView(torch.Tensor):
         build = self.build
         if build is None:
             return lifted
-        # Forward mode by two backward ones: unlike torch.func.jvp it works for every operation that has a derivative.
+        # Forward mode by two backward passes: unlike torch.func.jvp, this works for every differentiable operation.
         with torch.enable_grad():
             values = [source.value.to(lifted.dtype).detach() for source in self.sources]
             values[index].requires_grad_()
-            made = build(*values)
-            weights = torch.zeros_like(made, requires_grad=True)
-            (back,) = torch.autograd.grad(made, values[index], weights, create_graph=True)
+            output = build(*values)
+            weights = torch.zeros_like(output, requires_grad=True)
+            (back,) = torch.autograd.grad(output, values[index], weights, create_graph=True)
             pushed = [torch.autograd.grad(back, weights, query, retain_graph=True)[0] for query in lifted]
         return torch.stack(pushed)
 
     def pull_back(self, index: int, gradient: Tensor) -> Tensor:
-        """Carry a gradient of this view back to the value of one of its sources, J^T g: the adjoint of `queries`."""
+        """Return J^T g, the gradient of a source's value given that of this view: the adjoint of `queries`."""
         if self.build is None:
             return gradient
         with torch.enable_grad():
             values = [source.value.to(gradient.dtype).detach() for source in self.sources]
             values[index].requires_grad_()
-            made = self.build(*values)
-        return torch.autograd.grad(made, values[index], gradient.to(made.dtype))[0]
+            output = self.build(*values)
+        return torch.autograd.grad(output, values[index], gradient.to(output.dtype))[0]
 
 
 def plain(value: Any) -> Any:
-    """Replace every view inside nested arguments by its ordinary tensor."""
+    """Replace every view in nested arguments by its ordinary tensor."""
     return tree_map(lambda each: each.plain if isinstance(each, ParameterView) else each, value)

@@ -1,9 +1,9 @@
-"""How often to measure in a run, and on how much of each task, by counting what it costs."""
+"""Plan how often a run measures, and on how much of each task, from predicted costs."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +15,17 @@ __all__ = ["InRunPlan", "plan_in_run"]
 
 # One token costs 6 operations per weight, forward and backward.
 _FLOPS_PER_TOKEN = 6.0
-# Bytes moved per weight and query: by a measured step's sums, preconditioning and packing, and by each micro-batch.
+# Bytes per weight and query: for a measured step's sums, preconditioning and packing; and for each micro-batch.
 _BYTES_TO_FREEZE = 30.0
 _BYTES_TO_READ = 8.0
-# Operations of one inner product, per weight, query and domain, at the rate of matrix products.
+# Operations of inner products per weight, query and domain, at the rate of matrix products.
 _FLOPS_OF_PRODUCT = 6.0
 _MANY_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class InRunPlan:
-    """When to measure, on what, and what it costs; shares are of the cost of training.
+    """A schedule of measured steps, and its cost as a share of the cost of training.
 
     Attributes
     ----------
@@ -36,16 +36,16 @@ class InRunPlan:
     task_tokens : int
         Tokens of all tasks together in one measured step.
     overhead : float
-        Predicted extra cost in all.
+        Predicted extra cost.
     of_tasks, of_queries, of_domains : float
-        Its parts: forward and backward passes on the tasks; making the queries; reading them in the backward of the
-        training batches, and the inner products.
+        The parts of ``overhead``: passes on the tasks; making the queries; reading them in the backward of training
+        batches, with the inner products.
     budget : float
-        What was asked for.
+        The largest allowed ``overhead``.
     relative_error : float64 [n] or None
-        What `InfluenceMatrix.relative_error` of the average is then expected to be, by the matrix that was given.
+        The expected `InfluenceMatrix.relative_error` of the average, if an earlier matrix was given.
     words : str
-        All that in a sentence.
+        The plan as a sentence.
     """
 
     every: int
@@ -78,19 +78,19 @@ def plan_in_run(
     task_tokens: int | None = None,
     time_constant: float = math.inf,
 ) -> InRunPlan:
-    """Plan to measure as often as the budget allows, on the fewest sequences of a task that tell its error.
+    """Plan to measure as often as the budget allows, each time on the fewest task sequences that give error bars.
 
-    The domain side is nearly free, so many small measured steps see more of it than few large ones. In units of one
-    token forward and backward, with q = tasks x splits, a measured step costs: the tasks' tokens; 30 bytes per weight
-    and query for making queries; and per micro-batch 8 bytes per weight and query for reading them, and 6 operations
-    per weight, query and domain for the inner products. Reading is added, though it may hide behind products.
+    The domain side is nearly free, so many small measured steps learn more about it than few large ones. With q = tasks
+    x splits queries, a measured step costs: a forward and backward over the tasks' tokens; 30 bytes per weight and
+    query for making queries; per micro-batch 8 bytes per weight and query for reading them, and 6 operations per
+    weight, query and domain for the inner products. Reading counts in full, though it may overlap with products.
 
     Parameters
     ----------
     budget : float
         Largest extra cost, as a share of that of training: 0.05 for 5%.
     tasks, splits, domains : int
-        How many.
+        Their numbers.
     step_tokens : int
         Tokens of one optimizer step, all micro-batches and ranks together.
     sequence_tokens : int
@@ -100,34 +100,26 @@ def plan_in_run(
     near_every : int
         As in `InRun`.
     flops_per_byte : float
-        Operations that the machine does in the time of moving one byte of memory: about 10 to 30 for float32 on CPUs,
-        100 to 300 for bfloat16 on large GPUs.
+        The machine's operations in the time of moving one byte of memory: about 10 to 30 for float32 on CPUs, 100 to
+        300 for bfloat16 on large GPUs.
     matrix : InfluenceMatrix, optional
-        An earlier measurement with its errors: the plan then says what noise to expect.
+        An earlier measurement with its errors, from which the plan predicts the noise.
     task_tokens : int, optional
-        Tokens of each task that ``matrix`` was measured on.
+        Tokens of each task in that measurement.
     time_constant : float
-        Of the average, in optimizer steps, for that noise; infinite: an average over a thousand measured steps.
+        Time constant of the average whose noise is predicted, in optimizer steps; infinite: an average over a thousand
+        measured steps.
 
     Raises
     ------
     ValueError
-        If a number is out of range, or ``matrix`` comes without errors or without ``task_tokens``.
+        If a number is out of range, or ``matrix`` has no errors or no ``task_tokens``.
     """
-    for name, value, least in (
-        ("step_tokens", step_tokens, 1),
-        ("sequence_tokens", sequence_tokens, 1),
-        ("micro_batches", micro_batches, 1),
-        ("near_every", near_every, 0),
-    ):
-        require_int(name, value, least)
-    for name, number in (
-        ("budget", budget),
-        ("flops_per_byte", flops_per_byte),
-        ("time_constant", time_constant),
-    ):
-        if not number > 0:
-            raise ValueError(f"{name} must be above 0; got {number!r}")
+    require_int("step_tokens", step_tokens, 1)
+    require_int("sequence_tokens", sequence_tokens, 1)
+    require_int("micro_batches", micro_batches, 1)
+    require_int("near_every", near_every, 0)
+    _require_positive(budget=budget, flops_per_byte=flops_per_byte, time_constant=time_constant)
     queries = tasks * splits
     of_queries = queries * _BYTES_TO_FREEZE * flops_per_byte / _FLOPS_PER_TOKEN
     of_domains = (
@@ -144,7 +136,7 @@ def plan_in_run(
     every = 1
     if share(cheapest, 1) > budget:
         every = max(2, math.ceil(cheapest * near(2) / (budget * step_tokens)))
-    # Only where every step can be measured is there something left for more sequences.
+    # Budget is left for more sequences only if every step is measured already.
     room = budget * step_tokens - of_queries - of_domains if every == 1 else 0.0
     sequences = max(splits, int(room // (tasks * sequence_tokens)))
     of_tasks = float(tasks * sequences * sequence_tokens)
@@ -153,14 +145,7 @@ def plan_in_run(
     if matrix is not None:
         measured_steps = _MANY_STEPS if math.isinf(time_constant) else max(2 * time_constant / every, 1.0)
         expected = _expected_error(matrix, task_tokens, measured_steps, step_tokens, sequences * sequence_tokens)
-    words = (
-        f"measure every {_ordinal(every)}step: {tasks} {'task' if tasks == 1 else 'tasks'} x {sequences} "
-        f"{'sequence' if sequences == 1 else 'sequences'} of {sequence_tokens} tokens, overhead {sum(parts):.1%} of "
-        f"{budget:.1%}: task passes {parts[0]:.1%}, making queries {parts[1]:.1%}, domain side {parts[2]:.1%}"
-    )
-    if expected is not None:
-        words += f"; relative error of S expected: {', '.join(f'{each:.2g}' for each in expected)}"
-    return InRunPlan(
+    plan = InRunPlan(
         every=every,
         task_sequences=sequences,
         task_tokens=int(of_tasks),
@@ -170,14 +155,34 @@ def plan_in_run(
         of_domains=parts[2],
         budget=budget,
         relative_error=expected,
-        words=words,
+        words="",
     )
+    return replace(plan, words=_in_words(plan, tasks, sequence_tokens))
+
+
+def _require_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{name} must be above 0; got {number!r}")
+
+
+def _in_words(plan: InRunPlan, tasks: int, sequence_tokens: int) -> str:
+    sequences = plan.task_sequences
+    words = (
+        f"measure every {_ordinal(plan.every)}step: {tasks} {'task' if tasks == 1 else 'tasks'} x {sequences} "
+        f"{'sequence' if sequences == 1 else 'sequences'} of {sequence_tokens} tokens, overhead {plan.overhead:.1%} "
+        f"of {plan.budget:.1%}: task passes {plan.of_tasks:.1%}, making queries {plan.of_queries:.1%}, domain side "
+        f"{plan.of_domains:.1%}"
+    )
+    if plan.relative_error is not None:
+        words += f"; relative error of S expected: {', '.join(f'{each:.2g}' for each in plan.relative_error)}"
+    return words
 
 
 def _expected_error(
     matrix: InfluenceMatrix, task_tokens: int | None, steps: float, step_tokens: int, of_task: int
 ) -> NDArray[np.float64]:
-    """Scale the parts of an earlier measurement's variance to so many measured steps, [n]."""
+    """Return the expected relative error [n], from an earlier measurement and the number of measured steps."""
     if task_tokens is None or task_tokens < 1:
         raise ValueError("task_tokens must be the tokens of each task that matrix was measured on")
     if np.isnan(matrix.stderr_task).all() or np.isnan(matrix.stderr_domain).all():
@@ -185,15 +190,15 @@ def _expected_error(
     domain, task = matrix.stderr_domain**2, matrix.stderr_task**2
     projection = np.zeros_like(domain) if matrix.stderr_projection is None else matrix.stderr_projection**2
     both = np.clip(domain + task + projection - matrix.stderr**2, 0, np.minimum(domain, task))
-    # Half the tokens of a side, twice its variance; the product of both sides' noise falls with either.
+    # A side's variance is inversely proportional to its tokens; the product of both sides' noise, to both.
     of_domain = matrix.tokens / (step_tokens / len(matrix.domains))
     of_tasks = task_tokens / of_task
     variance = ((domain - both) * of_domain + (task - both) * of_tasks + both * of_domain * of_tasks) / steps
-    # Matrices that every measured step draws anew err independently; the same ones err alike.
+    # Projections redrawn at every measured step have independent errors; the same ones keep their error.
     redrawn = (matrix.settings.get("projection") or {}).get("redraw", True)
     variance += projection / steps if redrawn else projection
     noise = np.nanmean(variance, axis=1)
-    # Of how the domains differ in the matrix, a part is its own noise; in the average that is to come it is another.
+    # The signal is the variance between domains in the earlier matrix, less that matrix's own noise.
     signal = np.nanvar(matrix.values, axis=1, ddof=1) - np.nanmean(matrix.stderr**2, axis=1)
     return np.asarray(np.sqrt(noise / (noise + np.maximum(signal, 0.0))))
 

@@ -1,4 +1,4 @@
-"""Influence from a training run's own batches: measured steps now and then, ordinary ones in between."""
+"""Influence from a training run's own batches, at some of its steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tikmix_fast.arguments import require_int
 from tikmix_fast.influence.in_run.staleness import Staleness, StalenessHistory
-from tikmix_fast.influence.passes.ids import Ids
-from tikmix_fast.influence.queries.sketch import QuerySketch
+from tikmix_fast.influence.passes.domain_ids import Ids
+from tikmix_fast.influence.queries.query_sketch import QuerySketch
 from tikmix_fast.influence.session import Phase, Session
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
 
@@ -27,27 +27,27 @@ _NEAR_LAGS = (1, 2, 4)
 class InRun:
     """Measure influence in a training run: wrap every micro-batch, and call `step` after every optimizer step.
 
-    A measured step first takes small task passes at its own weights. Then it reads the domain side off its ordinary
-    micro-batches. Every other step runs as if this object were not there. S is averaged over measured steps with
-    weights exp(-age / time constant), age in optimizer steps. `InfluenceEngine.in_run` makes one; while it is in use,
-    the engine measures nothing else.
+    A measured step first runs small task passes at its own weights. Then it measures the domains on its ordinary
+    micro-batches. Other steps run as if this object did not exist. S is the average over measured steps with weights
+    exp(-age / time constant), age in optimizer steps. `InfluenceEngine.in_run` makes this object; the engine must
+    measure nothing else while it is in use.
 
     Parameters
     ----------
     session : Session
-        The engine's.
+        The engine's session.
     every : int
         Optimizer steps from one measured step to the next; the first one is step ``every - 1``, counted from 0.
     tasks : callable (step) -> None
-        Runs the task passes of a measured step: forward and backward inside ``engine.task(name)``, for every task on at
-        least ``task_splits`` batches that were not used lately. It gets the step, so that a resumed run can draw the
+        Runs the task passes of a measured step: forward and backward inside ``engine.task(name)``, for every task, on
+        at least ``task_splits`` batches that were not used lately. It gets the step, so that a resumed run can draw the
         same batches.
     time_constant : float
-        In optimizer steps, above 0; infinite: all measured steps weigh the same.
+        In optimizer steps, above 0; infinite: all measured steps have the same weight.
     near_every : int
-        After every so many measured steps, measure another one 1, 2 or 4 steps later (in turn), so that `staleness`
-        sees short lags. It counts for S like any other. Task passes then cost 1 + 1 / near_every times as much. 0:
-        never.
+        After every ``near_every`` measured steps, measure another step 1, 2 or 4 steps later (in turn), so that
+        `staleness` includes short lags. This step counts for S like any other. Task passes then cost 1 + 1 / near_every
+        times as much. 0: never.
 
     Raises
     ------
@@ -98,9 +98,9 @@ class InRun:
         self._near_lags = tuple(lag for lag in _NEAR_LAGS if lag < every) if near_every else ()
         self._due = every - 1
         self._regular: int | None = None  # the next regular step, while a near one is due before it
-        self._weighed: int | None = None  # the step at which the session's sums were last given less weight
+        self._weighed: int | None = None  # the step at which the weights of earlier steps last decayed
         self._history = StalenessHistory(len(session.options.tasks))
-        self._sketch: QuerySketch | None = None  # of the step that is being measured
+        self._sketch: QuerySketch | None = None  # of the current step, if it is measured
 
     @property
     def measuring(self) -> bool:
@@ -113,9 +113,10 @@ class InRun:
     ) -> Iterator[None]:
         """Run forward and backward of one training micro-batch inside; arguments and errors as `engine.domains`.
 
-        The first one of a measured step runs the task passes first. In a step that is not measured, nothing is looked
-        at. With gradient accumulation, ``normalizer`` is the whole divisor of the sum of token losses: if the loss was
-        a mean divided by the number of micro-batches, the target tokens of the micro-batch times that number.
+        The first micro-batch of a measured step runs the task passes before it starts. Steps that are not measured
+        cost nothing. With gradient accumulation, ``normalizer`` is the total divisor of the sum of token losses. If the
+        loss is a mean divided by the number of micro-batches, that is the micro-batch's target tokens times this
+        number.
         """
         if self.measuring and self._sketch is None:
             self._measure_tasks()
@@ -126,13 +127,12 @@ class InRun:
             with self._session.domains(ids, mask, normalizer, scaler):
                 yield
         finally:
-            if (
-                self._session.phase is Phase.TASKS
-            ):  # it failed before the queries froze: another try measures tasks anew
+            # It failed before the queries froze: the next try measures the tasks again.
+            if self._session.phase is Phase.TASKS:
                 self._end_measuring()
 
     def step(self) -> None:
-        """Say that the optimizer has stepped."""
+        """Close the step; call it after the optimizer has stepped."""
         if self._sketch is not None:
             queries, sums, tokens = self._session.open_round()
             if queries is not None and tokens.any():
@@ -140,16 +140,16 @@ class InRun:
                 self._history.add(self.steps, *sketch, sums, tokens)
                 self._schedule()
                 self.measured += 1
-            # Queries of weights that are gone are useless, and large.
+            # The weights have changed: free the queries, which are large and no longer valid.
             self._session.refresh(keep=1.0)
             self._end_measuring()
         self.steps += 1
 
     def matrix(self) -> InfluenceMatrix:
-        """Return the influence averaged over the measured steps; ``tokens`` count by the weight they still have.
+        """Return the influence averaged over the measured steps; ``tokens`` are weighted as in the average.
 
-        Standard errors take measured steps as independent and S as constant over a time constant. `staleness` tells how
-        far S moved meanwhile.
+        Standard errors assume independent measured steps, and a constant S within a time constant. `staleness` reports
+        how far S moved.
         """
         options = {"every": self.every, "near_every": self.near_every}
         progress = {"steps": self.steps, "measured": self.measured}
@@ -158,11 +158,11 @@ class InRun:
         return replace(matrix, settings={**matrix.settings, "in_run": in_run})
 
     def staleness(self) -> Staleness:
-        """Return how fast queries and S went stale so far, and the time constant that this suggests; can be printed."""
+        """Report how fast queries and S went stale so far, and suggest a time constant; you can print it."""
         return self._history.report(self.every)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON types, between two steps: a run that loads it goes on as if uninterrupted.
+        """Return the state as plain JSON types, between two steps; a run that loads it continues as if uninterrupted.
 
         Raises
         ------
@@ -184,12 +184,12 @@ class InRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; the engine's own state is in it.
+        """Continue from a state of `state_dict`, which includes the engine's state.
 
         Raises
         ------
         ValueError
-            If the state is of another kind, version or schedule, or does not fit the engine; nothing changes then.
+            If kind, version or schedule differ, or the state does not fit the engine; nothing changes then.
         """
         own = {
             "format": _FORMAT,
@@ -216,7 +216,7 @@ class InRun:
 
     @property
     def _finite_time_constant(self) -> float | None:
-        """The time constant as JSON can hold it."""
+        """The time constant in JSON: None for infinity."""
         return None if math.isinf(self.time_constant) else self.time_constant
 
     def _measure_tasks(self) -> None:
@@ -227,8 +227,8 @@ class InRun:
         self.tasks(self.steps)
         fewest = min(2, self._session.options.task_splits)
         if self._session.fewest_splits() < fewest and self._session.exchange() > dropped:
-            # A GradScaler that still looks for its scale left a task without a batch or without its error. All ranks
-            # try again at the next step.
+            # A GradScaler is still adapting its scale, and dropped batches that a task (or its error bars) needs. All
+            # ranks try again at the next step.
             self.skipped += 1
             self._due = self.steps + 1
             return
@@ -242,7 +242,7 @@ class InRun:
             self._due, self._regular = max(self._regular, self.steps + 1), None
             return
         self._due = self.steps + self.every
-        # `measured` counts those before this one, near ones included.
+        # `measured` does not count this step yet; it includes near steps.
         period = self.near_every + 1
         if self._near_lags and self.measured % period == self.near_every - 1:
             lag = self._near_lags[self.measured // period % len(self._near_lags)]

@@ -1,4 +1,4 @@
-"""How fast task gradients and influence change during a run, apart from their noise."""
+"""How fast queries go stale and influence changes during a run, compared with their noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tikmix_fast.influence.queries.sketch import SKETCH_SIZE
+from tikmix_fast.influence.queries.query_sketch import SKETCH_SIZE
 from tikmix_fast.matrix.rank_correlation import rank_correlation
 
 __all__ = ["Lag", "Staleness", "StalenessHistory"]
@@ -25,7 +25,7 @@ _FORMS = ("query_lags", "ceilings", "sketches", "influence")
 
 @dataclass(frozen=True)
 class Lag:
-    """How alike two measured steps were that lay ``steps`` optimizer steps apart; the mean over tasks and pairs."""
+    """Mean agreement, over tasks and pairs, of two measured steps that are ``steps`` optimizer steps apart."""
 
     steps: int
     agreement: float
@@ -34,23 +34,24 @@ class Lag:
 
 @dataclass(frozen=True)
 class Staleness:
-    """What `InRun.staleness` found; ``print`` gives it in words.
+    """The result of `InRun.staleness`; ``print`` shows it in words.
 
     Attributes
     ----------
     queries : tuple of Lag
-        Cosine of the tasks' queries (their preconditioned gradients), noise included.
+        Cosine of the tasks' queries (preconditioned gradients), noise included.
     query_ceiling : float
-        The cosine that the noise of the task passes alone would leave at lag 0, from the splits of each step.
+        The cosine at lag 0: noise of the task passes alone, estimated from the splits of each step.
     influence : tuple of Lag
-        Spearman correlation over domains of S averaged over ``window`` measured steps, against another such average.
+        Spearman correlation over domains between two averages of S, each over ``window`` measured steps.
     influence_ceiling : float
-        The correlation that noise alone would leave, from every other step of each window (Spearman and Brown).
+        The correlation if noise were the only difference, estimated from every other step of each window
+        (Spearman-Brown).
     window : int
         Measured steps in one average.
     time_constant : float or None
-        That of the exponential average which would best follow S, in optimizer steps, from how the covariance of the
-        measured steps falls with their distance; infinite if the longest is the best. None: too few steps to tell.
+        Time constant of the exponential average that follows S best, in optimizer steps, estimated from the covariance
+        of measured steps by their distance. Infinite: the longest is the best. None: too few steps.
     """
 
     queries: tuple[Lag, ...]
@@ -81,7 +82,7 @@ class Staleness:
 
 
 class StalenessHistory:
-    """Compare measured steps with earlier ones: sketches with the last 8, influence with the last 256.
+    """Compare each measured step with earlier ones: sketches with the last 8, influence with the last 256.
 
     Parameters
     ----------
@@ -92,18 +93,18 @@ class StalenessHistory:
     def __init__(self, n: int) -> None:
         self.n = n
         self._query_lags: dict[int, tuple[int, float]] = {}  # pairs, and the sum of their cosines
-        self._ceilings = (0, 0.0)  # steps, and the sum of their shares that are not noise
+        self._ceilings = (0, 0.0)  # steps, and the sum of their signal shares
         self._sketches: list[tuple[int, Array]] = []
         self._influence: list[tuple[int, Array, Array]] = []
 
     def add(self, step: int, whole: Array, signal: Array, sums: Array, tokens: Array) -> None:
-        """Take a measured step.
+        """Add a measured step.
 
         Parameters
         ----------
         step : int
         whole, signal : float64 [n, 1021], [n]
-            What `QuerySketch.by_task` returns.
+            The result of `QuerySketch.by_task`.
         sums, tokens : float64 [n, m], [m]
             Tokens times influence, and target tokens.
         """
@@ -118,15 +119,15 @@ class StalenessHistory:
         self._influence = [*self._influence, (step, sums, tokens)][-_STEPS_KEPT:]
 
     def report(self, every: int) -> Staleness:
-        """Return what was found so far."""
+        """Return the report so far, for a step measured every ``every`` optimizer steps."""
         lags = sorted(self._query_lags.items())
-        # The lags of the schedule itself, not of a near step and a later regular one.
-        shown = [(lag, found) for lag, found in lags if lag < every or lag % every == 0] or lags
+        # Leave out the odd lags between a near step and a later regular one.
+        scheduled = [(lag, sums) for lag, sums in lags if lag < every or lag % every == 0] or lags
         steps, total = self._ceilings
         window = max(4, len(self._influence) // 8)
         influence, influence_ceiling = self._of_windows(window)
         return Staleness(
-            queries=tuple(Lag(lag, total / pairs, pairs) for lag, (pairs, total) in shown),
+            queries=tuple(Lag(lag, total / pairs, pairs) for lag, (pairs, total) in scheduled),
             query_ceiling=max(total / steps, 0.0) if steps else float("nan"),
             influence=influence,
             influence_ceiling=influence_ceiling,
@@ -137,7 +138,7 @@ class StalenessHistory:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {
-            "query_lags": [[lag, *found] for lag, found in self._query_lags.items()],
+            "query_lags": [[lag, *sums] for lag, sums in self._query_lags.items()],
             "ceilings": list(self._ceilings),
             "sketches": [[step, whole.tolist()] for step, whole in self._sketches],
             "influence": [[step, sums.tolist(), tokens.tolist()] for step, sums, tokens in self._influence],
@@ -145,7 +146,7 @@ class StalenessHistory:
 
     @classmethod
     def from_dict(cls, content: Any, n: int) -> StalenessHistory:
-        """Read what `to_dict` wrote for n tasks.
+        """Return a history of n tasks from the content of `to_dict`.
 
         Raises
         ------
@@ -168,7 +169,8 @@ class StalenessHistory:
 
     def _of_windows(self, window: int) -> tuple[tuple[Lag, ...], float]:
         """Return the rank agreement of windows by lag, and its noise ceiling."""
-        windows = [self._influence[at : at + window] for at in range(0, len(self._influence) - window + 1, window)]
+        starts = range(0, len(self._influence) - window + 1, window)
+        windows = [self._influence[start : start + window] for start in starts]
         if len(windows) < 2:
             return (), float("nan")
         middles = [float(np.mean([step for step, _, _ in each])) for each in windows]
@@ -179,12 +181,12 @@ class StalenessHistory:
                 apart.setdefault(i - j, []).append(_rank_agreement(first, means[j]))
         gap = (middles[-1] - middles[0]) / (len(windows) - 1)
         half = float(np.nanmean([_rank_agreement(_mean(each[::2]), _mean(each[1::2])) for each in windows]))
-        lags = tuple(Lag(round(gap * many), float(np.nanmean(found)), len(found)) for many, found in apart.items())
-        # Of too few measured steps the ceiling is unknown, which is not zero.
+        lags = tuple(Lag(round(gap * many), float(np.nanmean(each)), len(each)) for many, each in apart.items())
+        # With too few measured steps the ceiling is unknown (NaN), not zero.
         return lags, half if np.isnan(half) else max(2 * half / (1 + half), 0.0) if half > -1 else 0.0
 
     def _hint(self, every: int) -> float | None:
-        """Return the time constant that leaves the least squared error, for S with the covariances that were seen."""
+        """Return the time constant with the least expected squared error, given the covariances of measured steps."""
         if len(self._influence) < _FEWEST_FOR_HINT:
             return None
         from scipy.optimize import nnls
@@ -197,12 +199,12 @@ class StalenessHistory:
         covariance = each @ each.T / each.shape[1]
         apart = np.abs(steps[:, None] - steps)
         first, second = np.triu_indices(len(steps), 1)
-        seen, lags = covariance[first, second], apart[first, second]
-        # What S has in common at a distance: a part that fades, and a part that stays.
+        observed, lags = covariance[first, second], apart[first, second]
+        # Model: the covariance of two steps has one part that fades with their distance, and one that stays.
         fits = []
         for fade in every * 2.0 ** np.arange(12):
             shape = np.stack([np.exp(-lags / fade), np.ones_like(lags)], axis=1)
-            parts, residual = nnls(shape, seen)
+            parts, residual = nnls(shape, observed)
             fits.append((residual, fade, *parts))
         _, fade, fading, staying = min(fits)
         noise = max(float(np.diag(covariance).mean()) - fading - staying, 0.0)
@@ -227,11 +229,12 @@ def _mean(steps: Sequence[tuple[int, Array, Array]]) -> Array:
 
 
 def _rank_agreement(first: Array, second: Array) -> float:
-    """Return Spearman's correlation over the domains that both have, mean over tasks; NaN below three domains."""
+    """Return Spearman's correlation over the domains of both, mean over tasks; NaN below three domains."""
     both = ~np.isnan(first).any(0) & ~np.isnan(second).any(0)
     if both.sum() < 3:
         return float("nan")
-    return float(np.nan_to_num(rank_correlation(first[:, both], second[:, both])).mean())
+    # A task without differences between domains agrees with nothing: 0, not NaN.
+    return float(np.nan_to_num(rank_correlation(first[:, both], second[:, both], axis=1)).mean())
 
 
 def _steps(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What the loss was divided and scaled by."""
+"""The divisor and the scale of the loss."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["LossScale"]
 
 
 class LossScale:
-    """The factor that turns a gradient that flowed into that of the summed token losses.
+    """The factor from the gradient that flowed to the gradient of the summed token losses.
 
     Parameters
     ----------
     normalizer : float, optional
-        What the sum of the token losses was divided by.
+        The divisor of the sum of the token losses.
     scaler : torch.amp.GradScaler, optional
 
     Raises
     ------
     TypeError, ValueError
-        If the normalizer is no positive number, or the scaler no GradScaler.
+        If the normalizer is not a positive number, or the scaler not a GradScaler.
     """
 
     def __init__(self, normalizer: float | None, scaler: Any) -> None:
@@ -41,7 +41,7 @@ class LossScale:
         if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
             raise TypeError(f"scaler must be a torch.amp.GradScaler; got {type(scaler).__name__}")
         self._normalizer = normalizer
-        # Read before the step, as update() may change the scale. get_scale() would wait for the device.
+        # Copy the scale now, because update() may change it. get_scale() would wait for the device.
         scale = current_scale(scaler)
         if scale is None:
             scale = torch.tensor(1.0 if scaler is None else float(scaler.get_scale()), device="cpu")
@@ -49,5 +49,5 @@ class LossScale:
 
     def factor(self, tokens: float, reduction: str, scale: Sequence[Tensor]) -> float:
         """Return the factor, given the target tokens and the scale on the host."""
-        divided = self._normalizer if self._normalizer is not None else (tokens if reduction == "mean" else 1.0)
-        return float(divided) / float(scale[0])
+        divisor = self._normalizer if self._normalizer is not None else (tokens if reduction == "mean" else 1.0)
+        return float(divisor) / float(scale[0])

@@ -1,10 +1,13 @@
-"""The mask of a model that shifts its labels itself."""
+"""The loss mask of models that shift their labels themselves."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["shifted_mask"]
+from tikmix_fast.influence.capture.rows import RowLabels
+
+__all__ = ["check_mask", "shifted_mask"]
 
 
 def shifted_mask(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -16,7 +19,7 @@ def shifted_mask(labels: Tensor, ignore_index: int = -100) -> Tensor:
     Parameters
     ----------
     labels : int [B, S]
-        As passed to the model; padding and prompts are set to ``ignore_index``.
+        The model's labels; padding and prompts are ``ignore_index``.
     ignore_index : int
         The label that the loss skips.
 
@@ -45,3 +48,35 @@ def shifted_mask(labels: Tensor, ignore_index: int = -100) -> Tensor:
     mask = labels.new_zeros(labels.shape).bool()
     mask[:, :-1] = labels[:, 1:] != ignore_index
     return mask
+
+
+def check_mask(mask: Tensor | int | None, labels: RowLabels) -> None:
+    """Check a mask against the ids before the model runs.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a bool tensor, an int, nor None.
+    ValueError
+        If its shape does not fit the ids, or it is a count and the batch has several domains.
+    """
+    if mask is None:
+        return
+    if isinstance(mask, int) and not isinstance(mask, bool):
+        if mask < 0:
+            raise ValueError(f"mask given as a number of target tokens must not be negative; got {mask}")
+        if labels.batch is not None and labels.single is None:
+            raise ValueError(
+                "mask must be a bool tensor if a batch mixes domains: a count does not say whose tokens they are"
+            )
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, True where the logits enter the loss, or an int count; got {got}")
+    ids = labels.ids
+    if isinstance(ids, Tensor):
+        fits = mask.shape == ids.shape if ids.ndim == 2 else mask.ndim in (1, 2) and mask.shape[0] == ids.shape[0]
+        if not fits:
+            raise ValueError(
+                f"mask must have shape [B, S] with the ids of shape {list(ids.shape)}; got {list(mask.shape)}"
+            )

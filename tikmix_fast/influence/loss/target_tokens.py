@@ -1,4 +1,4 @@
-"""How many target tokens of each domain a batch has."""
+"""Count the target tokens of each domain in a batch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tikmix_fast.influence.capture.rows import RowLabels
+from tikmix_fast.influence.loss.masks import check_mask
 
 __all__ = ["TargetCount"]
 
 
 class TargetCount:
-    """Count the target tokens of each domain by the mask, or by the rows of the model's last product.
+    """Count the target tokens of each domain, by the mask or else by the rows of the model's last product.
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ class TargetCount:
     """
 
     def __init__(self, labels: RowLabels, mask: Tensor | int | None) -> None:
-        _check(mask, labels)
+        check_mask(mask, labels)
         self._labels, self._mask = labels, mask
 
     @property
@@ -59,14 +60,14 @@ class TargetCount:
         Parameters
         ----------
         readings : sequence of Tensor
-            What `unread` gave, on the host.
+            The values of `unread`, on the host.
         rows : tuple of int or None
             Leading dimensions of the model's last product.
 
         Raises
         ------
         ValueError
-            If there is no mask and the rows do not tell.
+            If there is no mask, and the number does not follow from the rows.
         """
         labels, mask, ids = self._labels, self._mask, self._labels.ids
         if mask is None and rows is None:
@@ -91,26 +92,3 @@ class TargetCount:
                 )
             per_id = torch.full(ids.shape, float(total), dtype=torch.float64, device="cpu")
         return tokens.index_add_(0, ids.reshape(-1), per_id.reshape(-1)).numpy()
-
-
-def _check(mask: Tensor | int | None, labels: RowLabels) -> None:
-    if mask is None:
-        return
-    if isinstance(mask, int) and not isinstance(mask, bool):
-        if mask < 0:
-            raise ValueError(f"mask given as a number of target tokens must not be negative; got {mask}")
-        if labels.batch is not None and labels.single is None:
-            raise ValueError(
-                "mask must be a bool tensor where a batch mixes domains: a count does not say whose tokens they are"
-            )
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, True where the logits enter the loss, or an int count; got {got}")
-    ids = labels.ids
-    if isinstance(ids, Tensor):
-        fits = mask.shape == ids.shape if ids.ndim == 2 else mask.ndim in (1, 2) and mask.shape[0] == ids.shape[0]
-        if not fits:
-            raise ValueError(
-                f"mask must have shape [B, S] with the ids of shape {list(ids.shape)}; got {list(mask.shape)}"
-            )

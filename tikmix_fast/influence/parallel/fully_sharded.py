@@ -1,4 +1,4 @@
-"""Models under ``fully_shard`` (FSDP2): a rank holds a part of every parameter, and during a pass all of it."""
+"""Models under ``fully_shard`` (FSDP2): a rank has a part of every parameter, and the whole one during a pass."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["ShardedGradients", "check_sharding", "is_sharded", "local", "mesh_gr
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether ranks hold parts of the tensor (a DTensor)."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # without it there is none
+    """Whether the tensor is a DTensor, of which each rank has a part."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
@@ -35,7 +35,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the tensor as one process would hold it. Every rank must call this for a sharded tensor.
+    """Return the whole tensor. Every rank must call this for a sharded one.
 
     Examples
     --------
@@ -49,27 +49,28 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that ``fully_shard`` was called on; their forward makes their parameters whole."""
+    """Return the modules that ``fully_shard`` wraps; their forward makes their parameters whole."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
 
 
 def reshard(model: nn.Module) -> None:
-    """Make every unit hold its parameters as parts, which is how optimizers know them."""
+    """Turn every unit's parameters back into parts, as optimizers know them."""
     for unit in units(model):
         unit.reshard()  # type: ignore[operator]
 
 
 def mesh_group(model: nn.Module) -> torch.distributed.ProcessGroup | None:
-    """Return the ranks that a sharded model is spread over, replicas included; None for a model that is not sharded.
+    """Return the ranks of a sharded model, replicas included; None for a model that is not sharded.
 
     Raises
     ------
     ValueError
-        If they are neither one dimension of a mesh nor all processes.
+        If the mesh has several dimensions and does not include all processes.
     """
-    mesh: Any = next((each.device_mesh for each in _sharded(model.parameters())), None)
+    parameters: Iterable[Any] = model.parameters()
+    mesh = next((each.device_mesh for each in parameters if is_sharded(each)), None)
     if mesh is None:
         return None
     if mesh.ndim == 1:
@@ -78,22 +79,18 @@ def mesh_group(model: nn.Module) -> torch.distributed.ProcessGroup | None:
     if mesh.size() == torch.distributed.get_world_size():
         return torch.distributed.group.WORLD
     raise ValueError(
-        "process_group must be given where a sharded model's mesh has several dimensions and is not all of the "
-        f"processes: it has {mesh.size()} of {torch.distributed.get_world_size()}"
+        "process_group must be given if a sharded model's mesh has several dimensions and not all processes; it has "
+        f"{mesh.size()} of {torch.distributed.get_world_size()}"
     )
 
 
-def _sharded(parameters: Iterable[Any]) -> Iterator[Any]:
-    return (each for each in parameters if is_sharded(each))
-
-
 def check_sharding(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that anything but ``fully_shard`` shards.
+    """Refuse parameters that are sharded by anything but ``fully_shard``.
 
     Raises
     ------
     TypeError
-        Naming the parameter: tensor parallelism, or a DTensor outside every unit.
+        If a parameter is under tensor parallelism, or a DTensor outside every unit.
     """
     if not any(map(is_sharded, parameters.values())):
         return
@@ -104,28 +101,28 @@ def check_sharding(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         sharded = [each for each in parameter.placements if not each.is_replicate()]  # type: ignore[attr-defined]
         if id(parameter) not in inside or len(sharded) > 1:
             raise TypeError(
-                f"{name!r} must be whole in its forward: a DTensor is supported where fully_shard holds it, without "
-                f"tensor parallelism; its placements are {parameter.placements}"  # type: ignore[attr-defined]
+                f"{name!r} must be whole in its forward: a DTensor is supported only under fully_shard, without tensor "
+                f"parallelism; its placements are {parameter.placements}"  # type: ignore[attr-defined]
             )
 
 
 class ShardedGradients:
-    """The gradients of sharded parameters as this rank's backward leaves them, before the ranks reduce them.
+    """The gradients of sharded parameters from this rank's backward, before the ranks reduce them.
 
     Parameters
     ----------
     parameters : mapping of str to Tensor
-        As they are between passes.
+        The parameters between passes.
     take : bool
-        Take the gradients away, so that nothing is reduced and ``p.grad`` stays as it is. Otherwise the backward goes
-        on as usual.
+        Take the gradients away: the ranks reduce nothing, and ``p.grad`` stays unchanged. Otherwise the backward is the
+        usual one.
     keep : bool
-        Keep the values; otherwise only the names are noted.
+        Keep the gradients; otherwise only the names of parameters that got one.
 
     Attributes
     ----------
     sums : dict of str to Tensor
-        The sums since `open`, if values are kept.
+        The sums of gradients since `open`, with ``keep``.
     touched : set of str
         The parameters that got a gradient.
     """
@@ -142,7 +139,7 @@ class ShardedGradients:
 
     @contextmanager
     def open(self) -> Iterator[ShardedGradients]:
-        """Watch from here on; afterwards the parameters are as before, with their own gradients back if taken."""
+        """Watch the gradients inside; with ``take``, put the parameters' own gradients back afterwards."""
         earlier = {name: parameter.grad for name, parameter in self._parameters.items()}
         try:
             if self._take:
@@ -154,13 +151,13 @@ class ShardedGradients:
             while self._undo:
                 self._undo.pop()()
             for name, parameter in self._parameters.items() if self._take else ():
-                # The end of this pass may have reduced a gradient that waited for it.
+                # A gradient that waited for reduction (see `watch`) may have been reduced at the end of this pass.
                 waiting = parameter.grad if name in self._shown else None
                 before = earlier[name]
                 parameter.grad = before if waiting is None else waiting if before is None else before + waiting
 
     def unseen(self) -> list[str]:
-        """Return the parameters that got a gradient without being shown whole: used outside their unit's forward."""
+        """Return the parameters that got a gradient outside their unit's forward, where they are not whole."""
         return [
             name
             for name, parameter in self._parameters.items()
@@ -173,21 +170,21 @@ class ShardedGradients:
         Raises
         ------
         TypeError
-            If becoming whole took it to another device.
+            If the whole parameter is on another device than its part.
         """
         if id(parameter) in self._watched or name not in self._parameters:
             return
         if parameter.device != self._parameters[name].device:
             raise TypeError(
-                f"{name!r} must rest where it is used ({parameter.device}); got {self._parameters[name].device}: "
-                "CPUOffloadPolicy is not supported"
+                f"{name!r} must rest on the device that uses it ({parameter.device}); got "
+                f"{self._parameters[name].device}: CPUOffloadPolicy is not supported"
             )
         self._watched.add(id(parameter))
         self._shown.add(name)
         if not self._take:
             self._undo.append(parameter.register_hook(lambda gradient: self._note(name, gradient)).remove)
             return
-        # Micro-batches without synchronisation left a gradient here; it waits until the end.
+        # A micro-batch without synchronisation may have left a gradient here, which waits for reduction.
         waiting, parameter.grad = parameter.grad, None
 
         def take(now: Tensor) -> None:
@@ -209,7 +206,7 @@ class ShardedGradients:
         if name in self.sums:
             self.sums[name] = self.sums[name] + gradient
         else:
-            # A gradient that was taken is nobody else's. One that goes on may be changed on its way.
+            # Nobody else uses a gradient that was taken away; others may still be changed in place.
             self.sums[name] = gradient if self._take else gradient.clone()
 
 

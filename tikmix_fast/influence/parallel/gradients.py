@@ -1,4 +1,4 @@
-"""The gradients of one backward, told apart from those that the training run has accumulated so far."""
+"""The gradients of one backward, apart from those that the training run has accumulated so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes that measure one matrix together, each on batches of its own."""
+"""Processes that measure one matrix together, each on its own batches."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Array = NDArray[np.float64]
 
 
 class Ranks:
-    """The processes of a group. All of them must make the same calls in the same order.
+    """The processes of a group; all of them must make the same calls in the same order.
 
     Parameters
     ----------
     group : ProcessGroup
     device : torch.device
-        The device that small numbers travel through: that of the parameters, which the group's backend can handle.
+        The device for exchanging small numbers: that of the parameters, which the group's backend supports.
 
     Attributes
     ----------
     index, size : int
-        This process among them, and how many there are.
+        The rank of this process, and the number of processes.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
@@ -61,11 +61,11 @@ class Ranks:
         return share
 
     def share(self, tensor: Tensor) -> Tensor:
-        """Return this rank's share of a tensor that all ranks hold."""
+        """Return this rank's share of a tensor that is whole on every rank."""
         return self._padded(tensor).chunk(self.size)[self.index].clone()
 
     def join(self, share: Tensor, shape: torch.Size) -> Tensor:
-        """Return the tensor that the ranks hold shares of."""
+        """Return the whole tensor, given this rank's share of it."""
         joined = share.new_empty(len(share) * self.size)
         dist.all_gather_into_tensor(joined, share, group=self._group)
         return joined[: shape.numel()].view(shape)
@@ -74,7 +74,7 @@ class Ranks:
         return F.pad(tensor.reshape(-1), (0, -tensor.numel() % self.size))
 
     def gather(self, rows: Array) -> list[Array]:
-        """Return the ``rows`` [k, width] of every rank; k may differ."""
+        """Return the ``rows`` [k, width] of every rank; k may differ between ranks."""
         counts = np.zeros(self.size)
         counts[self.index] = len(rows)
         counts = self.total(counts)
@@ -90,12 +90,12 @@ class Ranks:
 def ranks_of(model: nn.Module, group: ProcessGroup | Literal["auto"] | None, device: torch.device) -> Ranks | None:
     """Return the processes that measure together; None if this process measures alone.
 
-    "auto" is the group of DistributedDataParallel around the model, or of ``fully_shard``.
+    "auto" takes the group of DistributedDataParallel around the model, or of ``fully_shard``.
 
     Raises
     ------
     ValueError
-        If ``group`` is another word, this process does not belong to it, or a sharded model's is not clear.
+        If ``group`` is another string, this process does not belong to it, or "auto" is ambiguous for a sharded model.
     """
     if isinstance(group, str):
         if group != "auto":

@@ -1,4 +1,4 @@
-"""Covered means conserved: the influence of all rows together is that of the gradient the optimizer will see."""
+"""Conservation: the influence of all rows together must equal that of the gradient that the optimizer will see."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ConservationError", "check_conservation"]
 
 
 class ConservationError(RuntimeError):
-    """What was captured of a parameter is not what its gradient holds."""
+    """The captured influence of a parameter disagrees with its gradient."""
 
 
 def check_conservation(
@@ -30,20 +30,21 @@ def check_conservation(
     Parameters
     ----------
     sums : float64 [q, m] by name
-        Captured, in the units of the gradient that flowed.
+        The captured influence, in the units of the gradient that flowed.
     queries : [q, *shape] by name
-    before, after : gradient before and after the pass, or None, by name
-    projections : by name, optional
-        Of these parameters the projected gradient is compared.
+    before, after : by name
+        The gradient before and after the pass, or None.
     tolerance : float
-        Largest difference allowed, as a share of |query| |gradient| of the parameter. A thousandth of it, as a share of
-        those of all parameters together, is allowed besides: some gradients, such as that of a key's bias, are zero but
-        for rounding.
+        The largest allowed difference, as a share of the parameter's |query| |gradient|. A thousandth of that share of
+        all parameters' |query| |gradient| is allowed on top, because some gradients (a key's bias) are zero but for
+        rounding.
+    projections : by name, optional
+        The parameters whose projected gradient is compared.
 
     Raises
     ------
     ConservationError
-        Naming the parameter that deviates most: one of its uses was not captured, or a hook changed its gradient.
+        If a use of a parameter was not captured, or a hook changed its gradient; names the largest deviation.
     """
     deviations: list[tuple[str, Tensor, Tensor, float, float]] = []
     for name, captured in sums.items():
@@ -53,14 +54,14 @@ def check_conservation(
         added = now = _dense(gradient)
         if earlier is not None:
             added = now - _dense(earlier)
-        # Adding to a gradient that was there rounds by its size and dtype.
+        # Adding to an earlier gradient rounds to that gradient's size and dtype.
         rounding = 0.0 if earlier is None else 8 * torch.finfo(gradient.dtype).eps * float(now.norm())
         if projections and name in projections:
             added = projections[name].project(added)
         flat = added.reshape(-1)
-        found = torch.stack([torch.dot(query.reshape(-1).double(), flat) for query in queries[name]])
+        influence = torch.stack([torch.dot(query.reshape(-1).double(), flat) for query in queries[name]])
         lengths = torch.stack([query.norm() for query in queries[name]]).double()
-        deviations.append((name, (found - captured.sum(1)).abs(), lengths, float(added.norm()), rounding))
+        deviations.append((name, (influence - captured.sum(1)).abs(), lengths, float(added.norm()), rounding))
     if not deviations:
         return
     whole = torch.stack([lengths.square() for _, _, lengths, _, _ in deviations]).sum(0).sqrt()
@@ -68,7 +69,7 @@ def check_conservation(
     worst, worst_name = 0.0, ""
     for name, difference, lengths, change, rounding in deviations:
         allowed = lengths * (tolerance * change + rounding) + 1e-3 * tolerance * whole * whole_change
-        # Written so that a NaN on either side counts as a deviation.
+        # `not all(<=)` instead of `any(>)`: a NaN on either side counts as a deviation.
         if not bool((difference <= allowed).all()):
             share = float((difference / (lengths * change).clamp_min(1e-300)).max())
             if not share <= worst or not worst_name:

@@ -1,4 +1,4 @@
-"""Which trainable parameters the influence covers, in one line that nobody overlooks."""
+"""Report in one line which trainable parameters the influence covers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["Coverage"]
 
 @dataclass(frozen=True)
 class Coverage:
-    """What share of the trainable parameters the influence covers.
+    """The share of the trainable parameters that the influence covers.
 
     Attributes
     ----------
     captured, excluded, silent : dict of str to int
-        Parameters by name with their number of elements: captured at least once; excluded by the user; trainable, but
-        no gradient has reached them yet.
+        Number of elements by parameter name. Captured: at least once. Excluded: by the user. Silent: trainable, but no
+        gradient has reached it yet.
 
     Examples
     --------
@@ -29,7 +29,7 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Captured elements over trainable elements, 0 to 1."""
+        """Captured elements divided by trainable elements, 0 to 1."""
         return sum(self.captured.values()) / max(self._elements, 1)
 
     @property

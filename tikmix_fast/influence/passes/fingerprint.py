@@ -1,4 +1,4 @@
-"""Tell whether the weights of a model changed, whoever changed them."""
+"""Detect whether the weights of a model changed, by whatever means."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Fingerprint"]
 
 
 class Fingerprint:
-    """The weights as they are now, for a later comparison: their addresses, version counters and norms.
+    """A fingerprint of the current weights: their addresses, version counters and norms.
 
-    Version counters alone are not enough: fused optimizers and writes through ``.data`` leave them as they are. Costs
-    one read of the weights (of this rank's parts if they are sharded). The host waits for nothing.
+    Version counters alone are not enough: fused optimizers and writes through ``.data`` do not change them. Costs one
+    read of the weights (of this rank's parts if they are sharded), for which the host does not wait.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -26,7 +26,7 @@ class Fingerprint:
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for parameter in parameters.values():
             groups.setdefault((parameter.device, parameter.dtype), []).append(parameter.detach())
-        # A norm in half precision would not see a small change.
+        # A norm in half precision would miss small changes.
         self._norms = {
             key: norms(tensors, torch.promote_types(key[1], torch.float32)) for key, tensors in groups.items()
         }
@@ -34,7 +34,7 @@ class Fingerprint:
     def changes_since(self, earlier: Fingerprint) -> list[Tensor]:
         """Return flags, still on their devices: the weights changed if any is true.
 
-        If an address or a version counter differs, the host knows it: one true flag on the CPU.
+        If an address or a version counter differs, the host knows already, and returns one true flag on the CPU.
         """
         if self._places != earlier._places:
             return [torch.tensor(True, device="cpu")]

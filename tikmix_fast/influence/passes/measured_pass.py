@@ -1,4 +1,4 @@
-"""One forward and backward inside a context of the engine: what is watched, read together at the end, and checked."""
+"""One forward and backward inside a context of the engine: watch it, read the results together, and check them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tikmix_fast.influence.capture.capture import Capture
 from tikmix_fast.influence.capture.captured_pass import captured_pass
 from tikmix_fast.influence.capture.sink import Sink
 from tikmix_fast.influence.capture.views import UncapturedParameterError
-from tikmix_fast.influence.loss.account import LossAccount
+from tikmix_fast.influence.loss.loss_account import LossAccount
+from tikmix_fast.influence.parallel.device_transfers import read_together
 from tikmix_fast.influence.parallel.gradients import PassGradients
-from tikmix_fast.influence.parallel.transfers import read_together
 from tikmix_fast.influence.passes.fingerprint import Fingerprint
 
 __all__ = ["MeasuredPass", "all_finite", "check_captured", "not_captured", "sum_of"]
 
 
 class MeasuredPass:
-    """Watch the weights and the loss of one pass, and read everything that the host must know in one copy.
+    """Watch the weights and the loss of one pass, and read all results with one copy per device.
 
     Parameters
     ----------
@@ -33,14 +33,14 @@ class MeasuredPass:
     context : str
         The engine's method, for messages.
     frozen : Fingerprint, optional
-        The weights must still be these.
+        The weights must equal these.
     since : str
-        When they were, for messages.
+        The time of ``frozen``, for messages.
 
     Raises
     ------
     RuntimeError
-        If the weights changed, as far as the host knows it without waiting.
+        If the weights changed, and the host knows this without waiting for the device.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class MeasuredPass:
         self._context, self._since = context, since
         self._capture: Capture | None = None
         self.weights = Fingerprint(parameters)
-        self._stale = [] if frozen is None else self.weights.changes_since(frozen)
-        if all(flag.device.type == "cpu" for flag in self._stale):
-            self._refuse_stale(self._stale)
-            self._stale = []
+        self._changed = [] if frozen is None else self.weights.changes_since(frozen)
+        if all(flag.device.type == "cpu" for flag in self._changed):
+            self._refuse_changed(self._changed)
+            self._changed = []
 
     @contextmanager
     def open(self, sink: Sink | None, *, fused: bool, take: bool, keep: bool) -> Iterator[PassGradients]:
@@ -72,14 +72,14 @@ class MeasuredPass:
     def read(
         self, gradients: Iterable[Tensor] = (), **unread: Sequence[Tensor]
     ) -> tuple[dict[str, list[Tensor]], tuple[int, ...] | None]:
-        """Bring everything unread to the host, ``unread`` included, and check that the weights stayed the same.
+        """Copy everything unread to the host, ``unread`` included, and check that the weights stayed the same.
 
-        ``gradients`` were left by the backward's streams and will be read on the current one.
+        ``gradients`` come from the backward's streams; the current stream will read them.
 
         Returns
         -------
         dict of str to list of float64 Tensor
-            What `LossAccount.settle` needs, and ``unread``.
+            The readings for `LossAccount.settle`, and ``unread``.
         tuple of int or None
             Leading dimensions of the model's last product.
 
@@ -89,11 +89,11 @@ class MeasuredPass:
             If the weights changed before or inside the context.
         """
         if self._capture is None:
-            raise RuntimeError("a pass is read after it has run")
+            raise RuntimeError("read() must follow open()")
         self._capture.streams.join(gradients)
         stepped = Fingerprint(self._parameters).changes_since(self.weights)
-        readings = read_together({"stale": self._stale, "stepped": stepped, **self._account.unread(), **unread})
-        self._refuse_stale(readings["stale"])
+        readings = read_together({"changed": self._changed, "stepped": stepped, **self._account.unread(), **unread})
+        self._refuse_changed(readings["changed"])
         if any(map(bool, readings["stepped"])):
             raise RuntimeError(
                 f"weights changed inside {self._context}(...): step the optimizer outside; one that steps inside the "
@@ -101,7 +101,7 @@ class MeasuredPass:
             )
         return readings, self._capture.rows
 
-    def _refuse_stale(self, flags: Sequence[Tensor]) -> None:
+    def _refuse_changed(self, flags: Sequence[Tensor]) -> None:
         if any(map(bool, flags)):
             raise RuntimeError(
                 f"weights changed since {self._since}: task and domain gradients must belong to the same weights. Call "
@@ -111,11 +111,11 @@ class MeasuredPass:
 
 
 def not_captured(names: Sequence[str]) -> UncapturedParameterError:
-    """Return the error for parameters whose gradients arrived without having been captured."""
+    """Return the error for parameters that got a gradient without being captured."""
     return UncapturedParameterError(
         f"gradients reached {', '.join(map(repr, names))} in a way that was not captured (a fused kernel, a recurrent "
-        "layer, a reference kept outside the module, or a unit of fully_shard used aside from its forward). Leave "
-        f"them out with exclude={list(names)!r}, and their influence counts as zero"
+        "layer, a reference kept outside the module, or a unit of fully_shard used outside its forward). Leave them "
+        f"out with exclude={list(names)!r}; their influence then counts as zero"
     )
 
 
@@ -137,7 +137,7 @@ def sum_of(gradient: Tensor) -> Tensor:
 def all_finite(sums: Sequence[Tensor], gradients: Collection[Tensor]) -> bool:
     """Whether every entry of the gradients is finite, given their sums on the host.
 
-    A finite sum has finite terms, which is the fast way; a sum may overflow though its terms are finite.
+    A finite sum proves finite entries, which is fast. Otherwise each entry is checked, because a sum may overflow.
     """
     return all(map(math.isfinite, sums)) or all(bool(torch.isfinite(_values(each)).all()) for each in gradients)
 

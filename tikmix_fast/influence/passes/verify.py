@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tikmix_fast.influence.capture.captured_pass import captured_pass
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.parallel.fully_sharded import is_sharded
-from tikmix_fast.influence.passes.recorder import Recorder
-from tikmix_fast.influence.queries.held import Queries
+from tikmix_fast.influence.passes.influence_sink import InfluenceSink
 from tikmix_fast.influence.queries.projection import back_project
+from tikmix_fast.influence.queries.store import Queries
 from tikmix_fast.influence.torch_private import tree_map
 
 __all__ = ["Cell", "Verification", "recompute_cells", "verify_cells"]
@@ -25,7 +25,7 @@ __all__ = ["Cell", "Verification", "recompute_cells", "verify_cells"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One (task, domain) cell: as captured, as recomputed, and |difference| / (|q_i| |g_j|)."""
+    """One (task, domain) cell: its captured and recomputed values, and |difference| / (|q_i| |g_j|)."""
 
     task: str
     domain: str
@@ -36,13 +36,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Verification:
-    """The cells that were recomputed; ``max_error`` is the largest error, as a share of |q_i| |g_j|."""
+    """The recomputed cells; errors are shares of |q_i| |g_j|."""
 
     cells: tuple[Cell, ...]
 
     @property
     def max_error(self) -> float:
-        """The largest error of any cell."""
+        """The largest error of all cells."""
         return max(cell.error for cell in self.cells)
 
     def __str__(self) -> str:
@@ -67,12 +67,12 @@ def verify_cells(
     cells: int,
     seed: int,
 ) -> Verification:
-    """Capture a batch, and recompute some of its cells; ``names`` are those of the tasks and the domains.
+    """Capture a batch, and recompute some of its cells; ``names`` are the task names and the domain names.
 
     Raises
     ------
     ValueError
-        If the labels are those of a whole batch.
+        If the labels name one domain for the whole batch instead of one per row.
     RuntimeError
         If weights are sharded.
     """
@@ -82,12 +82,12 @@ def verify_cells(
     if any(map(is_sharded, parameters.values())):
         raise RuntimeError("verify needs the whole weights in one process: verify a small model before sharding it")
     combined = queries.by_task(len(tasks))
-    recorder = Recorder(labels, combined, queries.projections)
-    with captured_pass(model, parameters, recorder, fused=fused) as (capture, _):
+    sink = InfluenceSink(labels, combined, queries.projections)
+    with captured_pass(model, parameters, sink, fused=fused) as (capture, _):
         loss_per_row(model, batch).sum().backward()
         capture.streams.join()
-    sums = list(recorder.sums.values())
-    captured = torch.stack([each.to(sums[0].device) for each in sums]).sum(0).cpu()
+    total = sink.total()
+    captured = torch.zeros(len(tasks), len(domains)) if total is None else total.cpu()
     present = sorted(set(labels.ids.flatten().tolist()))
     pairs = [(task, domain) for task in range(len(tasks)) for domain in present]
     chosen = sorted(pairs[each] for each in np.random.default_rng(seed).permutation(len(pairs))[:cells])
@@ -108,7 +108,7 @@ def verify_cells(
 
 
 class _Losses(nn.Module):
-    """The user's function of model and batch as a module, so that its parameters can be replaced."""
+    """The user's loss as a module, so that `torch.func.functional_call` can replace its parameters."""
 
     def __init__(self, model: nn.Module, loss_per_row: Callable[[nn.Module, Any], Tensor]) -> None:
         super().__init__()
@@ -128,21 +128,20 @@ def recompute_cells(
     queries: Mapping[str, Tensor],
     chosen: Sequence[tuple[int, int]],
 ) -> list[tuple[float, float]]:
-    """Return for each chosen (query, domain) the derivative of the domain's summed loss along the query, and |q| |g|.
+    """Return the derivative of a domain's summed loss along a query, and |q| |g|, for each chosen (query, domain).
 
-    Everything runs in float64 on copies of the parameters: the model itself is not touched, and none of the capture
-    takes part.
+    It runs in float64 on copies of the parameters, without the capture; the model stays untouched.
 
     Parameters
     ----------
     model : nn.Module
     loss_per_row : callable (model, batch) -> Tensor [B] or [B, S]
-        The loss of every row or position, not reduced over them.
+        The unreduced loss of every row or position.
     batch : any nesting of tensors
-    row_domains : int64, of the shape of the losses
-        The domain of each loss.
-    parameters, queries : mappings by parameter name; one query [*shape] each
-        ``queries`` [q, *shape].
+    row_domains : int64
+        The domain of each loss; the shape of the losses.
+    parameters, queries : mappings by parameter name
+        Tensors [*shape] and [q, *shape].
     chosen : pairs (index of the query, index of the domain)
     """
     wide = tree_map(_double, batch)
@@ -152,18 +151,18 @@ def recompute_cells(
     moving = {name: names[id(parameter)] for name, parameter in parameters.items()}
     point = {moving[name]: frozen.pop(moving[name]) for name in parameters}
 
-    def of(at: Mapping[str, Tensor]) -> Tensor:
-        values: Tensor = torch.func.functional_call(losses, {**frozen, **at}, (wide,), tie_weights=True)
+    def losses_at(weights: Mapping[str, Tensor]) -> Tensor:
+        values: Tensor = torch.func.functional_call(losses, {**frozen, **weights}, (wide,), tie_weights=True)
         return values
 
     results: dict[tuple[int, int], tuple[float, float]] = {}
-    # The fused attention kernels have no forward-mode derivative. torch loads those of other operations through its own
-    # deprecated torch.jit, and warns of that; which warning depends on the version.
+    # Fused attention kernels have no forward-mode derivative. For other operations' derivatives torch uses its own
+    # deprecated torch.jit, and warns; the kind of warning depends on the version.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit")
         for index in {query for query, _ in chosen}:
             direction = {moving[name]: queries[name][index].double() for name in parameters}
-            slopes = torch.func.jvp(of, (point,), (direction,))[1]
+            slopes = torch.func.jvp(losses_at, (point,), (direction,))[1]
             if slopes.shape != row_domains.shape:
                 raise ValueError(
                     f"loss_per_row must return losses of shape {list(row_domains.shape)}, as the ids; got "
@@ -173,11 +172,11 @@ def recompute_cells(
             for query, domain in chosen:
                 if query != index:
                     continue
-                mine = row_domains.to(slopes.device) == domain
+                members = row_domains.to(slopes.device) == domain
                 leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
-                gradients = torch.autograd.grad(of(leaves)[mine].sum(), list(leaves.values()), allow_unused=True)
+                gradients = torch.autograd.grad(losses_at(leaves)[members].sum(), [*leaves.values()], allow_unused=True)
                 norm = torch.stack([each.square().sum() for each in gradients if each is not None]).sum().sqrt()
-                results[query, domain] = float(slopes[mine].sum()), float(length * norm)
+                results[query, domain] = float(slopes[members].sum()), float(length * norm)
     return [results[pair] for pair in chosen]
 
 

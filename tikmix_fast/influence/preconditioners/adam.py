@@ -1,4 +1,4 @@
-"""P from the optimizer's own second moments."""
+"""P from the optimizer's second moments."""
 
 from __future__ import annotations
 
@@ -20,32 +20,31 @@ _LOG = logging.getLogger("tikmix_fast")
 
 
 class Adam:
-    """P = lr / lr_ref / (sqrt(v / (1 - beta2^t)) + eps), elementwise, as the run's own optimizer would scale a step.
+    """P = lr / lr_ref / (sqrt(v / (1 - beta2^t)) + eps), elementwise, as the run's own optimizer scales a step.
 
-    v and t are the optimizer's when the queries freeze; lr is the parameter group's, lr_ref the largest of all groups.
-    No momentum, no weight decay, no clipping; with amsgrad v is the running maximum. The optimizer is read, never
-    changed.
+    v and t are read from the optimizer when the queries freeze. lr is the parameter group's, lr_ref the largest lr.
+    P has no momentum, weight decay or clipping; with amsgrad v is the running maximum. The optimizer does not change.
 
-    With it S is the decrease of a task's loss per unit step along P times the domain's mean gradient, with v frozen. A
-    real Adam step on that domain moves v as well, so its decrease is smaller by a common factor.
+    S is then the decrease of a task's loss per unit step along P times the domain's mean gradient, with v frozen. A
+    real Adam step on that domain also updates v, so its decrease is smaller by a common factor.
 
-    Supported are torch.optim.Adam and AdamW (also fused, foreach, amsgrad) and saved states of them with names. Muon,
-    Shampoo, SOAP and Lion are not: Muon's step U V^T and Lion's sign are no linear map of a gradient, so there is no P
-    that S could be made of, and a state that such optimizers keep is refused rather than misread. Where Muon trains
-    the matrices and AdamW the rest, as is usual: pass that AdamW as ``optimizer`` with ``exclude`` patterns of Muon's
-    matrices for the influence through the rest alone, or use "ekfac" for all, or write a `Preconditioner` that asks an
-    `Adam` or an `EKFAC` by the name of the parameter.
+    Supported are torch.optim.Adam and AdamW (also fused, foreach, amsgrad), and their saved states with names. Muon,
+    Shampoo, SOAP and Lion are not: Muon's step U V^T and Lion's sign are not linear maps of a gradient, so there is no
+    P to build S from. Their states raise an error. If Muon trains the matrices and AdamW the rest, there are three
+    ways: pass that AdamW as ``optimizer`` with ``exclude`` patterns of Muon's matrices, and measure the influence
+    through the rest alone; use "ekfac" for all; or write a `Preconditioner` that calls an `Adam` or an `EKFAC`,
+    depending on the name of the parameter.
 
-    Where an element was never trained (v = 0: the row of a token that has not occurred) P is 1 / eps, some 100,000
-    times what it is elsewhere. Adam's own first step there is of ordinary size, as it moves v with it, and so such
-    elements make S about a few rare tokens while the run is young: 70% of S after 1 and 3 steps of a small model, 1%
-    after 10. A warning tells where that is so.
+    An element that was never trained (v = 0: the row of a token that has not occurred) has P = 1 / eps, some 100,000
+    times the ordinary size. Adam's own first step there is of ordinary size, because it updates v too. So a few rare
+    tokens dominate S while the run is young: they carried 70% of S after 1 and 3 steps of a small model, and 1% after
+    10. A warning says so.
 
     Parameters
     ----------
     floor : float
-        Take sqrt(v / (1 - beta2^t)) to be at least so many times the median of the parameter's entries that are not
-        zero. 0 is the optimizer's own P; 1 treats elements that were never trained as ordinary ones.
+        Lower bound of sqrt(v / (1 - beta2^t)), as a multiple of the median of the parameter's non-zero entries. 0 is
+        the optimizer's own P; 1 treats elements that were never trained as ordinary ones.
 
     Examples
     --------
@@ -67,13 +66,13 @@ class Adam:
             raise ValueError(f"floor must be a finite number of at least 0; got {floor!r}")
         self.floor = float(floor)
         if self.floor:
-            self.name = f"adam, floor {self.floor:g}"  # another P: no state or matrix is to be taken for one without
+            self.name = f"adam, floor {self.floor:g}"  # another P, so states and matrices must differ in name
         self._moments: dict[str, AdamMoment] = {}
         self._untrained: _Share | None = None
         self.reference_lr = 0.0
 
     def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
-        """Read v, t and the groups' settings of every parameter; see `optimizer_state.read_adam` for what is raised."""
+        """Read v, t and the groups' settings; raises what `optimizer_state.read_adam` raises."""
         if optimizer is None:
             raise ValueError(
                 "preconditioner='adam' needs optimizer=: the torch.optim.Adam or AdamW that trains the model, or "
@@ -81,7 +80,7 @@ class Adam:
             )
         self._moments = read_adam(optimizer, parameters)
         self.reference_lr = max((moment.lr for moment in self._moments.values()), default=0.0)
-        # Whether a sharded v has zeros is known where it is whole.
+        # The zeros of a sharded v are known only once it is gathered.
         second_moments = [moment.v for moment in self._moments.values()]
         some = not self.floor and any(is_sharded(v) or bool((v == 0).any()) for v in second_moments)
         self._untrained = _Share(set(self._moments)) if some else None
@@ -90,7 +89,7 @@ class Adam:
         """Return the gradients [q, *shape] scaled elementwise, in place."""
         moment = self._moments[name]
         denominator = moment.denominator(self.floor).to(gradients.device, gradients.dtype)
-        # All rates zero, as before a warm-up: the ratio of rates has no meaning, and equal ones cancel.
+        # If all rates are zero, as before a warm-up, take them as equal: equal rates cancel.
         ratio = moment.lr / self.reference_lr if self.reference_lr > 0 else 1.0
         if self._untrained is not None:
             self._untrained.add(name, gradients, denominator, ratio, (whole(moment.v) == 0).to(gradients.device))
@@ -98,29 +97,29 @@ class Adam:
 
 
 class _Share:
-    """What elements that were never trained have of the influence of the tasks on each other, as a guess at that of S.
+    """Share of task-to-task influence carried by elements the optimizer never updated; a proxy for their share of S.
 
-    One product per pair of neighbouring queries; it warns when the last of the parameters ``waiting`` was added.
+    It takes one product per pair of neighbouring queries, and warns once all ``names`` were added.
     """
 
-    def __init__(self, waiting: set[str]) -> None:
-        self._waiting = waiting
+    def __init__(self, names: set[str]) -> None:
+        self._missing = names
         self._products: list[Tensor] = []
 
     def add(self, name: str, gradients: Tensor, denominator: Tensor, ratio: float, untrained: Tensor) -> None:
-        of_pairs = []
+        pairs = []
         for one, other in list(pairwise(gradients)) or [(gradients[0], gradients[0])]:
             products = torch.div(one, denominator).mul_(other)
-            of_pairs.append(torch.stack([each.sum(dtype=torch.float64) for each in (products, products[untrained])]))
-        self._products.append(torch.stack(of_pairs).mul_(ratio).cpu())
-        self._waiting.discard(name)
-        if not self._waiting:
-            whole, part = torch.stack(self._products).sum(0).abs().sum(0).tolist()
+            pairs.append(torch.stack([each.sum(dtype=torch.float64) for each in (products, products[untrained])]))
+        self._products.append(torch.stack(pairs).mul_(ratio).cpu())
+        self._missing.discard(name)
+        if not self._missing:
+            total, part = torch.stack(self._products).sum(0).abs().sum(0).tolist()
             self._products.clear()
-            if part > 0.5 * whole > 0:
+            if part > 0.5 * total > 0:
                 _LOG.warning(
-                    "elements that the optimizer never trained (v = 0, where P is 1 / eps) carry %.0f%% of the "
-                    "influence of the tasks on each other, and so S is about them: train on, leave such tables out "
-                    "with exclude=, or use preconditioner=Adam(floor=1.0)",
-                    100 * min(1.0, part / whole),
+                    "elements that the optimizer never trained (v = 0, P = 1 / eps) carry %.0f%% of the influence of "
+                    "the tasks on each other, so they dominate S: train on, leave such tables out with exclude=, or "
+                    "use preconditioner=Adam(floor=1.0)",
+                    100 * min(1.0, part / total),
                 )

@@ -1,4 +1,4 @@
-"""From the name of a preconditioner to the preconditioner."""
+"""Make a preconditioner from its name."""
 
 from __future__ import annotations
 

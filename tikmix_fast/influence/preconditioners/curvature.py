@@ -1,4 +1,4 @@
-"""Second moments of one batch: of rows, or of gradients in a given basis."""
+"""Sinks that sum second moments of one batch: of rows, or of gradients in a basis."""
 
 from __future__ import annotations
 
@@ -13,10 +13,22 @@ from torch import Tensor
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.capture.views import ParameterView
 
-__all__ = ["Basis", "EigenvalueRecorder", "FactorRecorder"]
+__all__ = ["Basis", "EigenvalueSink", "FactorSink", "Sides", "add_sides"]
 
 # Columns of a second moment at a time: products this wide run at full speed.
 _TOGETHER = 256
+
+Sides = tuple[Tensor | None, Tensor | None]
+"""A tensor for the rows [R, R] and one for the columns [C, C] of a weight [R, C]; None for a side that has none."""
+
+
+def add_sides(sums: dict[str, Sides], name: str, more: Sides) -> None:
+    """Add to the sums of a weight, in place; the first addition becomes the sum."""
+    (rows, columns), (more_rows, more_columns) = sums.get(name, (None, None)), more
+    sums[name] = (
+        more_rows if rows is None or more_rows is None else rows.add_(more_rows),
+        more_columns if columns is None or more_columns is None else columns.add_(more_columns),
+    )
 
 
 @dataclass(frozen=True)
@@ -48,15 +60,15 @@ class Basis:
 
 
 class _CurvatureSink:
-    """A sink that counts how parameters are used; subclasses read the weights of products.
+    """A sink that counts the uses of parameters; subclasses read the products.
 
     Attributes
     ----------
     labels : RowLabels
     products : Counter of str
-        How often each parameter was itself the weight of a product.
+        How often each parameter was the weight of a product, untransformed.
     elsewhere : set of str
-        The parameters that were used in another way too, or after a transformation.
+        The parameters that were also used in another way, or after a transformation.
     """
 
     def __init__(self, labels: RowLabels) -> None:
@@ -68,7 +80,7 @@ class _CurvatureSink:
         return False
 
     def close(self) -> None:
-        """Hold nothing of the graph."""
+        """Do nothing: no reference to the graph is left."""
 
     def product(
         self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
@@ -79,7 +91,7 @@ class _CurvatureSink:
         name = weight.sources[0].name
         self.products[name] += 1
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        # Under autocast the product itself read the rows in the dtype of its output.
+        # Under autocast, the product itself read the rows in the dtype of its output.
         inputs = rows.reshape(-1, rows.shape[-1]).to(gradient.dtype).to(wide)
         outputs = gradient.reshape(-1, gradient.shape[-1]).to(wide)
         self._read(name, inputs, outputs, in_out, tuple(rows.shape[:-1]))
@@ -102,48 +114,44 @@ class _CurvatureSink:
         self.elsewhere.update(source.name for source in view.sources)
 
 
-class FactorRecorder(_CurvatureSink):
+class FactorSink(_CurvatureSink):
     """Sum the Kronecker factors of every product's weight [R, C].
 
     Parameters
     ----------
     labels : RowLabels
     max_side : int
-        A side longer than this gets no factor.
+        Longer sides get no factor.
 
     Attributes
     ----------
-    factors : dict of str to pair of Tensor or None
-        Sums over rows of x x^T for the input x of the product and of d d^T for the gradient d of its output, in the
-        order of the weight's dimensions: ([R, R], [C, C]). Some entries above the diagonal are not filled.
+    factors : dict of str to Sides
+        Sums over rows of x x^T for the product's input x and of d d^T for its output's gradient d, in the order of the
+        weight's dimensions. Entries above the diagonal are undefined.
     """
 
     def __init__(self, labels: RowLabels, max_side: int) -> None:
         super().__init__(labels)
         self.max_side = max_side
-        self.factors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.factors: dict[str, Sides] = {}
 
     def _read(self, name: str, inputs: Tensor, outputs: Tensor, in_out: bool, leading: tuple[int, ...]) -> None:
-        # Rows that no loss depends on (padding) say nothing about the inputs that matter.
+        # No loss depends on rows without gradient (padding), so their inputs must not count.
         inputs = inputs * (outputs != 0).any(1, keepdim=True)
         sides = (inputs, outputs) if in_out else (outputs, inputs)
-        moments = [_second_moment(each) if each.shape[1] <= self.max_side else None for each in sides]
-        before = self.factors.get(name, (None, None))
-        rows, columns = (
-            new if old is None or new is None else old.add_(new) for old, new in zip(before, moments, strict=True)
-        )
-        self.factors[name] = rows, columns
+        rows, columns = (_second_moment(each) if each.shape[1] <= self.max_side else None for each in sides)
+        add_sides(self.factors, name, (rows, columns))
 
 
-class EigenvalueRecorder(_CurvatureSink):
-    """Sum the squares of every group's weight gradient in the basis of its layer.
+class EigenvalueSink(_CurvatureSink):
+    """Sum the squares of every group's weight gradient, in the basis of the layer.
 
     Parameters
     ----------
     labels : RowLabels
         The groups: the sequences, or the whole batch.
     bases : mapping of str to Basis
-        By the name of the weight; the identity where there is none.
+        By the name of the weight; others have the identity.
 
     Attributes
     ----------
@@ -157,7 +165,7 @@ class EigenvalueRecorder(_CurvatureSink):
 
     def _read(self, name: str, inputs: Tensor, outputs: Tensor, in_out: bool, leading: tuple[int, ...]) -> None:
         if self.products[name] > 1 or name in self.elsewhere:
-            return  # the gradient of the whole batch tells these squares: it adds the uses up
+            return  # these squares come from the whole batch's gradient, which adds up the uses
         layout = self.labels.layout(leading, inputs.device)
         left, right = (inputs, outputs) if in_out else (outputs, inputs)
         if layout.order is not None:
@@ -179,7 +187,7 @@ class EigenvalueRecorder(_CurvatureSink):
 
 
 def _second_moment(rows: Tensor) -> Tensor:
-    """Return rows^T rows [C, C] from the diagonal down: half of the operations if C is large."""
+    """Return rows^T rows [C, C], valid on and below the diagonal: half of the operations if C is large."""
     columns = rows.shape[1]
     moment = rows.new_zeros(columns, columns)
     for start in range(0, columns, _TOGETHER):

@@ -1,4 +1,4 @@
-"""Read Adam's second moments by the name of the parameter, from a live optimizer or from a saved state."""
+"""Read Adam's second moments by parameter name, from a live optimizer or a saved state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tikmix_fast.influence.parallel.fully_sharded import whole
 
-__all__ = ["AdamMoment", "canonical_name", "read_adam"]
+__all__ = ["AdamMoment", "canonical_name", "listed", "read_adam"]
 
 
 @dataclass(frozen=True)
 class AdamMoment:
-    """What Adam knows of one parameter: v [*shape], its step count t, and the settings of its group."""
+    """Adam's state of one parameter: v [*shape], the step count t, and the settings of its group."""
 
     v: Tensor
     step: float
@@ -25,10 +25,10 @@ class AdamMoment:
     lr: float
 
     def denominator(self, floor: float = 0.0) -> Tensor:
-        """Return sqrt(v / (1 - beta2^t)) + eps, float32 or wider, of the parameter's shape.
+        """Return sqrt(v / (1 - beta2^t)) + eps [*shape], float32 or wider.
 
-        With a ``floor`` the root is at least so many times the median of those that are not zero. Of a sharded v the
-        parts are gathered: every rank must ask.
+        Each root is at least ``floor`` times the median of the roots that are not zero. All ranks must call this if v
+        is sharded, because its parts are gathered.
         """
         v = whole(self.v)
         corrected: Tensor = (v if v.dtype == torch.float64 else v.float()) / (1.0 - self.beta2**self.step)
@@ -39,7 +39,7 @@ class AdamMoment:
 
 
 def canonical_name(name: str) -> str:
-    """Return the name of a parameter as its innermost model gives it, without what wrappers put in between.
+    """Return a parameter's name in the innermost model, without the parts that wrappers add.
 
     Examples
     --------
@@ -50,7 +50,7 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
-# A parameter group's settings, and the name and the state of each of its parameters ("" = not of this model).
+# The settings of a parameter group, and the name and state of each parameter; the name is "" for other models' ones.
 _Group = tuple[Mapping[str, Any], list[tuple[str, Mapping[str, Any]]]]
 
 
@@ -60,18 +60,18 @@ def read_adam(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Ada
     Parameters
     ----------
     optimizer : torch.optim.Adam, torch.optim.AdamW, or mapping
-        A live optimizer is read by the identity of its parameters. A mapping is a state dict with names: keys of
-        ``state`` that are names, or ``param_names`` in its groups (as an optimizer made from
-        ``model.named_parameters()`` saves them).
+        A live optimizer's parameters are matched by identity. A mapping is a state dict with names: either the keys of
+        ``state`` are names, or its groups have ``param_names``, as those of an optimizer made from
+        ``model.named_parameters()``.
     parameters : mapping of str to Tensor
 
     Raises
     ------
     TypeError
-        If it is neither, or an optimizer of another kind.
+        If ``optimizer`` is anything else.
     ValueError
-        If a parameter has no state (take a step first), if the state belongs to another model, if it is keyed by index
-        without names, or if the optimizer maximises.
+        If a parameter has no state (take a step first), the state belongs to another model or has indices instead of
+        names, or the optimizer maximises.
     """
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         by_identity = {id(parameter): name for name, parameter in parameters.items()}
@@ -95,7 +95,7 @@ def read_adam(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Ada
     missing = [name for name in parameters if name not in moments]
     if missing:
         raise ValueError(
-            f"the optimizer does not hold {_some(missing)}: it was made for another model or for a part of this one. "
+            f"the optimizer does not hold {listed(missing)}: it was made for another model or for a part of this one. "
             "Leave such parameters out with exclude=, or pass the optimizer that trains them"
         )
     return moments
@@ -125,16 +125,16 @@ def _moment(name: str, group: Mapping[str, Any], state: Mapping[str, Any], param
         raise ValueError(
             f"the optimizer maximises (group of {name!r}): influence is defined for a loss that is minimised"
         )
-    wanted = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-    if wanted not in state or "step" not in state:
+    key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+    if key not in state or "step" not in state:
         raise ValueError(
-            f"the optimizer has no {wanted!r} for {name!r}: take at least one optimizer step before measuring, load "
+            f"the optimizer has no {key!r} for {name!r}: take at least one optimizer step before measuring, load "
             "the optimizer's checkpoint, or use preconditioner='identity'"
         )
-    v, step = state[wanted], float(state["step"])
+    v, step = state[key], float(state["step"])
     if v.shape != parameter.shape:
         raise ValueError(
-            f"the optimizer's {wanted!r} for {name!r} has shape {tuple(v.shape)}, the parameter "
+            f"the optimizer's {key!r} for {name!r} has shape {tuple(v.shape)}, the parameter "
             f"{tuple(parameter.shape)}: this state belongs to another model"
         )
     if step < 1:
@@ -142,6 +142,7 @@ def _moment(name: str, group: Mapping[str, Any], state: Mapping[str, Any], param
     return AdamMoment(v.detach(), step, float(group["betas"][1]), float(group["eps"]), float(group["lr"]))
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def listed(names: list[str], most: int = 5) -> str:
+    """Return the first names for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more

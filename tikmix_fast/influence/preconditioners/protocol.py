@@ -1,4 +1,4 @@
-"""What a preconditioner is, and the simplest one."""
+"""The protocol of preconditioners, and the simplest one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["Identity", "Preconditioner"]
 
 @runtime_checkable
 class Preconditioner(Protocol):
-    """Turn task gradients into queries; write your own with these two methods.
+    """Turn task gradients into queries; your own class needs a name and these two methods.
 
-    ``prepare`` is called once per refresh, when the queries freeze; ``apply`` then once per parameter with the stacked
-    task gradients [q, *shape], which it may change in place, and returns the queries, of the same shape. S is <P g_i,
-    g_j> whatever P is; it says something about a step if P is symmetric and positive.
+    When the queries freeze, once per refresh, the engine calls ``prepare``, and then ``apply`` once per parameter with
+    the stacked task gradients [q, *shape]. ``apply`` may change them in place, and returns the queries in the same
+    shape. S is <P g_i, g_j> for any P. It describes an optimizer step if P is symmetric and positive.
 
     Examples
     --------
-    Steps in proportion to the size of each parameter, as LARS takes them:
+    Steps in proportion to the size of each parameter, as in LARS:
 
     >>> import torch
     >>> from torch import nn
@@ -47,7 +47,7 @@ class Preconditioner(Protocol):
     name: str
 
     def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
-        """Read what is needed at the current weights."""
+        """Read whatever ``apply`` needs at the current weights."""
 
     def apply(self, name: str, gradients: Tensor) -> Tensor:
         """Return P applied to the gradients [q, *shape] of one parameter."""
@@ -66,8 +66,8 @@ class Identity:
     name = "identity"
 
     def prepare(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
-        """Need nothing."""
+        """Do nothing."""
 
     def apply(self, name: str, gradients: Tensor) -> Tensor:
-        """Return the gradients as they are."""
+        """Return the gradients unchanged."""
         return gradients

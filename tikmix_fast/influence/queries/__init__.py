@@ -1,1 +1,1 @@
-"""Task gradients and the queries made from them: summed, preconditioned, projected, held."""
+"""Task gradients and the queries made from them: summed, preconditioned, projected, stored."""

@@ -1,8 +1,8 @@
-"""Task gradients and queries that rest in host memory and visit the device one weight at a time."""
+"""Task gradients and queries can rest in host memory; they visit the device one weight at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -10,37 +10,37 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "Copier", "CudaCopier", "Prefetcher", "can_leave", "copier_for", "free_memory"]
+__all__ = ["Copier", "CudaCopier", "Prefetcher", "aligned", "can_leave", "copier_for", "free_memory", "room_for_two"]
 
-# Of a tensor in shared memory, in bytes: what torch's own allocator gives, and more than any kernel asks for.
-ALIGNMENT = 512
+# Bytes. torch's own allocator aligns to as many, and no kernel asks for more.
+_ALIGNMENT = 512
 
 
 class Copier(Protocol):
-    """What moves tensors between the host and one device; the host itself need not wait for any of it.
+    """Move tensors between the host and one device; the host need not wait for any copy.
 
-    Everything is ordered after what was enqueued on the device before the call. `start` runs beside what is enqueued
-    later, until `wait` puts a stop to that.
+    Each copy comes after the work that was enqueued on the device before the call. A copy by `start` runs beside later
+    work, until `wait`.
     """
 
     def to_host(self, tensor: Tensor, into: Tensor | None = None) -> Tensor:
-        """Copy a tensor to the host (into the tensor given, if any) and return the copy, for this copier to read."""
+        """Copy a tensor to the host, into ``into`` if given, and return the copy for `fetch` and `start`."""
 
     def fetch(self, host: Tensor) -> Tensor:
         """Return a copy on the device of a tensor that `to_host` made."""
 
     def allocate(self, size: int) -> Tensor:
-        """Return ``size`` bytes on the device, uint8, that `start` may fill."""
+        """Return ``size`` bytes on the device, uint8, for `start` to fill."""
 
     def start(self, host: Tensor, into: Tensor) -> Any:
-        """Begin to copy ``host`` into a tensor on the device and return a mark for `wait`."""
+        """Start copying ``host`` into a tensor on the device, and return a mark for `wait`."""
 
     def wait(self, mark: Any) -> None:
-        """Let whatever is enqueued on the device from now on come after the copy that the mark stands for."""
+        """Make the work that is enqueued on the device from now on wait for the marked copy."""
 
 
 class CudaCopier:
-    """Pinned host memory and a stream of its own for what is prefetched."""
+    """Copy by way of pinned host memory; prefetched copies run on a side stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -56,13 +56,13 @@ class CudaCopier:
         return host.to(self._device, non_blocking=True)
 
     def allocate(self, size: int) -> Tensor:
-        """Allocate for the current stream, and keep it, when freed, until the copies into it are done."""
+        """Allocate for the current stream; once freed, the memory is reused only after the copies into it end."""
         memory = torch.empty(size, dtype=torch.uint8, device=self._device)
         memory.record_stream(self._stream)
         return memory
 
     def start(self, host: Tensor, into: Tensor) -> Any:
-        """Copy on the side stream, after what the current one was given so far: it may still read ``into``."""
+        """Copy on the side stream, after the current stream's work so far, which may still read ``into``."""
         current = torch.cuda.current_stream(self._device)
         into.record_stream(current)
         self._stream.wait_stream(current)
@@ -76,29 +76,30 @@ class CudaCopier:
 
 
 def copier_for(device: torch.device) -> Copier | None:
-    """Return what moves queries of parameters on that device to the host and back; None on the CPU: they are there.
+    """Return a copier for the queries of parameters on that device; None on the CPU, where the host's memory is.
 
     Raises
     ------
     ValueError
-        If the device is neither.
+        If the device is neither a CPU nor a CUDA device.
     """
     if device.type == "cpu":
         return None
     if device.type != "cuda":
-        raise ValueError(f"queries_device must be None for parameters on {device}: only CUDA devices can be relieved")
+        raise ValueError(f"queries_device must be None for parameters on {device}: queries can leave CUDA devices only")
     return CudaCopier(device)
 
 
 def can_leave(shape: torch.Size, projected: bool = False) -> bool:
-    """Whether the queries of a parameter of this shape leave the device: vectors and projected ones are small."""
+    """Whether the queries of such a parameter leave the device; small ones (vectors, projected) stay."""
     return len(shape) > 1 and not projected
 
 
 def free_memory(device: torch.device) -> tuple[int, int] | None:
-    """Return the bytes that are free on a CUDA device beyond what the process has needed so far, and those it has.
+    """Return a CUDA device's free bytes and its total bytes; None for a CPU.
 
-    None on the CPU. What torch keeps for reuse counts as free above its peak: below it, activations come back to it.
+    Memory that torch keeps for reuse counts as free above the process's peak so far. Below the peak, activations will
+    need it again.
     """
     if device.type != "cuda":
         return None
@@ -109,7 +110,7 @@ def free_memory(device: torch.device) -> tuple[int, int] | None:
 
 @dataclass
 class _Visitor:
-    """A tensor in the memory shared by two; ``mark`` is not None while its copy may still run."""
+    """A tensor on the device, in the memory for two. ``mark`` is None once its copy has been waited for."""
 
     name: str
     start: int
@@ -119,16 +120,16 @@ class _Visitor:
 
 
 class Prefetcher:
-    """Bring tensors from the host in an order that the first pass teaches; two at most are on the device.
+    """Bring tensors from the host in the order of the previous pass; at most two are on the device.
 
-    While one is in use the next is on its way, into the other end of one piece of memory: as large as two that follow
-    each other. What `get` returned is valid until the next `get`.
+    While one tensor is in use, the next one is copied into the other end of one piece of memory, which is as large as
+    the largest two in succession. A tensor from `get` is valid until the next `get`.
 
     Parameters
     ----------
     copier : Copier
     host : mapping of str to Tensor
-        What there is to bring. It may change between calls, see `forget`.
+        The tensors at rest. Call `forget` for one that changes.
     """
 
     def __init__(self, copier: Copier, host: Mapping[str, Tensor]) -> None:
@@ -140,13 +141,13 @@ class Prefetcher:
         self._learning = False
 
     def begin(self) -> None:
-        """Begin a pass: what the last one used first sets out."""
+        """Begin a pass: start copying the tensor that the previous pass used first."""
         self._used, self._learning = [], True
         if self._order and all(each.name != self._order[0] for each in self._visitors):
             self._start(self._order[0])
 
     def end(self) -> None:
-        """End the pass: what it used, in its order, is what the next one expects."""
+        """End the pass, and expect its order in the next one."""
         self._learning = False
         if self._used:
             self._order = self._used
@@ -154,7 +155,7 @@ class Prefetcher:
             self._visitors, self._memory = [], None
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor on the device, and send for the one that is expected after it."""
+        """Return a tensor on the device, and start copying the one that is expected next."""
         if self._learning:
             self._used.append(name)
         visitor = next((each for each in self._visitors if each.name == name), None) or self._start(name)
@@ -167,12 +168,12 @@ class Prefetcher:
         return visitor.value
 
     def forget(self, name: str) -> None:
-        """Bring this one anew when it is asked for next: the host's changed."""
+        """Copy this tensor again at its next `get`, because the host's one changed."""
         self._visitors = [each for each in self._visitors if each.name != name]
 
     def _start(self, name: str) -> _Visitor:
-        """Send for a tensor that is needed now: whatever else is there makes room, all its uses are enqueued."""
-        size = _room(self._host[name])
+        """Fetch a tensor needed now. Residents may be evicted: kernels reading them are already enqueued."""
+        size = aligned(self._host[name].nbytes)
         if self._memory is None or self._memory.nbytes < size:
             self._visitors, self._memory = [], None  # freed before a larger piece is asked for
             self._memory = self._copier.allocate(max(size, self._planned()))
@@ -180,8 +181,8 @@ class Prefetcher:
         return self._visitors[0]
 
     def _start_beside(self, visitor: _Visitor, name: str) -> None:
-        """Send for a tensor that is needed next, into the end of the memory that ``visitor`` leaves free."""
-        size = _room(self._host[name])
+        """Fetch the tensor needed next, into the end of the memory that ``visitor`` leaves free."""
+        size = aligned(self._host[name].nbytes)
         if self._memory is not None and visitor.size + size <= self._memory.nbytes:
             start = self._memory.nbytes - size if visitor.start == 0 else 0
             self._visitors = [visitor, self._send(name, self._memory, start)]
@@ -189,16 +190,14 @@ class Prefetcher:
     def _send(self, name: str, memory: Tensor, start: int) -> _Visitor:
         host = self._host[name]
         value = memory[start : start + host.nbytes].view(host.dtype).view(host.shape)
-        return _Visitor(name, start, _room(host), value, self._copier.start(host, value))
+        return _Visitor(name, start, aligned(host.nbytes), value, self._copier.start(host, value))
 
     def _planned(self) -> int:
-        """Return the bytes of the largest two that follow each other."""
-        pairs = ((one, other) for one, other in pairwise([*self._order[:1], *self._order]) if one != other)
-        single = max((_room(self._host[name]) for name in self._order), default=0)
-        return max((_room(self._host[one]) + _room(self._host[other]) for one, other in pairs), default=single)
+        """Return the memory for the expected order, bytes."""
+        return room_for_two([(name, self._host[name].nbytes) for name in self._order])
 
     def _following(self, name: str) -> str | None:
-        """Return what the last pass used after this, the first that is not the same."""
+        """Return the first other tensor that the previous pass used after this one."""
         place = len(self._used) - 1
         if not (place < len(self._order) and self._order[place] == name):
             if name not in self._order:
@@ -207,5 +206,19 @@ class Prefetcher:
         return next((each for each in self._order[place:] if each != name), None)
 
 
-def _room(tensor: Tensor) -> int:
-    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+def aligned(size: int) -> int:
+    """Return the bytes that a tensor of ``size`` bytes takes in memory for two."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def room_for_two(order: Sequence[tuple[str, int]]) -> int:
+    """Return the bytes of the largest two tensors in succession, given names and bytes in the order of use.
+
+    Examples
+    --------
+    >>> room_for_two([("a", 1), ("a", 1), ("b", 513)])
+    1536
+    """
+    sizes = {name: aligned(size) for name, size in order}
+    pairs = (sizes[one] + sizes[other] for (one, _), (other, _) in pairwise(order) if one != other)
+    return max(pairs, default=max(sizes.values(), default=0))

@@ -1,4 +1,4 @@
-"""The domains' projected gradients of a round, and the variance that projecting adds to the influence."""
+"""The domains' projected gradients, and the variance that the projection adds to the influence."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tikmix_fast import ops
-from tikmix_fast.influence.queries.held import Queries
 from tikmix_fast.influence.queries.projection import Projection
+from tikmix_fast.influence.queries.store import Queries
 
 __all__ = ["ProjectedSums", "add_by_name"]
 
@@ -19,60 +19,56 @@ Array = NDArray[np.float64]
 
 
 def add_by_name(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
-    """Add tensors to those of the same name; the first of a name begins its sum."""
+    """Add tensors to the sums of the same name, in place; a new name's tensor becomes its sum."""
     for name, value in more.items():
         sums[name] = sums[name].add_(value) if name in sums else value
 
 
 class ProjectedSums:
-    """Sum the projected gradients of the open round, and the variance of the rounds before it.
+    """Sum the projected gradients of the open round, and the variances of the closed rounds.
 
     Parameters
     ----------
     projection : Projection or None
-        None: nothing is projected, and every variance is zero.
+        None: every variance is zero.
     n, m : int
-        Number of tasks and of domains.
+        Numbers of tasks and domains.
 
     Attributes
     ----------
     gradients : dict of str to Tensor [m, k_out, k_in]
-        Of the open round, by the name of the weight.
+        The sums of the open round, by the name of the weight.
     rounds : int
-        How many rounds were closed; the next round's matrices may depend on it.
+        The number of closed rounds. It may choose the next round's matrices.
     """
 
     def __init__(self, projection: Projection | None, n: int, m: int) -> None:
         self._projection, self._n, self._m = projection, n, m
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
         self.rounds = 0
         self.gradients: dict[str, Tensor] = {}
         self._closed = np.zeros((self._n, self._m))
-        # A resumed round knows its variance from the state until its queries are measured again.
+        # The state's variance of a resumed round, until its queries are measured again.
         self._resumed: Array | None = None
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
-        """Add what one micro-batch gave."""
+        """Add the projected gradients of one micro-batch."""
         add_by_name(self.gradients, gradients)
 
     def variance(self, queries: Queries | None) -> Array:
-        """Return what projecting added to the variance of the sums [n, m] over all micro-batches.
+        """Return the variance that the projection adds to the sums over all micro-batches, [n, m].
 
-        ``queries`` are those of the open round, if they are frozen.
+        ``queries`` are the open round's, None before they freeze.
         """
         if self._projection is None or not self.gradients:
             return self._closed.copy()
         if queries is None:
             return self._closed * np.nan if self._resumed is None else self._resumed.copy()
         combined = queries.by_task(self._n, self.gradients)
-        of_layers = [
+        layers = [
             ops.projection_stderr(gradients, combined[name]).square().cpu().numpy()
             for name, gradients in self.gradients.items()
         ]
-        return self._projection.total_variance(self._closed, np.sum(of_layers, axis=0))
+        return self._projection.total_variance(self._closed, np.sum(layers, axis=0))
 
     def close_round(self, queries: Queries | None, keep: float) -> None:
         """Close the round, and multiply the weight of everything so far by ``keep``."""
@@ -81,7 +77,7 @@ class ProjectedSums:
         self.rounds += 1
 
     def state_dict(self, queries: Queries | None, *, in_round: bool, within_round: bool) -> dict[str, Any]:
-        """Return plain JSON types; the open round's gradients as tensors if it is to go on."""
+        """Return plain JSON types, and the open round's gradients as tensors if a resumed run continues the round."""
         goes_on = in_round and within_round
         variance = self.variance(queries)
         state: dict[str, Any] = {
@@ -93,7 +89,7 @@ class ProjectedSums:
         return state
 
     def read_state(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> ProjectedSums:
-        """Return new sums that go on from what `state_dict` gave.
+        """Return new sums that continue from a state of `state_dict`.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Which weights are measured through random projections, and through which."""
+"""Random projections of layers: which weights they cover, and with which matrices."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tikmix_fast import ops
+from tikmix_fast.arguments import require_int
 from tikmix_fast.ops.common.projection import ProjectionKind
 
 __all__ = ["Projection", "back_project", "expected_error", "projected_weights"]
@@ -20,37 +21,36 @@ _LARGEST_COUNTSKETCH = 1024
 
 @dataclass(frozen=True)
 class Projection:
-    """Measure the matrices of layers through random projections of both their sides: cheaper, and noisier.
+    """Measure the matrices of layers through random projections of both sides: cheaper, and noisier.
 
-    A weight gradient [O, I] is seen as [dim, dim], so its influence costs less than the weight gradient itself, and its
-    queries take dim x dim numbers each instead of O x I. The influence is right in expectation; the error it gains is
-    estimated and becomes the part ``stderr_projection`` of the matrix. Projected are the weights of ``nn.Linear``,
-    ``nn.Embedding`` and transformers' ``Conv1D``, in all their uses; those with a side of at most ``dim``, vectors and
-    other parameters are measured exactly. The weight of a product and a table cost one pass over their rows; where a
-    weight is transposed, scaled or sliced first, a gradient per domain is formed, one at a time.
+    A weight gradient [O, I] shrinks to [dim, dim], so its influence costs less than the weight gradient itself, and
+    each query takes dim x dim numbers instead of O x I. The influence is unbiased. The error of projecting is estimated
+    and becomes ``stderr_projection`` of the matrix. The projection covers the weights of ``nn.Linear``,
+    ``nn.Embedding`` and transformers' ``Conv1D``, in all their uses. Weights with a side of at most ``dim``, vectors
+    and other parameters are measured exactly. Products and table look-ups cost one pass over their rows. If the model
+    transposes, scales or slices a weight first, one gradient per domain is formed, one at a time.
 
     Attributes
     ----------
     dim : int
-        At least 32 for the error estimate to be stable; a power of two from 16 to 1024 for a countsketch. Default: 64,
-        or the smallest that `expected_error` says is enough for ``target_error``.
+        At least 32 gives a stable error estimate; a countsketch needs a power of two from 16 to 1024. Default: 64, or
+        with ``target_error`` the smallest that reaches it by `expected_error`.
     kind : {"countsketch", "rademacher", "gaussian"}
         See `tikmix_fast.ops.LayerProjection`.
     seed : int
-        Every layer has matrices of its own, drawn from the seed and the parameter's name, so that their errors are
-        independent.
+        Seed and parameter name draw each layer's own matrices, so that the errors of layers are independent.
     target_error : float, optional
-        Chooses ``dim``, instead of it: what the error of S is to be as a share of ``|q_i| |g_j|``, in root mean square.
-        What it came to in your run is ``stderr_projection``.
-    tables : bool
-        Whether tables of ``nn.Embedding``, and heads tied to them, are projected too. False: measured exactly, at the
-        memory of whole queries. The noise of projecting goes with the size of a query's rows, those of tokens included
-        that no domain has: with Adam the row of a token never trained on is some 100,000 times too large, which
-        ``Adam(floor=1.0)`` prevents.
+        Chooses ``dim``: the root mean square error of S that you accept, as a share of ``|q_i| |g_j|``. The error of
+        your run is ``stderr_projection``.
     redraw : bool
-        Whether every refresh draws new matrices. True: the errors of rounds are independent and average out. False:
-        they are alike, and what changes between two rounds is seen with less noise than either; as how alike they are
-        is not measured, the standard errors of rounds are added, which is too much for rounds that differ.
+        Whether every refresh draws new matrices. True: the errors of rounds are independent and average out. False: the
+        errors of rounds are alike, so differences between rounds have less noise than either round. The standard errors
+        of rounds then add up, which is too much for rounds that differ.
+    tables : bool
+        Whether tables of ``nn.Embedding``, and heads tied to them, are projected too. False: they are measured exactly,
+        at the memory of whole queries. A query's noise grows with the size of all its rows, even of tokens that no
+        domain has. With Adam, the row of a token that was never trained is some 100,000 times too large;
+        ``Adam(floor=1.0)`` prevents that.
 
     Raises
     ------
@@ -65,7 +65,7 @@ class Projection:
     128
     """
 
-    dim: int = None  # type: ignore[assignment]  # not once it is made: chosen below
+    dim: int = None  # type: ignore[assignment]  # chosen in __post_init__
     kind: ProjectionKind = "countsketch"
     seed: int = 0
     target_error: float | None = None
@@ -83,8 +83,7 @@ class Projection:
             raise ValueError(
                 f"dim must not be given beside target_error, which chooses it ({chosen} here); got {self.dim}"
             )
-        if not isinstance(self.dim, int) or isinstance(self.dim, bool) or self.dim < 2:
-            raise ValueError(f"dim must be an int of at least 2; got {self.dim!r}")
+        require_int("dim", self.dim, 2)
         try:
             ops.LayerProjection(height=1, width=1, k_out=self.dim, k_in=self.dim, kind=self.kind, seed=self.seed)
         except ValueError as error:
@@ -93,7 +92,7 @@ class Projection:
     def layers(
         self, model: nn.Module, parameters: Mapping[str, Tensor], refreshes: int = 0
     ) -> dict[str, ops.LayerProjection]:
-        """Draw the matrices of every weight that is measured through them, by the name of the parameter."""
+        """Return the projection of every weight that is projected, by the name of the parameter."""
         projected = projected_weights(model, parameters, self.dim, self.tables)
         return {
             name: ops.LayerProjection(
@@ -111,26 +110,26 @@ class Projection:
         }
 
     def total_variance(self, closed: NDArray[np.float64], of_round: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the variance that projecting adds to a sum over rounds, given those of its two parts.
+        """Return the variance of a sum over rounds, given the variances of its two parts.
 
-        With matrices of their own their errors are independent. With the same ones the standard errors are added: the
-        truth for rounds whose gradients are alike, an upper bound for any (of standard deviations).
+        Rounds with their own matrices have independent errors. Rounds with the same matrices add their standard errors:
+        exact if the gradients are alike, else an upper bound.
         """
         total: NDArray[np.float64] = closed + of_round if self.redraw else (np.sqrt(closed) + np.sqrt(of_round)) ** 2
         return total
 
 
 def expected_error(dim: int) -> float:
-    """Return the error of S, as a share of ``|q_i| |g_j|``, that a projection to ``dim`` is expected to add.
+    """Return the error of S that a projection to ``dim`` is expected to add, as a share of ``|q_i| |g_j|``.
 
-    Over the draw of Gaussian matrices, one layer with query Q and gradient G adds the variance ``(c / dim + 1 /
-    dim^2) |Q|^2 |G|^2``, about, with ``c = (|G^T Q|^2 + |G Q^T|^2 + 2 tr (G Q^T)^2) / (|Q|^2 |G|^2)``: 4 where both are
-    the same matrix of rank one, 1 where they have four singular directions of equal strength in common. In a small
-    trained language model a layer's mean over cells was 0.2 to 1.1. Errors of layers are independent.
+    Over the draw of Gaussian matrices, one layer with query Q and gradient G adds a variance of about ``(c / dim + 1 /
+    dim^2) |Q|^2 |G|^2``, with ``c = (|G^T Q|^2 + |G Q^T|^2 + 2 tr (G Q^T)^2) / (|Q|^2 |G|^2)``. c is 4 if both are the
+    same matrix of rank one, and 1 if they share four singular directions of equal strength. In a small trained language
+    model, the mean of c over cells was 0.2 to 1.1, depending on the layer. Errors of layers are independent.
 
-    What is returned is sqrt(1 / dim + 1 / dim^2): c = 1, and one layer with all of the influence, as the head of a
-    model has it without preconditioner. No gradients exceed it more than twofold; where L layers have equal shares of
-    ``|q_i| |g_j|``, the error is sqrt(L) times smaller.
+    The result is sqrt(1 / dim + 1 / dim^2). It assumes c = 1 and one layer that carries all of the influence, as a
+    model's head does without a preconditioner. The error is at most twice that for any gradients. It is sqrt(L) times
+    smaller if L layers have equal shares of ``|q_i| |g_j|``.
 
     Examples
     --------
@@ -143,7 +142,7 @@ def expected_error(dim: int) -> float:
 def _smallest_dim(target: float, kind: ProjectionKind) -> int:
     if not (isinstance(target, (int, float)) and 0 < target < 1):
         raise ValueError(f"target_error must be a share of |q| |g|, above 0 and below 1; got {target!r}")
-    # The root of 1 / dim + 1 / dim^2 = target^2, and no less than what has a stable error estimate.
+    # Solve 1 / dim + 1 / dim^2 = target^2; a smaller dim than 32 has no stable error estimate.
     dim = max(32, math.ceil((1 + math.sqrt(1 + 4 * target**2)) / (2 * target**2)))
     if kind != "countsketch":
         return dim
@@ -174,6 +173,6 @@ def projected_weights(model: nn.Module, parameters: Mapping[str, Tensor], dim: i
 
 
 def back_project(queries: Tensor, projection: ops.LayerProjection) -> Tensor:
-    """Return the gradients [n, O, I] whose exact influence is what the projected queries [n, k_out, k_in] measure."""
+    """Return P_out^T q P_in [n, O, I]: the queries whose exact influence the projected ones measure."""
     output, input = projection.matrices(queries.dtype)
     return output.T @ queries @ input

@@ -1,4 +1,4 @@
-"""Task gradients on their way to queries: summed batch by batch, then preconditioned once."""
+"""Task gradients become queries: they are summed batch by batch, then preconditioned once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from tikmix_fast import ops
 from tikmix_fast.influence.parallel.ranks import Ranks
 from tikmix_fast.influence.preconditioners.protocol import Preconditioner
-from tikmix_fast.influence.queries.held import HeldQueries, Queries, accumulated
 from tikmix_fast.influence.queries.offload import Copier, can_leave
+from tikmix_fast.influence.queries.store import Queries, QueryStore, sum_dtype
 
 __all__ = ["TaskGradients"]
 
 
 class TaskGradients:
-    """Sum the gradients of the tasks' token losses; each task's batches are dealt in turn into its splits.
+    """Sum the gradients of the tasks' token losses, and deal each task's batches round-robin into its splits.
 
     Parameters
     ----------
@@ -32,8 +32,8 @@ class TaskGradients:
     ranks : Ranks, optional
         The processes that add batches of the same tasks.
     shared : bool
-        Each rank holds a share of the sums of all ranks instead of the sums of its own batches. All ranks then add
-        batches of one task at a time, together.
+        Each rank keeps a share of the sums over all ranks, instead of the sums of its own batches. The ranks then add
+        their batches together, and at any time all of the same task.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class TaskGradients:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a sum yet."""
+        """Whether any batch was added."""
         return bool(self._sums)
 
     def all_usable(self, task: int, usable: bool) -> bool:
-        """Return whether a batch may be added; with shared sums, whether the batch of every rank may.
+        """Return whether this batch may be added; with shared sums, whether the batches of all ranks may.
 
         Raises
         ------
         ValueError
-            If sums are shared and the ranks are not at the same task.
+            If sums are shared and the ranks are at different tasks.
         """
         if self._sharing is None:
             return usable
@@ -72,7 +72,7 @@ class TaskGradients:
         if votes[task, 0] != self._sharing.size:
             at = [name for name, (here, _) in zip(self._names, votes, strict=True) if here]
             raise ValueError(
-                f"task must be the same on every rank at a time with share_queries; got {', '.join(map(repr, at))}: "
+                f"task must be the same on every rank at any time with share_queries; got {', '.join(map(repr, at))}: "
                 "let the ranks go through the tasks in one order, or leave share_queries off"
             )
         return bool(votes[task, 1] == self._sharing.size)
@@ -85,52 +85,50 @@ class TaskGradients:
         factor: float,
         parameters: Mapping[str, Tensor],
     ) -> None:
-        """Add one batch: ``factor`` times the gradients is the gradient of the summed loss of its ``tokens``."""
-        if self._sharing is not None:
-            self._add_together(self._sharing, task, gradients, tokens, factor, parameters)
-            return
+        """Add one batch. ``factor`` times the gradients is the gradient of its token losses' sum."""
         # Deal batches round-robin over ranks, so that one batch per rank still fills every split.
-        first, stride = (0, 1) if self._ranks is None else (self._ranks.index, self._ranks.size)
+        alone = self._ranks is None or self._sharing is not None  # shared: the batches of all ranks count as one
+        first, stride = (0, 1) if alone else (self._ranks.index, self._ranks.size)  # type: ignore[union-attr]
         split = task, (first + self._batches[task] * stride) % self._splits
         sums = self._sums.setdefault(split, {})
+        if self._sharing is None:
+            self._add_own(sums, gradients, factor)
+        else:
+            self._add_shares(self._sharing, sums, gradients, factor, parameters)
+        self._tokens[split] = self._tokens.get(split, 0.0) + tokens
+        self._batches[task] += 1
+
+    def _add_own(self, sums: dict[str, Tensor], gradients: Mapping[str, Tensor], factor: float) -> None:
         for name, gradient in gradients.items():
             dense = _dense(gradient)
             copier = self._copiers.get(dense.device) if can_leave(dense.shape) else None
             if name not in sums:
-                total = torch.zeros(dense.shape, dtype=accumulated(dense), device=dense.device)
+                total = torch.zeros(dense.shape, dtype=sum_dtype(dense), device=dense.device)
             else:
-                # Add on the device, wherever the sum rests: the numbers are the same, and the host does not wait.
+                # Add on the device even if the sum rests in host memory: same numbers, and the host does not wait.
                 total = copier.fetch(sums[name]) if copier else sums[name]
             total.add_(dense, alpha=factor)
             sums[name] = copier.to_host(total, into=sums.get(name)) if copier else total
-        self._tokens[split] = self._tokens.get(split, 0.0) + tokens
-        self._batches[task] += 1
 
-    def _add_together(
-        self,
+    @staticmethod
+    def _add_shares(
         ranks: Ranks,
-        task: int,
+        sums: dict[str, Tensor],
         gradients: Mapping[str, Tensor],
-        tokens: float,
         factor: float,
         parameters: Mapping[str, Tensor],
     ) -> None:
-        """Add the batches of all ranks as one."""
-        split = task, self._batches[task] % self._splits
-        sums = self._sums.setdefault(split, {})
         # Another rank's batch may reach a parameter that this rank's did not: every rank takes part in every sum.
         for name, parameter in parameters.items():
-            total = torch.zeros(parameter.shape, dtype=accumulated(parameter), device=parameter.device)
+            total = torch.zeros(parameter.shape, dtype=sum_dtype(parameter), device=parameter.device)
             if name in gradients:
                 total.add_(_dense(gradients[name]), alpha=factor)
             if can_leave(parameter.shape):
                 total = ranks.share_of_sum(total)
             sums[name] = sums[name].add_(total) if name in sums else total
-        self._tokens[split] = self._tokens.get(split, 0.0) + tokens
-        self._batches[task] += 1
 
     def fewest_splits(self) -> int:
-        """Return how many splits have a batch, for the task with the fewest. Every rank must call this."""
+        """Return how many splits have a batch, for the task with the fewest; all ranks must call this."""
         return int((self._tokens_of_all() > 0).sum(1).min())
 
     def freeze(
@@ -140,9 +138,9 @@ class TaskGradients:
         optimizer: Any,
         projections: dict[str, ops.LayerProjection],
     ) -> Queries:
-        """Turn the means per target token into queries, one parameter at a time, and free its sums.
+        """Turn the means per target token into queries, one parameter at a time, freeing its sums first.
 
-        With several ranks the sums of all of them are reduced: once per parameter, all splits together.
+        Several ranks reduce their sums with one call per parameter, all splits together.
 
         Raises
         ------
@@ -150,42 +148,39 @@ class TaskGradients:
             If a task has no batch.
         """
         tokens = self._tokens_of_all()
-        unmeasured = self._without_any(tokens)
+        unmeasured = [name for name, counts in zip(self._names, tokens, strict=True) if not counts.any()]
         if unmeasured:
             raise RuntimeError(
                 f"tasks come first: run engine.task(...) for {', '.join(map(repr, unmeasured))} before domains(...)"
             )
         preconditioner.prepare(parameters, optimizer)
         splits = [(int(task), int(split)) for task, split in np.argwhere(tokens)]
-        held = HeldQueries(copiers=self._copiers, sharing=self._sharing)
+        store = QueryStore(copiers=self._copiers, sharing=self._sharing)
         for name, parameter in parameters.items():
             values = preconditioner.apply(name, self._take_means(name, parameter, splits, tokens))
             if name in projections:
                 values = projections[name].project(values)
-            held.hold(name, values, may_leave=can_leave(parameter.shape, name in projections))
+            store.put(name, values, may_leave=can_leave(parameter.shape, name in projections))
             del values
         owners = [task for task, _ in splits]
         weights = [float(tokens[split] / tokens[split[0]].sum()) for split in splits]
-        return Queries(held, owners, weights, projections)
+        return Queries(store, owners, weights, projections)
 
     def _tokens_of_all(self) -> NDArray[np.float64]:
-        """Return the target tokens [tasks, splits] of all ranks together."""
+        """Return the target tokens [tasks, splits], summed over all ranks."""
         tokens = np.zeros((len(self._names), self._splits))
         for split, count in self._tokens.items():
             tokens[split] = count
         return tokens if self._ranks is None else self._ranks.total(tokens)
 
-    def _without_any(self, tokens: NDArray[np.float64]) -> list[str]:
-        return [name for name, counts in zip(self._names, tokens, strict=True) if not counts.any()]
-
     def _take_means(
         self, name: str, parameter: Tensor, splits: Sequence[tuple[int, int]], tokens: NDArray[np.float64]
     ) -> Tensor:
         copier = self._copiers.get(parameter.device) if can_leave(parameter.shape) else None
-        means = torch.zeros((len(splits), *parameter.shape), dtype=accumulated(parameter), device=parameter.device)
+        means = torch.zeros((len(splits), *parameter.shape), dtype=sum_dtype(parameter), device=parameter.device)
         shared = self._sharing is not None and can_leave(parameter.shape)
         for mean, split in zip(means, splits, strict=True):
-            # The batches of this split may not have reached the parameter.
+            # None if no batch of this split reached the parameter.
             total = self._sums.get(split, {}).pop(name, None)
             if total is not None and shared and self._sharing is not None:
                 mean.copy_(self._sharing.join(total, parameter.shape))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from tikmix_fast.mixture.direct import interior
+from tikmix_fast.mixture.direct import interior_point as interior
 from tikmix_fast.mixture.direct.problem import TOLERANCE, Limit, Problem, kl_divergence
 from tikmix_fast.mixture.inputs import Array, Names, label
 

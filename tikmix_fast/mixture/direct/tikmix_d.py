@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from tikmix_fast.arguments import require_choice
 from tikmix_fast.matrix.influence_matrix import InfluenceMatrix
-from tikmix_fast.mixture.direct import interior, slsqp
+from tikmix_fast.mixture.direct import interior_point as interior
+from tikmix_fast.mixture.direct import slsqp
 from tikmix_fast.mixture.direct.bounds import check_feasible, join_bounds, require_within
-from tikmix_fast.mixture.direct.caution import cautious_step, known_shares
+from tikmix_fast.mixture.direct.confidence import cautious_step, known_shares
 from tikmix_fast.mixture.direct.problem import (
     Limit,
     Norm,

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from tikmix_fast.mixture.inputs import Array, require_mixtures
+from tikmix_fast.mixture.inputs import Array
 from tikmix_fast.mixture.result import plain_types
 from tikmix_fast.mixture.schedule.gain import Gain
 from tikmix_fast.mixture.schedule.rank_agreement import RankAgreement
+from tikmix_fast.simplex import require_mixtures
 
 __all__ = ["Decision", "check_history"]
 

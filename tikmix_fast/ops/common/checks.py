@@ -20,6 +20,7 @@ __all__ = [
     "domain_bounds",
     "refuse_derivatives",
     "require_floating",
+    "require_rows",
     "require_shape",
 ]
 
@@ -35,6 +36,12 @@ class Arguments(NamedTuple):
     order: Tensor | None
     grad_weight: Tensor | None
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """T, O, I, m and n."""
+        tasks, height, width = self.queries.shape
+        return len(self.input), height, width, len(self.offsets) - 1, tasks
+
 
 def describe(tensor: Tensor) -> str:
     """Return shape, dtype and device of a tensor for an error message."""
@@ -48,6 +55,13 @@ def require_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> No
     )
     if not matches:
         raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}); got {describe(tensor)}")
+
+
+def require_rows(input: Tensor, grad_output: Tensor) -> tuple[int, int]:
+    """Raise ValueError unless the two are matrices of equally many rows; return their columns, O and I."""
+    require_shape("input", input, ("T", "I"))
+    require_shape("grad_output", grad_output, (input.shape[0], "O"))
+    return grad_output.shape[1], input.shape[1]
 
 
 def require_floating(name: str, tensor: Tensor) -> None:
@@ -72,10 +86,7 @@ def check_arguments(arguments: Arguments) -> None:
         If input, grad_output, queries or grad_weight is not floating point.
     """
     input, grad_output, offsets, queries, _, order, grad_weight = arguments
-    require_shape("input", input, ("T", "I"))
-    rows, width = input.shape
-    require_shape("grad_output", grad_output, (rows, "O"))
-    height = grad_output.shape[1]
+    height, width = require_rows(input, grad_output)
     require_shape("queries", queries, ("n", height, width))
     numbers = {"input": input, "grad_output": grad_output, "queries": queries}
     if grad_weight is not None:

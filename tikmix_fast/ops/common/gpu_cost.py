@@ -70,10 +70,6 @@ def count_gpu_costs(
     capability : tuple of int
         The device's compute capability, such as ``(9, 0)``.
 
-    Returns
-    -------
-    GpuCosts
-
     Examples
     --------
     >>> sizes = dict(rows=16384, height=4096, width=4096, tasks=9, with_total=False, capability=(9, 0))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tikmix_fast.ops.common.checks import check_rows, require_floating, require_shape
+from tikmix_fast.ops.common.checks import check_rows, require_floating, require_rows, require_shape
 
 __all__ = ["ProjectedArguments", "check_projected_arguments"]
 
@@ -49,11 +49,9 @@ def check_projected_arguments(arguments: ProjectedArguments) -> None:
         If input, grad_output, queries or a matrix is not floating point.
     """
     input, grad_output, offsets, queries, output_factor, input_factor, _, order = arguments
-    require_shape("input", input, ("T", "I"))
-    rows, width = input.shape
-    require_shape("grad_output", grad_output, (rows, "O"))
+    height, width = require_rows(input, grad_output)
     require_shape("queries", queries, ("n", "k_out", "k_in"))
-    _check_factor("projection to k_out", output_factor, queries.shape[1], grad_output.shape[1])
+    _check_factor("projection to k_out", output_factor, queries.shape[1], height)
     _check_factor("projection to k_in", input_factor, queries.shape[2], width)
     numbers = {"input": input, "grad_output": grad_output, "queries": queries}
     check_rows(numbers, offsets, order, {"projection to k_out": output_factor, "projection to k_in": input_factor})

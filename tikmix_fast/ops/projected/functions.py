@@ -42,20 +42,12 @@ def projected_group_influence(
 
     Parameters
     ----------
-    input : float32 | bfloat16 | float16 | float64 Tensor [T, I]
-        The layer's input, one row per token, any strides.
-    grad_output : float32 | bfloat16 | float16 | float64 Tensor [T, O]
-        The gradient of the loss with respect to the layer's output.
-    offsets : int64 Tensor [m + 1]
-        Domain j owns the rows ``offsets[j]:offsets[j + 1]`` (of ``order``, if given), as in `group_influence`.
+    input, grad_output, offsets, order, backend
+        As in `group_influence`.
     queries : Tensor [n, k_out, k_in]
         The projected task gradients: ``projection.project(queries)``.
     projection : LayerProjection, or a pair of floating-point Tensors ([k_out, O], [k_in, I])
         A pair should have ``E[P^T P] = I``.
-    order : int64 Tensor [T], optional
-        Row permutation that sorts the rows by domain.
-    backend : str, optional
-        A key of `available_backends`; see `use_backend` for the order of choice.
 
     Returns
     -------

@@ -51,10 +51,6 @@ def count_costs(
     pairs : bool
         Whether two bfloat16 rows are multiplied at a time.
 
-    Returns
-    -------
-    Costs
-
     Examples
     --------
     >>> count_costs(4096, 1024, 1024, 8, 4, with_total=True, pairs=False).cheapest()

@@ -82,7 +82,7 @@ def group_influence(arguments: Arguments) -> Tensor:
         arguments.input.dtype == arguments.grad_output.dtype == torch.bfloat16
     )
     domains = sum(start < end for start, end in pairwise(bounds))
-    tasks, height, width = arguments.queries.shape
+    _, height, width, _, tasks = arguments.sizes
     with_total = arguments.grad_weight is not None
     costs = count_costs(bounds[-1], height, width, domains, tasks, with_total=with_total, pairs=pairs)
     return row_wise(arguments, bounds) if costs.cheapest() == "row_wise" else fused(arguments)
@@ -135,15 +135,14 @@ def fused(arguments: Arguments) -> Tensor:
         queries = queries.contiguous()
     offsets = offsets.contiguous()
     order = None if order is None else order.contiguous()
-    tasks, height, width = queries.shape
-    domains = len(offsets) - 1
+    rows, height, width, domains, tasks = arguments.sizes
     values = torch.empty(tasks, domains, dtype=torch.float64, device="cpu")
     # The kernel adds to float32, block by block. A 16-bit grad_weight is rounded once, at the end.
     total = grad_weight if grad_weight is None or grad_weight.dtype == torch.float32 else grad_weight.float()
     native.module.group_influence(
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
-        sizes=(len(input), height, width, domains),
+        sizes=(rows, height, width, domains),
         input=native.matrix_argument(input),
         grad_output=native.matrix_argument(grad_output),
         queries=packed_argument(panels) if fits and panels is not None else plain_argument(queries),

@@ -78,13 +78,8 @@ def pack_queries(queries: Tensor) -> Tensor:
 def group_influence(arguments: Arguments) -> Tensor:
     """Compute ``tikmix_fast.ops.group_influence`` in whichever way costs less."""
     if grouped_mm.refusal(arguments) is None:
-        tasks, height, width = arguments.queries.shape
         costs = count_gpu_costs(
-            len(arguments.input),
-            height,
-            width,
-            len(arguments.offsets) - 1,
-            tasks,
+            *arguments.sizes,
             with_total=arguments.grad_weight is not None,
             kernel="cuda",
             capability=torch.cuda.get_device_capability(arguments.input.device),
@@ -98,8 +93,7 @@ def fused(arguments: Arguments) -> Tensor:
     """Compute it in the native kernel, in one pass. The host never waits for the device."""
     input, grad_output, offsets, queries, panels, order, grad_weight = arguments
     device = input.device
-    rows, domains = len(input), len(offsets) - 1
-    tasks, height, width = queries.shape
+    rows, height, width, domains, tasks = arguments.sizes
     offsets = device_offsets(offsets, rows, device)
     if min(rows, height, width, domains) == 0 or (tasks == 0 and grad_weight is None):
         return mark_errors(input.new_zeros(tasks, domains, dtype=torch.float64), offsets, order, rows)

@@ -67,13 +67,8 @@ def group_influence(arguments: Arguments) -> Tensor:
     from tikmix_fast.ops.backends.triton.configs import capability
 
     device = arguments.input.device
-    tasks, height, width = arguments.queries.shape
     costs = count_gpu_costs(
-        len(arguments.input),
-        height,
-        width,
-        len(arguments.offsets) - 1,
-        tasks,
+        *arguments.sizes,
         with_total=arguments.grad_weight is not None,
         kernel="triton",
         capability=capability(device),

@@ -37,6 +37,16 @@ _MOST_SPLITS = 16
 _TOTALS_BYTES = 32 << 20
 
 
+@triton.jit
+def _query_tile(query_tiles, queries, task, top, left, o, i, inside, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    if query_tiles is not None:
+        return query_tiles.load([task, top, left]).reshape(BLOCK_O, BLOCK_I)
+    else:  # noqa: RET505 (this condition is the compiler's)
+        place = queries.data + tl.cast(task, tl.int64) * queries.strides[0]
+        place += o[:, None] * queries.strides[1] + i[None, :] * queries.strides[2]
+        return tl.load(place, mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=["domains", "tasks", "splits"])
 def _fused(
     rows,
@@ -90,12 +100,7 @@ def _fused(
             for task in tl.range(0, products, num_stages=1 if query_tiles is None else 2):
                 task_slot = slot + tl.cast(task, tl.int64) * domains * programs
                 before = tl.load(task_slot)
-                if query_tiles is not None:
-                    query = query_tiles.load([task, top, left]).reshape(BLOCK_O, BLOCK_I)
-                else:
-                    tile_of_queries = queries.data + tl.cast(task, tl.int64) * queries.strides[0]
-                    tile_of_queries += o[:, None] * queries.strides[1] + i[None, :] * queries.strides[2]
-                    query = tl.load(tile_of_queries, mask=inside, other=0.0)
+                query = _query_tile(query_tiles, queries, task, top, left, o, i, inside, BLOCK_O, BLOCK_I)
                 tl.store(task_slot, before + tl.sum(sums * query.to(tl.float32)))
         if totals is not None:
             place = totals + (split * rows.height + o[:, None]) * rows.width + i[None, :]

@@ -22,6 +22,7 @@ __all__ = [
     "Strided",
     "accumulate_rows",
     "add_to",
+    "check_on_host",
     "count_below",
     "descriptors",
     "dot_dtype",
@@ -237,6 +238,21 @@ def _sum_partials(partials, status, values, cells, slots, CELLS: tl.constexpr, S
     tl.store(values + cell, value, mask=cell < cells)
 
 
+def check_on_host(
+    offsets: Tensor, order: Tensor | None, rows: int, device: torch.device, flag: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Check what the host may read, and return the offsets on the device, and the flag for what a kernel has to check.
+
+    The flag is None if a kernel has nothing to check: without a GPU, if the caller gave none.
+    """
+    if flag is None and device.type == "cuda":
+        return device_offsets(offsets, rows, device), error_flag(device)
+    if flag is None:
+        domain_bounds(offsets, rows)
+        check_order(order, rows)
+    return offsets, flag
+
+
 def prepare(arguments: Arguments, flag: Tensor | None = None) -> Call:
     """Check the rows and bring the arguments to where the kernels read them.
 
@@ -256,12 +272,7 @@ def prepare(arguments: Arguments, flag: Tensor | None = None) -> Call:
     rows, device = len(input), input.device
     status = torch.zeros(1, dtype=torch.int32, device=device)
     check_offsets = offsets.device == device
-    if flag is None and device.type == "cuda":
-        flag = error_flag(device)
-        offsets = device_offsets(offsets, rows, device)
-    elif flag is None:
-        domain_bounds(offsets, rows)
-        check_order(order, rows)
+    offsets, flag = check_on_host(offsets, order, rows, device, flag)
     offsets = offsets.contiguous()
     order = None if order is None else order.contiguous()
     if flag is not None and (check_offsets or order is not None):

@@ -9,10 +9,9 @@ import triton
 from torch import Tensor
 
 from tikmix_fast.ops.backends.triton.configs import INTERPRETED, capability, choose, multiprocessors
-from tikmix_fast.ops.backends.triton.gradient import TRITON_DTYPES, Rows, Strided, precision
+from tikmix_fast.ops.backends.triton.gradient import TRITON_DTYPES, Rows, Strided, check_on_host, precision
 from tikmix_fast.ops.backends.triton.projected_kernels import sum_slots, walk_rows
-from tikmix_fast.ops.common.checks import check_order, domain_bounds
-from tikmix_fast.ops.common.device_checks import device_offsets, error_flag, mark_errors
+from tikmix_fast.ops.common.device_checks import mark_errors
 from tikmix_fast.ops.common.projected_checks import ProjectedArguments
 from tikmix_fast.ops.common.projection import factor_matrix
 
@@ -92,8 +91,7 @@ def projected_group_influence(arguments: ProjectedArguments, flag: Tensor | None
     ----------
     arguments : ProjectedArguments
     flag : int32 Tensor [1], optional
-        A kernel writes here if it finds wrong offsets or a wrong order; by default `error_flag` on a GPU. With a flag,
-        the kernels check CPU tensors too, as if they were on a GPU.
+        As in `tikmix_fast.ops.backends.triton.gradient.prepare`.
 
     Returns
     -------
@@ -149,12 +147,8 @@ def _prepare(arguments: ProjectedArguments, flag: Tensor | None) -> tuple[Projec
     """Check what the host may read, and bring the arguments to where the kernels read them."""
     input, grad_output, offsets, queries, output_factor, input_factor, scale, order = arguments
     rows, device = len(input), input.device
-    if flag is None and device.type == "cuda":
-        flag = error_flag(device)
-        offsets = device_offsets(offsets, rows, device)
-    elif flag is None:
-        domain_bounds(offsets, rows)
-        check_order(order, rows)
+    offsets, flag = check_on_host(offsets, order, rows, device, flag)
+    if flag is None:
         for factor, dim in ((output_factor, queries.shape[1]), (input_factor, queries.shape[2])):
             factor_matrix(factor, dim, factor.dtype)  # raises if a code is not a row; on a GPU its column counts as 0
         flag = torch.zeros(1, dtype=torch.int32, device=device)

@@ -63,6 +63,35 @@ def _project(
 
 
 @triton.jit
+def _read_offsets(offsets, domains, row, row_count):
+    """Return the domain of a row, and 1 if the offsets are wrong, else 0."""
+    domain = 0
+    wrong = 0
+    for first in range(0, domains, 128):
+        entry = first + tl.arange(0, 128)
+        known = entry < domains
+        start = tl.load(offsets + entry, mask=known, other=0)
+        end = tl.load(offsets + entry + 1, mask=known, other=row_count)
+        domain += tl.sum((known & (end <= row)).to(tl.int32))
+        broken = (end < start) | ((entry == 0) & (start != 0)) | ((entry == domains - 1) & (end != row_count))
+        wrong |= tl.max((known & broken).to(tl.int32))
+    return domain, wrong
+
+
+@triton.jit
+def _places(order, row, stop, row_count, ROWS: tl.constexpr):
+    """Return where the rows from ``row`` on lie, which come before ``stop``, and 2 if order is wrong, else 0."""
+    place = row + tl.arange(0, ROWS)
+    valid = place < stop
+    wrong = 0
+    if order is not None:
+        place = tl.load(order + place, mask=valid, other=0)
+        wrong = 2 * tl.max((valid & ((place < 0) | (place >= row_count))).to(tl.int32))
+        place = tl.minimum(tl.maximum(place, 0), row_count - 1)
+    return place, valid, wrong
+
+
+@triton.jit
 def walk_rows(
     rows,
     output_factor,
@@ -94,18 +123,7 @@ def walk_rows(
     left = tl.program_id(1) % tl.cdiv(k_in, K_IN) * K_IN
     row = part.to(tl.int64) * rows_per_range
     last = tl.minimum(row + rows_per_range, row_count)
-
-    domain = 0
-    wrong = 0
-    for first in range(0, domains, 128):
-        entry = first + tl.arange(0, 128)
-        known = entry < domains
-        start = tl.load(offsets + entry, mask=known, other=0)
-        end = tl.load(offsets + entry + 1, mask=known, other=row_count)
-        domain += tl.sum((known & (end <= row)).to(tl.int32))
-        broken = (end < start) | ((entry == 0) & (start != 0)) | ((entry == domains - 1) & (end != row_count))
-        wrong |= tl.max((known & broken).to(tl.int32))
-
+    domain, wrong = _read_offsets(offsets, domains, row, row_count)
     k_out_entry = top + tl.arange(0, K_OUT)
     k_in_entry = left + tl.arange(0, K_IN)
     gradient = tl.zeros([K_OUT, K_IN], tl.float32)
@@ -114,12 +132,8 @@ def walk_rows(
         end = tl.load(offsets + domain + 1, mask=domain < domains, other=row_count)
         stop = tl.minimum(tl.maximum(end, row), tl.minimum(last, row + ROWS))
         if stop > row:
-            place = row + tl.arange(0, ROWS)
-            valid = place < stop
-            if rows.order is not None:
-                place = tl.load(rows.order + place, mask=valid, other=0)
-                wrong |= 2 * tl.max((valid & ((place < 0) | (place >= row_count))).to(tl.int32))
-                place = tl.minimum(tl.maximum(place, 0), row_count - 1)
+            place, valid, wrong_order = _places(rows.order, row, stop, row_count, ROWS)
+            wrong |= wrong_order
             x = _project(
                 rows.input, rows.width, place, valid, input_factor, left, k_in,
                 INPUT_DTYPE, PRECISION, ROWS, COLUMNS, K_IN, STAGES,

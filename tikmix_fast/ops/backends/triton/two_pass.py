@@ -205,19 +205,10 @@ def group_influence(
 
     Parameters
     ----------
-    arguments : Arguments
-        Tensors on one GPU, or on the CPU in Triton's interpreter.
-    tile : Tile, optional
-        By default the fastest in a trial; see `tikmix_fast.ops.backends.triton.configs`.
+    arguments, tile, flag
+        As in the fused way; the result too.
     splits : int, optional
         Groups of domains in a panel, by default as many as keep all programs busy.
-    flag : int32 Tensor [1], optional
-        As in `prepare`.
-
-    Returns
-    -------
-    float64 Tensor [n, m]
-        NaN, with ``grad_weight`` untouched, where offsets or order on the GPU are wrong.
 
     Notes
     -----

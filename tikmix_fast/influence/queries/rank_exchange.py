@@ -1,4 +1,4 @@
-"""Micro-batches that this rank has measured and the other ranks have not heard of yet."""
+"""Micro-batches of this rank that the other ranks do not know yet."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tikmix_fast.influence.parallel.ranks import Ranks
-from tikmix_fast.influence.queries.held import Queries
 from tikmix_fast.influence.queries.projected_sums import ProjectedSums, add_by_name
+from tikmix_fast.influence.queries.store import Queries
 from tikmix_fast.matrix.estimator import Estimator
 
 __all__ = ["PendingMicrobatches"]
@@ -21,10 +21,10 @@ Array = NDArray[np.float64]
 
 
 class PendingMicrobatches:
-    """The micro-batches of this rank since the ranks last exchanged theirs.
+    """The micro-batches of this rank since the last exchange.
 
-    Every rank's estimator takes the micro-batches of all ranks in one order: the first of each rank, then the second of
-    each, and so on. So every rank holds the same numbers as one process that measured all the batches.
+    Every rank's estimator takes the micro-batches of all ranks in the same order: the first of each rank, then the
+    second of each, and so on. So every rank has the numbers of a single process that measured all the batches.
     """
 
     def __init__(self) -> None:
@@ -32,15 +32,15 @@ class PendingMicrobatches:
         self._projected: dict[str, Tensor] = {}
 
     def add(self, products: Array, tokens: Array, projected: Mapping[str, Tensor]) -> None:
-        """Keep one micro-batch: products [q, m], tokens [m], projected gradients [m, k_out, k_in] by name.
+        """Add one micro-batch: products [q, m], tokens [m], projected gradients [m, k_out, k_in] by name.
 
-        Takes (q + 1) x m numbers until the next exchange.
+        Costs (q + 1) x m numbers of memory until the next exchange.
         """
         self._rows.append(np.concatenate([products, tokens[None]]).reshape(-1))
         add_by_name(self._projected, projected)
 
     def exchange(self, ranks: Ranks, estimator: Estimator, queries: Queries, projected: ProjectedSums) -> None:
-        """Add the micro-batches of all ranks to the estimator, and their projected gradients to ``projected``."""
+        """Give the estimator all ranks' micro-batches, and ``projected`` the sums of their projected gradients."""
         q, m = len(queries.owners), estimator.m
         of_ranks = ranks.gather(np.stack(self._rows) if self._rows else np.empty((0, (q + 1) * m)))
         self._rows.clear()
@@ -50,7 +50,7 @@ class PendingMicrobatches:
                     table = row.reshape(q + 1, m)
                     estimator.add(table[:-1], table[-1])
         for name, projection in queries.projections.items():
-            device = queries.held[name].device
+            device = queries.store[name].device
             mine = self._projected.pop(name, None)
             if mine is None:
                 mine = torch.zeros(m, projection.k_out, projection.k_in, dtype=torch.float32, device=device)

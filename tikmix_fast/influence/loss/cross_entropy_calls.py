@@ -1,4 +1,4 @@
-"""Stand between the model and torch's cross-entropy."""
+"""Intercept the model's calls of torch's cross-entropy."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["intercept_losses"]
 
 @contextmanager
 def intercept_losses(instead: Callable[..., Any]) -> Iterator[None]:
-    """Call ``instead(original, *args, **kwargs)`` for ``F.cross_entropy`` and ``F.nll_loss`` while the context is open.
+    """Call ``instead(original, *args, **kwargs)`` for ``F.cross_entropy`` and ``F.nll_loss`` inside.
 
-    Calls from other threads, and those that ``instead`` makes, go to torch. The latter also because under a function
-    mode (``torch.set_default_device`` is one) the original calls itself through the patched name.
+    Calls from other threads, and calls by ``instead``, go to torch. Under a function mode such as
+    ``torch.set_default_device``, even the original calls itself through the patched name.
     """
     thread, inside = threading.get_ident(), False
     originals = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss")}

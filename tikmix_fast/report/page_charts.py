@@ -14,7 +14,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tikmix_fast.report.plots import stack_bands
+from tikmix_fast.report.pictures import stack_bands
 
 __all__ = ["loss_chart", "mixture_chart", "sparkline"]
 

@@ -1,4 +1,4 @@
-"""The inner products of one micro-batch: gradients of the domains' rows times the queries, per parameter."""
+"""Inner products of the queries with the gradients of one micro-batch's domains, per parameter."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 from tikmix_fast import ops
 from tikmix_fast.influence.capture.rows import Layout, RowLabels
 from tikmix_fast.influence.capture.views import ParameterView
-from tikmix_fast.influence.queries.held import HeldQueries
+from tikmix_fast.influence.queries.store import QueryStore
 from tikmix_fast.ops.projected.lookup import projected_lookup_gradients
 
-__all__ = ["LOOKED_UP_TOGETHER", "Recorder"]
+__all__ = ["LOOKED_UP_TOGETHER", "InfluenceSink"]
 
-# Rows of an embedding's queries at a time, on a GPU: 64 MiB where they have 4096 columns.
+# Rows of an embedding's queries at a time on a GPU: 64 MiB for 4096 columns.
 LOOKED_UP_TOGETHER = 4096
 
 
-class Recorder:
-    """Sum <query, gradient of a domain's rows> over the uses of every parameter; a `Sink`.
+class InfluenceSink:
+    """A `Sink` that sums <query, gradient of a domain's rows> over the uses of every parameter.
 
     Parameters
     ----------
     labels : RowLabels
         The domain of every row.
-    queries : HeldQueries, or mapping of str to Tensor [q, *parameter.shape]
+    queries : QueryStore, or mapping of str to Tensor [q, *parameter.shape]
         The preconditioned task gradients, by the name of the parameter.
     projections : mapping of str to LayerProjection, optional
         The weights whose queries are projected.
@@ -35,9 +35,9 @@ class Recorder:
     Attributes
     ----------
     sums : dict of str to float64 Tensor [q, m]
-        The sums so far, by the name of the parameter, in the units of the gradient that flowed.
+        By the name of the parameter, in the units of the gradient that flowed.
     projected : dict of str to Tensor [m, k_out, k_in]
-        The domains' gradients of those weights, projected.
+        The domains' projected gradients, by the name of the parameter.
     saw_half : bool
         Whether a gradient in half precision was read.
     """
@@ -45,20 +45,25 @@ class Recorder:
     def __init__(
         self,
         labels: RowLabels,
-        queries: HeldQueries | Mapping[str, Tensor],
+        queries: QueryStore | Mapping[str, Tensor],
         projections: Mapping[str, ops.LayerProjection] | None = None,
     ) -> None:
         self.labels = labels
-        self.queries = queries if isinstance(queries, HeldQueries) else HeldQueries(queries)
+        self.queries = queries if isinstance(queries, QueryStore) else QueryStore(queries)
         self.projections = projections or {}
         self.sums: dict[str, Tensor] = {}
         self.projected: dict[str, Tensor] = {}
         self.saw_half = False
 
+    def total(self) -> Tensor | None:
+        """Return the sum over all parameters [q, m], on the first one's device; None if nothing was captured."""
+        sums = list(self.sums.values())
+        return torch.stack([each.to(sums[0].device) for each in sums]).sum(0) if sums else None
+
     def close(self) -> None:
-        """Record no more, and let go of the queries: a graph or a view that outlives the pass must not keep them."""
+        """Stop, and release the queries: a graph or a view that outlives the pass must not keep them alive."""
         self.queries.end_pass()
-        self.queries = HeldQueries()
+        self.queries = QueryStore()
 
     def is_projected(self, view: ParameterView) -> bool:
         """Whether the view is a parameter that is measured through a projection."""
@@ -67,18 +72,18 @@ class Recorder:
     def product(
         self, weight: ParameterView, rows: Tensor, gradient: Tensor, in_out: bool, total: Tensor | None = None
     ) -> None:
-        """Record ``output = rows @ weight.T`` (or ``rows @ weight`` with ``in_out``) from the gradient of its output.
+        """Add ``output = rows @ weight.T`` (``rows @ weight`` if ``in_out``), given the gradient of the output.
 
         ``total``, if given, gets the weight gradient added in the same pass.
         """
         self._note(gradient)
-        # Under autocast the product itself read the rows in the dtype of its output.
+        # Under autocast, the product itself read the rows in the dtype of its output.
         dtype = gradient.dtype
         flat_rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
         flat_gradient = gradient.reshape(-1, gradient.shape[-1])
         left, right = (flat_rows, flat_gradient) if in_out else (flat_gradient, flat_rows)
         if total is not None and (not self.queries or total.dtype not in (torch.float32, torch.bfloat16)):
-            # The kernel adds to float32 and bfloat16 only; a float64 model is for checking, not for speed.
+            # The kernel adds to float32 and bfloat16 only; float64 models are for checks, not for speed.
             total += left.t() @ right
             total = None
         if not self.queries:
@@ -91,21 +96,21 @@ class Recorder:
                 ops.projected_domain_gradients(right, left, layout.offsets, self.projections[name], order=layout.order),
             )
             return
-        carried: Iterable[tuple[str, Tensor | ops.PackedQueries]]
+        by_name: Iterable[tuple[str, Tensor | ops.PackedQueries]]
         if weight.is_parameter:
-            carried = [(weight.sources[0].name, self.queries.packed(weight.sources[0].name, dtype))]
+            by_name = [(weight.sources[0].name, self.queries.packed(weight.sources[0].name, dtype))]
         else:
             of_rows = layout.domain_of_rows()
             self._add_derived(
                 weight, lambda domain: _wide(left[of_rows == domain]).t() @ _wide(right[of_rows == domain])
             )
-            carried = self._carried(weight)
-        for name, queries in carried:
+            by_name = self._view_queries(weight)
+        for name, queries in by_name:
             sums = ops.group_influence(right, left, layout.offsets, queries, order=layout.order, grad_weight=total)
             self._add(name, sums)
 
     def spread(self, view: ParameterView, gradient: Tensor) -> None:
-        """Record a view that was broadcast to the shape of ``gradient`` when it met the data."""
+        """Add a view that the model broadcast to the shape of ``gradient``."""
         if not self.queries:
             return
         self._note(gradient)
@@ -122,16 +127,16 @@ class Recorder:
         of_rows = layout.domain_of_rows().reshape(*gradient.shape[:-1], 1)
         shape = view.plain.shape
         self._add_derived(view, lambda domain: (_wide(gradient) * (of_rows == domain)).sum_to_size(shape))
-        for name, queries in self._carried(view):
-            # Align on the right, as broadcasting does.
+        for name, queries in self._view_queries(view):
+            # Align trailing dimensions, as broadcasting does.
             aligned = queries.reshape(len(queries), *(1,) * (gradient.ndim - queries.ndim + 1), *queries.shape[1:])
             dots = torch.einsum("...c,q...c->...q", _wide(gradient), _wide(aligned))
             self._add_rows(name, dots.reshape(-1, len(queries)), layout)
 
     def features(self, view: ParameterView, per_row: Tensor) -> Tensor:
-        """Record a parameter with one value per feature, or for all: ``per_row`` [..., C] is its gradient by row.
+        """Add a parameter with one value per feature, or a single one, given its gradient by row [..., C].
 
-        Returns the sum of ``per_row`` over all rows, [C].
+        Returns the sum over all rows, [C].
         """
         self._note(per_row)
         layout = self.labels.layout(per_row.shape[:-1], per_row.device)
@@ -142,13 +147,13 @@ class Recorder:
             self._add_derived(
                 view, lambda domain: of_domains[domain].expand(*shape[:-1], -1).sum_to_size(shape).to(runs.dtype)
             )
-            for name, queries in self._carried(view):
+            for name, queries in self._view_queries(view):
                 features = queries.reshape(len(queries), -1).expand(-1, runs.shape[-1])
                 self._add(name, features.double() @ of_domains.t())
         return runs.sum(0)
 
     def lookup(self, view: ParameterView, ids: Tensor, padding: int | None, gradient: Tensor) -> None:
-        """Record an embedding looked up at ``ids`` [...] from the gradient [..., C] of the looked-up rows."""
+        """Add an embedding's rows at ``ids`` [...], given their gradient [..., C]."""
         if not self.queries:
             return
         self._note(gradient)
@@ -164,7 +169,7 @@ class Recorder:
             self._add_projected(name, projected)
             return
         queries = self.queries[name]
-        # Few rows at a time stay in a CPU's cache until they are multiplied; a GPU is busier with more.
+        # A CPU multiplies few rows at a time within its cache; a GPU needs many to be busy.
         some = 256 if flat.device.type == "cpu" else LOOKED_UP_TOGETHER
         dots = [
             torch.stack([torch.linalg.vecdot(_wide(F.embedding(some_ids, query)), rows) for query in queries], dim=1)
@@ -172,13 +177,13 @@ class Recorder:
         ]
         self._add_rows(name, torch.cat(dots), layout)
 
-    def _carried(self, view: ParameterView) -> Iterable[tuple[str, Tensor]]:
+    def _view_queries(self, view: ParameterView) -> Iterable[tuple[str, Tensor]]:
         return view.queries(self.queries, without=self.projections)
 
     def _add_derived(self, view: ParameterView, gradient_of: Callable[[int], Tensor]) -> None:
-        """Record the projected parameters that a view was derived from, given the gradient of it for any domain.
+        """Add the projected parameters among a view's sources; ``gradient_of`` returns its gradient for a domain.
 
-        It forms one such gradient at a time. Each takes as long as the ordinary gradient of all rows together.
+        Each domain's gradient takes as long as the ordinary gradient of all rows; one exists at a time.
         """
         derived = [index for index, source in enumerate(view.sources) if source.name in self.projections]
         if not derived:
@@ -201,7 +206,7 @@ class Recorder:
                 self._add_projected(name, gradients)
 
     def _add_projected(self, name: str, gradients: Tensor) -> None:
-        """Record the domains' projected gradients [m, k_out, k_in] of a parameter, and their influence."""
+        """Add a parameter's projected gradients by domain [m, k_out, k_in], and their influence."""
         self.projected[name] = self.projected[name] + gradients if name in self.projected else gradients
         self._add(name, self.queries[name].flatten(1).double() @ gradients.flatten(1).double().t())
 
@@ -217,5 +222,5 @@ class Recorder:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Return at least float32: products of half-precision numbers are accumulated wider."""
+    """Widen half precision to float32, in which products accumulate."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -1,4 +1,4 @@
-"""Queries, frozen: where they rest, and how a kernel reads them."""
+"""Frozen queries: where they rest, and how a kernel reads them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from tikmix_fast import ops
 from tikmix_fast.influence.parallel.ranks import Ranks
 from tikmix_fast.influence.queries.offload import Copier, Prefetcher
 
-__all__ = ["HeldQueries", "Queries", "accumulated"]
+__all__ = ["Queries", "QueryStore", "sum_dtype"]
 
 
-class HeldQueries(Mapping[str, Tensor]):
-    """Queries by the name of their parameter, each [q, ...], on the parameter's device when they are asked for.
+class QueryStore(Mapping[str, Tensor]):
+    """Queries [q, ...] by the name of their parameter; looking one up returns it on the parameter's device.
 
-    Those that may leave the device rest in host memory where there is a copier for it. What is returned of them is
-    valid until another one is asked for.
+    Queries that may leave their device rest in host memory if the device has a copier. Such a query is valid until the
+    next one is looked up.
 
     Parameters
     ----------
     values : mapping of str to Tensor, optional
         Queries that stay where they are.
     copiers : mapping of torch.device to Copier, optional
-        For the devices whose queries leave.
+        One for every device whose queries leave.
     sharing : Ranks, optional
-        Who holds shares of those that may leave; all of them must ask for the same ones in the same order.
+        Each of these ranks stores a share of every query that may leave. All of them must look up the same queries in
+        the same order.
 
     Examples
     --------
-    >>> held = HeldQueries({"weight": torch.ones(1, 2, 3)})
-    >>> held.packed("weight", torch.float32).shape
+    >>> store = QueryStore({"weight": torch.ones(1, 2, 3)})
+    >>> store.packed("weight", torch.float32).shape
     torch.Size([1, 2, 3])
     """
 
@@ -65,8 +66,8 @@ class HeldQueries(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._here) + len(self._away) + len(self._shares)
 
-    def hold(self, name: str, value: Tensor, *, may_leave: bool = False) -> None:
-        """Hold queries; if they may leave, in host memory where their device has a copier, or this rank's share."""
+    def put(self, name: str, value: Tensor, *, may_leave: bool = False) -> None:
+        """Store queries. If they may leave: only this rank's share, or in host memory if their device has a copier."""
         if may_leave and self._sharing is not None:
             self._shares[name] = self._sharing.share(value), value.shape
             return
@@ -78,27 +79,27 @@ class HeldQueries(Mapping[str, Tensor]):
         self._prefetchers[value.device].forget(name)
 
     def begin_pass(self) -> None:
-        """Begin a forward and backward that will ask for queries in some order, the same every time as a rule."""
+        """Begin a forward and backward; most passes look up the queries in the same order."""
         for prefetcher in self._prefetchers.values():
             prefetcher.begin()
 
     def end_pass(self) -> None:
-        """End it."""
+        """End the pass."""
         for prefetcher in self._prefetchers.values():
             prefetcher.end()
 
     def packed(self, name: str, dtype: torch.dtype) -> ops.PackedQueries:
-        """Return the queries of the weight of a product as the kernel reads them, for rows of this dtype.
+        """Return the queries of a product's weight as the kernel reads them, for rows of this dtype.
 
-        The kernel multiplies bfloat16 rows with bfloat16 queries at twice the speed: such queries are rounded when
-        first used, and the float32 ones let go. Of queries that stay here the packed copy is kept until the refresh.
+        The kernel multiplies bfloat16 rows with bfloat16 queries at twice the speed, so the first use with such rows
+        rounds the queries for good. Queries that stay on the device keep their packed copy until the refresh.
         """
         if (name, dtype) in self._packed:
             return self._packed[name, dtype]
         queries = self[name]
         if dtype == torch.bfloat16 and queries.dtype == torch.float32:
             queries = queries.bfloat16()
-            self.hold(name, queries, may_leave=name not in self._here)
+            self.put(name, queries, may_leave=name not in self._here)
         packed = ops.pack_queries(queries)
         if name in self._here:
             self._packed[name, dtype] = packed
@@ -111,34 +112,34 @@ class Queries:
 
     Attributes
     ----------
-    held : HeldQueries
-        One query [q, *parameter.shape] per task and split, by the name of the parameter; of a projected one [q, k_out,
-        k_in].
+    store : QueryStore
+        One query per task and split, by the name of the parameter: [q, *parameter.shape], or [q, k_out, k_in] if the
+        parameter is projected.
     owners : list of int [q]
         The task of each query.
     weights : list of float [q]
-        Its share of its task's target tokens.
+        The share of each query in its task's target tokens.
     projections : dict of str to LayerProjection
-        The parameters that are measured through a projection.
+        The projection of every parameter that is measured through one.
     """
 
-    held: HeldQueries
+    store: QueryStore
     owners: list[int]
     weights: list[float]
     projections: dict[str, ops.LayerProjection] = field(default_factory=dict)
 
     def by_task(self, n: int, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Combine the splits of every task into its one query, [n, *parameter.shape] by name (default: of all)."""
+        """Return one query per task, the weighted mean of its splits: [n, *parameter.shape] by name (default: all)."""
         combined = {}
-        for name in self.held if names is None else names:
-            value = self.held[name]
-            value = value.to(accumulated(value))
+        for name in self.store if names is None else names:
+            value = self.store[name]
+            value = value.to(sum_dtype(value))
             weights = value.new_tensor(self.weights).reshape(-1, *(1,) * (value.ndim - 1))
             owners = torch.tensor(self.owners, device=value.device)
             combined[name] = value.new_zeros(n, *value.shape[1:]).index_add_(0, owners, weights * value)
         return combined
 
 
-def accumulated(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which gradients like this one are summed."""
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that sums of gradients like this one have: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

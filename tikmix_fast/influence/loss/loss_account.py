@@ -1,4 +1,4 @@
-"""All that a pass must learn of the user's loss: target tokens, divisor, scale, and what the cross-entropy says."""
+"""What a pass must know about the user's loss: its target tokens, divisor and scale, checked by the cross-entropy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from tikmix_fast.influence.capture.rows import RowLabels
 from tikmix_fast.influence.loss.loss_scale import LossScale
 from tikmix_fast.influence.loss.target_tokens import TargetCount
-from tikmix_fast.influence.loss.watch import SeenLosses, targets_and_weight, watch_losses
+from tikmix_fast.influence.loss.watched_losses import WatchedLosses, targets_and_weight, watch_losses
 
 __all__ = ["LossAccount"]
 
 
 class LossAccount:
-    """Learn the loss of one pass: `watch` it, hand `unread` to the device's next read, then `settle` and `check`.
+    """Learn about the loss of one pass: `watch` it, read `unread` from the device, then `settle` and `check`.
 
     Parameters
     ----------
@@ -30,9 +30,9 @@ class LossAccount:
     Attributes
     ----------
     tokens : float64 [m]
-        Target tokens of each domain, once settled.
+        Target tokens of each domain, after `settle`.
     factor : float
-        What turns the gradient that flowed into that of the summed token losses, once settled.
+        The gradient that flowed times this is the gradient of the summed token losses, after `settle`.
     """
 
     def __init__(
@@ -46,52 +46,52 @@ class LossAccount:
         self._count = TargetCount(labels, mask)
         self._scale = LossScale(normalizer, scaler)
         self._reduction = reduction
-        self._losses = SeenLosses()
+        self._losses = WatchedLosses()
         self._summaries: Sequence[Tensor] = ()
         self.tokens = np.zeros(labels.n_domains)
         self.factor = 1.0
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Note the cross-entropies that the model calls inside."""
+        """Watch the cross-entropies that the model calls inside."""
         with watch_losses() as self._losses:
             yield
 
     def unread(self) -> dict[str, list[Tensor]]:
-        """Return what still has to be read from the device."""
+        """Return the tensors that must be read from the device before `settle`."""
         return {"masked": self._count.unread(), "losses": self._losses.summaries(), "scale": [self._scale.unread]}
 
     def settle(self, readings: Mapping[str, Sequence[Tensor]], rows: tuple[int, ...] | None) -> None:
-        """Take what `unread` gave, on the host, and the leading dimensions of the model's last product.
+        """Take the values of `unread`, on the host, and the leading dimensions of the model's last product.
 
         Raises
         ------
         ValueError
-            If there is no mask and the rows do not tell the target tokens.
+            If there is no mask and the number of target tokens does not follow from the rows.
         """
         self._summaries = readings["losses"]
         self.tokens = self._count.settle(readings["masked"], rows)
         self.factor = self._scale.factor(float(self.tokens.sum()), self._reduction, readings["scale"])
 
     def check(self) -> None:
-        """Compare mask and normalizer with what the cross-entropy and its backward say.
+        """Compare mask and normalizer with the cross-entropy and its backward.
 
         Raises
         ------
         ValueError
             If they disagree, or the batch has no target token.
         """
-        counted = int(self.tokens.sum())
-        if counted == 0:
+        count = int(self.tokens.sum())
+        if count == 0:
             raise ValueError("the batch has no target token: check the mask")
-        told = targets_and_weight(self._summaries)
-        if told is None:
+        summary = targets_and_weight(self._summaries)
+        if summary is None:
             return
-        targets, weight = told
-        if targets != counted:
+        targets, weight = summary
+        if targets != count:
             source = "the mask counts" if self._count.by_mask else "mask=None counts every position"
             raise ValueError(
-                f"the cross-entropy had {targets} target tokens, but {source}: {counted}. Pass mask=, True where the "
+                f"the cross-entropy had {targets} target tokens, but {source}: {count}. Pass mask=, True where the "
                 "logits enter the loss; tikmix_fast.shifted_mask(labels) makes it for models that shift labels "
                 "themselves"
             )

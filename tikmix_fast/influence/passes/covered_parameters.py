@@ -1,4 +1,4 @@
-"""The trainable parameters of a model, and which of them the influence covers."""
+"""The trainable parameters of a model, and those that the influence covers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CoveredParameters"]
 
 
 class CoveredParameters:
-    """Find the parameters of a model by the names that the innermost model gives them, whatever wraps it now.
+    """List the parameters of a model by their names in the innermost model, without those of wrappers.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class CoveredParameters:
         return [name for name in self.trainable() if self._is_excluded(name)]
 
     def begin_pass(self) -> dict[str, Tensor]:
-        """Return `parameters` for a pass that begins now; sharded ones become parts again, as optimizers know them.
+        """Return `parameters` for a new pass; sharded ones become parts again, as optimizers know them.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class CoveredParameters:
         return parameters
 
     def coverage(self, captured: Collection[str]) -> Coverage:
-        """Return what share of the trainable parameters was captured, given the names of those that were."""
+        """Return the coverage, given the names of the captured parameters."""
         parts: tuple[dict[str, int], ...] = ({}, {}, {})
         for name, parameter in self.trainable().items():
             part = 1 if self._is_excluded(name) else 0 if name in captured else 2

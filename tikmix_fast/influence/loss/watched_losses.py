@@ -1,4 +1,4 @@
-"""Watch the cross-entropy that the model calls: a wrong mask or normalizer is an error, not a wrong scale."""
+"""Watch the cross-entropy that the model calls, so that a wrong mask or normalizer is an error, not a wrong scale."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tikmix_fast.influence.loss.intercept import intercept_losses
+from tikmix_fast.influence.loss.cross_entropy_calls import intercept_losses
 from tikmix_fast.influence.torch_private import in_backward
 
-__all__ = ["SeenLosses", "targets_and_weight", "watch_losses"]
+__all__ = ["WatchedLosses", "targets_and_weight", "watch_losses"]
 
 
 @dataclass
 class _Loss:
-    """One call: which targets count, how they were reduced, and the gradient that came back to the result."""
+    """One call: the targets that count (or their number), the reduction, and the gradient of the result."""
 
     valid: Tensor | int
     reduction: str
@@ -27,7 +27,7 @@ class _Loss:
     gradient: Tensor | None = None
 
     def summary(self) -> Tensor | None:
-        """Return the number of targets, and the least and the largest weight of a target in what was minimised.
+        """Return the number of targets, and the smallest and largest weight of a target in the minimised loss.
 
         Float64 [3] on the loss's device, or None if unknown.
         """
@@ -39,7 +39,7 @@ class _Loss:
             counts = weights != 0
             if isinstance(self.valid, Tensor):
                 counts &= self.valid.reshape(-1)
-            never = weights.new_full((1,), float("inf"))  # the minimum of nothing
+            never = weights.new_full((1,), float("inf"))  # the minimum of an empty set
             low = torch.cat([weights.where(counts, never), never]).amin()
             high = torch.cat([weights.where(counts, -never), -never]).amax()
             return torch.stack([counts.sum().double(), low, high])
@@ -49,38 +49,38 @@ class _Loss:
 
 
 @dataclass
-class SeenLosses:
-    """The cross-entropies of one forward and what their backward said of each target token."""
+class WatchedLosses:
+    """The cross-entropies of one forward, with their gradients once the backward has run."""
 
     losses: list[_Loss] = field(default_factory=list)
 
     def summaries(self) -> list[Tensor]:
-        """Return the summary [3] of every loss, still on the device; nothing if one of them is unknown."""
+        """Return the summary [3] of every loss, still on the device; empty if any is unknown."""
         summaries = [loss.summary() for loss in self.losses]
         known = [each for each in summaries if each is not None]
         return known if len(known) == len(summaries) else []
 
 
 def targets_and_weight(summaries: Sequence[Tensor]) -> tuple[int, float] | None:
-    """Return how many target tokens entered the loss, and their common weight; None if that is not known.
+    """Return the number of target tokens in the loss, and their common weight; None if unknown.
 
-    Weights that differ between tokens, and class weights, leave no common one. ``summaries`` is what
-    `SeenLosses.summaries` gave, on the host.
+    There is no common weight with class weights, or if weights differ between tokens. ``summaries`` are those of
+    `WatchedLosses`, on the host.
     """
-    some = [(count, low, high) for count, low, high in (each.tolist() for each in summaries) if count]
-    if not some or not all(map(math.isfinite, (bound for each in some for bound in each[1:]))):
+    bounds = [(count, low, high) for count, low, high in (each.tolist() for each in summaries) if count]
+    if not bounds or not all(math.isfinite(low) and math.isfinite(high) for _, low, high in bounds):
         return None
-    low, high = min(each[1] for each in some), max(each[2] for each in some)
-    return (int(sum(each[0] for each in some)), high) if abs(high - low) <= 1e-3 * abs(high) else None
+    low, high = min(each[1] for each in bounds), max(each[2] for each in bounds)
+    return (int(sum(each[0] for each in bounds)), high) if abs(high - low) <= 1e-3 * abs(high) else None
 
 
 @contextmanager
-def watch_losses() -> Iterator[SeenLosses]:
-    """Note the targets of ``F.cross_entropy`` and ``F.nll_loss`` while the context is open, in this thread.
+def watch_losses() -> Iterator[WatchedLosses]:
+    """Watch the calls of ``F.cross_entropy`` and ``F.nll_loss`` inside, in this thread.
 
-    Losses inside a backward (recomputed by checkpointing) or without gradient are not noted.
+    It ignores losses without gradient, and losses that checkpointing recomputes in a backward.
     """
-    seen = SeenLosses()
+    calls = WatchedLosses()
 
     def watched(
         original: Callable[..., Any],
@@ -93,7 +93,7 @@ def watch_losses() -> Iterator[SeenLosses]:
         result = original(input, target, weight, *args, **kwargs)
         if in_backward() or not isinstance(result, Tensor) or not result.requires_grad:
             return result
-        # Positional leftovers: size_average, ignore_index, reduce, reduction, ...
+        # ``args`` continue with size_average, ignore_index, reduce, reduction, ...
         ignored = args[1] if len(args) > 1 else kwargs.get("ignore_index", -100)
         reduction = args[3] if len(args) > 3 else kwargs.get("reduction", "mean")
         if target.is_floating_point():
@@ -101,13 +101,13 @@ def watch_losses() -> Iterator[SeenLosses]:
         else:
             valid = target.detach() != ignored
         loss = _Loss(valid, reduction, known=weight is None)
-        seen.losses.append(loss)
+        calls.losses.append(loss)
 
-        def arrived(gradient: Tensor) -> None:
+        def store(gradient: Tensor) -> None:
             loss.gradient = gradient.detach()
 
-        result.register_hook(arrived)
+        result.register_hook(store)
         return result
 
     with intercept_losses(watched):
-        yield seen
+        yield calls

@@ -1,4 +1,4 @@
-"""Passes whose gradients were not finite."""
+"""Count the passes whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ __all__ = ["DroppedPasses"]
 
 
 class DroppedPasses:
-    """Count the passes that a GradScaler explains, and raise for the others.
+    """Drop non-finite passes if a GradScaler explains them, and raise otherwise.
 
     Parameters
     ----------
     most_in_row : int
-        So many in a row raise, as the scaler does not recover.
+        So many drops in a row raise, because the scaler does not recover.
 
     Attributes
     ----------
     count : int
+        The number of dropped passes.
     """
 
     def __init__(self, most_in_row: int) -> None:
         self.count = 0
         self._most_in_row, self._in_row = most_in_row, 0
 
-    def takes(self, finite: bool, what: str, scaler: Any) -> bool:
-        """Whether the pass ``what`` is dropped.
+    def drops(self, finite: bool, what: str, scaler: Any) -> bool:
+        """Count the pass ``what`` and return True if it is not finite.
 
         Raises
         ------
         FloatingPointError
-            If it is not finite, and no scaler explains it or it is one too many in a row.
+            If there is no scaler, or too many passes in a row were not finite.
         """
         if finite:
             self._in_row = 0

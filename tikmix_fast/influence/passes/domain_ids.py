@@ -1,4 +1,4 @@
-"""From the domain ids that a user gives to the labels of rows."""
+"""Turn the user's domain ids into labels of rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Ids = str | int | Tensor | Sequence[str] | Sequence[int]
 
 
 def index_of(kind: str, name: str, names: Sequence[str]) -> int:
-    """Return the place of a name.
+    """Return the index of a name.
 
     Raises
     ------
     ValueError
-        If there is none of this name.
+        If the name is unknown.
     """
     if name not in names:
         raise ValueError(f"unknown {kind} {name!r}; the {kind}s are {', '.join(names)}")
@@ -29,12 +29,12 @@ def index_of(kind: str, name: str, names: Sequence[str]) -> int:
 
 
 def label_rows(ids: Ids, mask: Tensor | int | None, domains: Sequence[str], batch_dim: int | None) -> RowLabels:
-    """Return the labels of a batch; a mask [B, S] tells its length.
+    """Return the labels of a batch; a mask [B, S] gives S.
 
     Raises
     ------
     TypeError
-        If the ids are of another kind than `Ids`.
+        If the ids are not of a type in `Ids`.
     ValueError
         If an id is unknown or out of range, or the shape is none of [B] and [B, S].
     """
@@ -57,9 +57,9 @@ def label_rows(ids: Ids, mask: Tensor | int | None, domains: Sequence[str], batc
     return RowLabels(ids, len(domains), batch_dim, length)
 
 
-def _domain(given: str | int, domains: Sequence[str]) -> int:
-    if isinstance(given, str):
-        return index_of("domain", given, domains)
-    if not 0 <= given < len(domains):
-        raise ValueError(f"ids must lie in 0 ... {len(domains) - 1}; got {given}")
-    return int(given)
+def _domain(domain: str | int, domains: Sequence[str]) -> int:
+    if isinstance(domain, str):
+        return index_of("domain", domain, domains)
+    if not 0 <= domain < len(domains):
+        raise ValueError(f"ids must lie in 0 ... {len(domains) - 1}; got {domain}")
+    return int(domain)
