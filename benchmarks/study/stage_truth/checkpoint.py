@@ -21,7 +21,7 @@ from tikmix_fast.demo.demonstration import task_losses
 from tikmix_fast.demo.measuring import measure
 from tikmix_fast.probes.snapshot import Snapshot
 
-__all__ = ["Checkpoint", "train_checkpoints"]
+__all__ = ["Checkpoint", "new_arm", "train_checkpoints"]
 
 
 def train_checkpoints(settings: StageTruthSettings, problem: Problem, seed: int, folder: Path) -> None:
@@ -29,7 +29,7 @@ def train_checkpoints(settings: StageTruthSettings, problem: Problem, seed: int,
     missing = [step for step in settings.steps if not _path(folder, seed, step).exists()]
     if not missing:
         return
-    arm = _new_arm(settings, problem, seed)
+    arm = new_arm(settings, problem, seed)
     while arm.step < max(missing):
         arm.train_on()
         if arm.step in missing:
@@ -44,7 +44,7 @@ class Checkpoint:
     def __init__(self, settings: StageTruthSettings, problem: Problem, seed: int, step: int, folder: Path) -> None:
         self.settings, self.problem, self.seed, self.step = settings, problem, seed, step
         self._lengths = [len(text) for text in problem.domains.values()]
-        arm = _new_arm(settings, problem, seed)
+        arm = new_arm(settings, problem, seed)
         self._used = np.bincount(list(islice(arm.sampler, step * arm.settings.batch)), minlength=sum(self._lengths))
         saved = torch.load(_path(folder, seed, step))
         arm.restore(saved["tensors"], saved["counters"])
@@ -103,7 +103,8 @@ class Checkpoint:
         self.arm.step = self.step
 
 
-def _new_arm(settings: StageTruthSettings, problem: Problem, seed: int) -> Trainee:
+def new_arm(settings: StageTruthSettings, problem: Problem, seed: int) -> Trainee:
+    """Return a seed's run before its first step, on the uniform mixture."""
     m = len(problem.domains)
     main = dataclasses.replace(settings.study.main, seed=seed)
     return Trainee(main, problem.domains, np.full(m, 1 / m), settings.study.device)

@@ -40,8 +40,8 @@ def judge(signal: Any, truth: Any, *, share: float = 1.0, held_out: Any = None) 
         ``best_domain_regret_std``, ``_max``: that sum of the truth at its best domain, minus at the domain that the
         signal calls best, over the range of the sum: 0 is best, 1 worst.
         ``mixture_regret``: of TiKMiX-D's mixture. The value of a mixture is the sum over tasks of the truth, rows over
-        their largest magnitude, to first order: 0 is the value of the mixture chosen by the truth, 1 that of the uniform
-        mixture. A mixture that bets more on fewer domains than the truth's may be below 0.
+        their largest magnitude, to first order: 0 is the value of the mixture chosen by the truth, 1 that of the
+        uniform mixture. A mixture that bets more on fewer domains than the truth's may be below 0.
         ``steered_gain``, ``held_out_gain``: the mean decrease of the loss that the mixture brings, in nats, to first
         order. None marks a number that is not defined, such as the correlation of a constant.
     """
