@@ -175,7 +175,7 @@ def read_damaged(case: str, damage: Callable[[bytes], bytes]) -> None:
         assert refusal is None or str(path.with_suffix("")).removesuffix(".jsonl") in refusal
 
 
-FUZZ = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("case", CASES)

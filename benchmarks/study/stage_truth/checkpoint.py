@@ -6,7 +6,7 @@ import dataclasses
 import io
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class Checkpoint:
             self.restore()
         return {"reported": reported, "measured": measured}
 
-    def influence(self, preconditioner: str) -> dict[str, Any]:
+    def influence(self, preconditioner: Literal["adam", "identity"]) -> dict[str, Any]:
         """Measure S [steered tasks, m] with plenty of batches, and its standard error."""
         settings = self.settings
         size = dataclasses.replace(

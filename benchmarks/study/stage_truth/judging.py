@@ -57,7 +57,7 @@ def judge(signal: Any, truth: Any, *, share: float = 1.0, held_out: Any = None) 
     uniform = np.full(truth.shape[1], 1 / truth.shape[1])
     mixture, best = choose_mixture(signal), choose_mixture(truth)
     values = _sum(truth, "max")
-    result["mixture_regret"] = _ratio(values @ (best - mixture), values @ (best - uniform))
+    result["mixture_regret"] = _ratio(float(values @ (best - mixture)), float(values @ (best - uniform)))
     result["steered_gain"] = float(np.mean(truth @ (mixture - uniform)) / share)
     if held_out is not None:
         result["held_out_gain"] = float(np.mean(np.asarray(held_out) @ (mixture - uniform)) / share)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from tikmix_fast.report.environment import describe_environment
 
 __all__ = ["PRECONDITIONERS", "decreases", "influence_path", "part_path", "write_report"]
 
-PRECONDITIONERS = ("adam", "identity")
+PRECONDITIONERS: tuple[Literal["adam", "identity"], ...] = ("adam", "identity")
 _COLUMNS = ("spearman", "pearson", "spearman_sum_max", "best_domain_regret_max", "mixture_regret", "steered_gain")
 
 
